@@ -1,0 +1,1 @@
+"""Starting quartet on one machine, and what an image needs."""

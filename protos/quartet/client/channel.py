@@ -1,0 +1,169 @@
+"""Channels: load balancing over healthy replicas, deadlines, retries and readiness, the same for every client."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+import time
+import uuid
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from quartet.client.errors import NotReadyError, UnavailableError, translate
+
+T = TypeVar("T")
+
+REQUEST_ID = "quartet-request-id"
+_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class CallPolicy:
+    """How long to wait and how often to try again. Seconds.
+
+    ``deadline_s`` bounds one attempt; ``patience_s`` bounds how long a call that is safe to repeat goes on trying
+    while the service is away or overloaded, so that a service that is restarted is found again.
+    """
+
+    deadline_s: float = 600.0
+    patience_s: float = 120.0
+    first_backoff_s: float = 0.1
+    max_backoff_s: float = 5.0
+
+
+def target_of(addresses: str) -> str:
+    """The gRPC target of ``host:port``, ``host:port,host:port``, or any URI gRPC knows (``dns:///name:port``).
+
+    A list is balanced over; a name that resolves to several addresses is too.
+    """
+    if "://" in addresses or addresses.startswith(("unix:", "ipv4:", "ipv6:", "dns:")):
+        return addresses
+    parts = [part.strip() for part in addresses.split(",") if part.strip()]
+    if not parts or any(":" not in part or not part.rpartition(":")[2].isdigit() for part in parts):
+        raise ValueError(f"address {addresses!r} must be host:port, or several of them with commas between")
+    if len(parts) == 1:
+        return f"dns:///{parts[0]}"
+    numeric = [part.replace("localhost:", "127.0.0.1:") for part in parts]
+    return "ipv4:" + ",".join(numeric)
+
+
+def open_channel(addresses: str, health_service: str) -> grpc.aio.Channel:
+    """A channel that spreads calls over the replicas that report ``health_service`` as SERVING."""
+    service_config = {
+        "loadBalancingConfig": [{"round_robin": {}}],
+        "healthCheckConfig": {"serviceName": health_service},
+    }
+    options = [
+        ("grpc.service_config", json.dumps(service_config)),
+        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        # Long unary calls over idle links: notice a dead peer, without angering the server's ping policy.
+        ("grpc.keepalive_time_ms", 300_000),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.initial_reconnect_backoff_ms", 200),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        # Two clients in one process must not share a connection that one of them closes.
+        ("grpc.use_local_subchannel_pool", 1),
+    ]
+    return grpc.aio.insecure_channel(target_of(addresses), options=options)
+
+
+class ServiceClient:
+    """Base of the typed clients: one channel, one service. Use as an async context manager or call ``close``."""
+
+    health_service: str
+    name: str
+
+    def __init__(self, addresses: str, *, policy: CallPolicy | None = None) -> None:
+        """``addresses``: see :func:`target_of`. Must be made inside a running event loop."""
+        self.addresses = addresses
+        self.policy = policy or CallPolicy()
+        self._channel = open_channel(addresses, self.health_service)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        """Closes the channel; calls in flight are cancelled."""
+        await self._channel.close(None)
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Returns when the service reports SERVING.
+
+        Raises:
+            NotReadyError: it did not within ``timeout_s``; names the service, its address and the last answer.
+        """
+        end = time.monotonic() + timeout_s
+        last = "no answer"
+        # Its own plain channel: the balanced one would hide a NOT_SERVING backend instead of showing it.
+        async with grpc.aio.insecure_channel(target_of(self.addresses)) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            request = health_pb2.HealthCheckRequest(service=self.health_service)
+            while True:
+                remaining_s = end - time.monotonic()
+                try:
+                    reply = await stub.Check(request, timeout=max(0.05, min(2.0, remaining_s)))
+                    last = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
+                    if reply.status == health_pb2.HealthCheckResponse.SERVING:
+                        return
+                except grpc.aio.AioRpcError as error:
+                    last = f"{error.code().name}: {error.details()}"
+                if time.monotonic() >= end:
+                    raise NotReadyError(
+                        f"not ready at {self.addresses} after {timeout_s:g} s (last answer: {last}); "
+                        "is it started, and is the address right?",
+                        service=self.name,
+                    )
+                await asyncio.sleep(min(0.2, max(0.0, end - time.monotonic())))
+
+    async def _call(self, method: Callable[..., Awaitable[T]], request: Any) -> T:
+        """One unary call that is safe to repeat, tried again with backoff while the service is away or overloaded."""
+        request_id = new_request_id()
+        start = time.monotonic()
+        backoff_s = self.policy.first_backoff_s
+        while True:
+            try:
+                return await method(
+                    request,
+                    timeout=self.policy.deadline_s,
+                    metadata=((REQUEST_ID, request_id),),
+                    wait_for_ready=True,
+                )
+            except grpc.aio.AioRpcError as error:
+                typed = translate(error, self.name, request_id)
+                waited_s = time.monotonic() - start
+                if not isinstance(typed, UnavailableError) or waited_s + backoff_s > self.policy.patience_s:
+                    raise typed from error
+                await asyncio.sleep(max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error)))
+                backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
+
+    @contextlib.asynccontextmanager
+    async def _stream(self) -> AsyncIterator[tuple[tuple[str, str], ...]]:
+        """Metadata of a streaming call; its failures come out typed. Not retried: the caller knows what is missing."""
+        request_id = new_request_id()
+        try:
+            yield ((REQUEST_ID, request_id),)
+        except grpc.aio.AioRpcError as error:
+            raise translate(error, self.name, request_id) from error
+
+
+def pushback_s(error: grpc.aio.AioRpcError) -> float:
+    """How long the service asked to wait before the next try, 0 when it did not say."""
+    for key, value in tuple(error.trailing_metadata() or ()):  # type: ignore[misc]
+        if key == "grpc-retry-pushback-ms":
+            with contextlib.suppress(ValueError):
+                return max(0.0, int(value) / 1000)
+    return 0.0
+
+
+def new_request_id() -> str:
+    return uuid.uuid4().hex

@@ -1,0 +1,86 @@
+"""The one tree of errors a client raises, and the table that gRPC status codes come through."""
+
+from __future__ import annotations
+
+import grpc
+from google.rpc import error_details_pb2
+from grpc_status import rpc_status
+
+
+class QuartetError(Exception):
+    """A call failed. ``service``: what was called, ``code``: the gRPC status, ``field``: the bad field if named."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        service: str = "",
+        code: grpc.StatusCode | None = None,
+        field: str = "",
+        request_id: str = "",
+    ) -> None:
+        super().__init__(f"{service}: {message}" if service else message)
+        self.message = message
+        self.service = service
+        self.code = code
+        self.field = field
+        self.request_id = request_id
+
+
+class InvalidInputError(QuartetError):
+    """The request can never succeed as it is."""
+
+
+class PreconditionError(QuartetError):
+    """The service is not in the state the request needs: another tokenizer, a newer version, an update under way."""
+
+
+class UnavailableError(QuartetError):
+    """The service cannot be reached, or is shutting down; the same call may succeed later."""
+
+
+class OverloadedError(UnavailableError):
+    """The service refused the request to protect itself."""
+
+
+class DeadlineError(QuartetError):
+    """The deadline passed first."""
+
+
+class DamagedError(QuartetError):
+    """Data arrived damaged: a checksum differs."""
+
+
+class ServiceFailedError(QuartetError):
+    """The service itself failed; its log, under the request id, says why."""
+
+
+class NotReadyError(QuartetError):
+    """A service did not become ready in the time set."""
+
+
+ERROR_BY_CODE: dict[grpc.StatusCode, type[QuartetError]] = {
+    grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
+    grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
+    grpc.StatusCode.NOT_FOUND: InvalidInputError,
+    grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
+    grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
+    grpc.StatusCode.ABORTED: PreconditionError,
+    grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
+    grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
+    grpc.StatusCode.DATA_LOSS: DamagedError,
+}
+
+
+def translate(error: grpc.aio.AioRpcError, service: str, request_id: str = "") -> QuartetError:
+    """The typed error of a failed call, with the field that ``google.rpc.BadRequest`` details name."""
+    field = ""
+    status = rpc_status.from_call(error)  # type: ignore[arg-type]
+    for detail in status.details if status is not None else ():
+        bad_request = error_details_pb2.BadRequest()
+        if detail.Unpack(bad_request) and bad_request.field_violations:
+            field = bad_request.field_violations[0].field
+    kind = ERROR_BY_CODE.get(error.code(), ServiceFailedError)
+    message = error.details() or error.code().name
+    return kind(message, service=service, code=error.code(), field=field, request_id=request_id)

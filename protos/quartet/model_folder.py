@@ -1,0 +1,80 @@
+"""From the name of a model to a folder on this disk, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+# What quartet keeps beside a model: normalisation of a reward model and how it was trained.
+METADATA_FILE = "quartet.json"
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
+
+
+class ModelFolderError(Exception):
+    """A model cannot be used; the message says why and what to do."""
+
+
+def find_model(model: str, *, revision: str | None = None, need_tokenizer: bool = True) -> Path:
+    """The folder of ``model``, a local folder or a hub id, which is downloaded.
+
+    Raises:
+        ModelFolderError: no such folder, no configuration, no weights, or no tokenizer in it.
+    """
+    folder = Path(model).expanduser()
+    looks_local = model.startswith((".", "/", "~")) or folder.exists() or model.count("/") != 1
+    if not looks_local:
+        folder = _download(model, revision)
+    if not folder.is_dir():
+        raise ModelFolderError(f"model {model!r}: there is no such folder")
+    if not (folder / "config.json").is_file():
+        raise ModelFolderError(f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model")
+    if not any(folder.glob("*.safetensors")):
+        raise ModelFolderError(
+            f"model {model!r}: the folder has no .safetensors weights; save it with save_pretrained(folder)"
+        )
+    if need_tokenizer and not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelFolderError(
+            f"model {model!r}: the folder has no tokenizer (none of {', '.join(_TOKENIZER_FILES)}); "
+            "save it beside the weights with tokenizer.save_pretrained(folder)"
+        )
+    return folder
+
+
+def _download(model: str, revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelFolderError(
+            f"model {model!r}: there is no such folder, and the hub gave: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def read_metadata(folder: Path) -> dict[str, Any]:
+    """The content of quartet.json, empty when there is none.
+
+    Raises:
+        ModelFolderError: the file is not a JSON object.
+    """
+    path = folder / METADATA_FILE
+    if not path.is_file():
+        return {}
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ModelFolderError(f"{path}: not valid JSON: {error}") from error
+    if not isinstance(content, dict):
+        raise ModelFolderError(f"{path}: must hold a JSON object, is a {type(content).__name__}")
+    return content
+
+
+def write_metadata(folder: Path, **content: Any) -> None:
+    """Merges ``content`` into quartet.json, atomically."""
+    path = folder / METADATA_FILE
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(read_metadata(folder) | content, indent=2, sort_keys=True) + "\n")
+    temporary.replace(path)
