@@ -1,0 +1,1 @@
+"""The three services, islands over one runtime."""

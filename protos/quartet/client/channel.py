@@ -158,7 +158,8 @@ class ServiceClient:
 
 def pushback_s(error: grpc.aio.AioRpcError) -> float:
     """How long the service asked to wait before the next try, 0 when it did not say."""
-    for key, value in tuple(error.trailing_metadata() or ()):  # type: ignore[misc]
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
         if key == "grpc-retry-pushback-ms":
             with contextlib.suppress(ValueError):
                 return max(0.0, int(value) / 1000)

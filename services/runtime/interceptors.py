@@ -1,0 +1,101 @@
+"""What happens around every call: request id, log, metrics, and the one place where errors become a status."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from typing import Any
+
+import grpc
+import structlog
+from structlog.contextvars import bound_contextvars
+
+from services.runtime.errors import InternalError, ServiceError, status_metadata
+from services.runtime.telemetry import ServiceMetrics
+
+log = structlog.get_logger()
+
+REQUEST_ID = "quartet-request-id"
+_LONGEST_REQUEST_ID = 128
+
+
+class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Wraps every handler of ours; health and reflection pass untouched."""
+
+    def __init__(self, metrics: ServiceMetrics) -> None:
+        self.metrics = metrics
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method  # type: ignore[attr-defined]
+        if handler is None or method.startswith("/grpc."):
+            return handler
+        metadata: Any = handler_call_details.invocation_metadata or ()  # type: ignore[attr-defined]
+        request_id = next((value for key, value in metadata if key == REQUEST_ID), "")
+        request_id = str(request_id)[:_LONGEST_REQUEST_ID]
+        if handler.response_streaming:
+            behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
+
+            async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+                async with _Call(self.metrics, method, request_id, context):
+                    async for reply in behaviour(request, context):
+                        yield reply
+
+            make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else None
+            make = make or grpc.unary_stream_rpc_method_handler
+            return make(streaming, handler.request_deserializer, handler.response_serializer)
+        behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
+
+        async def unary(request: Any, context: Any) -> Any:
+            async with _Call(self.metrics, method, request_id, context):
+                return await behaviour(request, context)
+
+        make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
+        make = make or grpc.unary_unary_rpc_method_handler
+        return make(unary, handler.request_deserializer, handler.response_serializer)
+
+
+class _Call:
+    """One call from arrival to status."""
+
+    def __init__(self, metrics: ServiceMetrics, method: str, request_id: str, context: Any) -> None:
+        self.metrics = metrics
+        self.method = method.rpartition("/")[2]
+        self.context = context
+        self.request_id = request_id
+        self.start_s = 0.0
+
+    async def __aenter__(self) -> None:
+        self.start_s = time.monotonic()
+        self.metrics.calls_in_flight.inc()
+
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+        seconds = time.monotonic() - self.start_s
+        self.metrics.calls_in_flight.dec()
+        self.metrics.call_seconds.labels(self.method).observe(seconds)
+        code = grpc.StatusCode.OK
+        if isinstance(error, ServiceError):
+            code = error.code
+        elif isinstance(error, asyncio.CancelledError | GeneratorExit):
+            code = grpc.StatusCode.CANCELLED
+        elif error is not None and not isinstance(error, grpc.aio.AbortError):
+            code = grpc.StatusCode.INTERNAL
+        self.metrics.calls.labels(self.method, code.name).inc()
+        with bound_contextvars(request_id=self.request_id):
+            event = {"method": self.method, "code": code.name, "seconds": round(seconds, 4)}
+            if code is grpc.StatusCode.INTERNAL and not isinstance(error, InternalError):
+                log.error("call_failed", **event, exc_info=error)
+            elif isinstance(error, ServiceError):
+                log.warning("call_refused", **event, reason=error.message)
+            else:
+                log.debug("call_done", **event)
+        if isinstance(error, ServiceError):
+            await self.context.abort(error.code, error.message, status_metadata(error))
+        elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+            message = f"internal error; the service's log says why under request id {self.request_id or '(none)'}"
+            await self.context.abort(grpc.StatusCode.INTERNAL, message)

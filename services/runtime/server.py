@@ -1,0 +1,182 @@
+"""Bootstrap of a service: listeners, health, reflection, metrics, and a graceful end.
+
+A service is built before it serves: the listeners are bound first, so that a port already taken is refused before a
+model is loaded, health says NOT_SERVING while it loads, and SERVING after the warm-up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import grpc
+import structlog
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+from grpc_reflection.v1alpha import reflection
+from prometheus_client import start_http_server
+
+from quartet.model_folder import ModelFolderError
+from services.runtime.config import ServiceSettings
+from services.runtime.errors import StartError
+from services.runtime.interceptors import CallInterceptor
+from services.runtime.telemetry import ServiceMetrics, configure_logging
+
+log = structlog.get_logger()
+
+_SERVING = health_pb2.HealthCheckResponse.SERVING
+_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+
+
+@dataclass(kw_only=True)
+class Listener:
+    """One gRPC listener: where it binds and what it serves. TLS and credentials will be its fields too.
+
+    ``add`` registers the servicers; ``services`` are their full names, for health and reflection.
+    """
+
+    name: str
+    port: int
+    services: tuple[str, ...]
+    add: Callable[[grpc.aio.Server], None]
+    server: grpc.aio.Server | None = field(default=None, init=False)
+
+
+class ServiceRuntime:
+    """Runs the listeners of one service until it is told to stop."""
+
+    def __init__(self, *, name: str, settings: ServiceSettings, metrics: ServiceMetrics) -> None:
+        self.name = name
+        self.settings = settings
+        self.metrics = metrics
+        self.health = HealthServicer()
+        self.listeners: list[Listener] = []
+        self._stop = asyncio.Event()
+        self._failure: str | None = None
+
+    async def bind(self, *listeners: Listener) -> None:
+        """Binds and starts the listeners, NOT_SERVING.
+
+        Raises:
+            StartError: a port is taken or not allowed; names the listener, the address and what to do.
+        """
+        options = [
+            # Without this two processes could share a port and split its calls between them.
+            ("grpc.so_reuseport", 0),
+            ("grpc.max_receive_message_length", self.settings.max_message_mib * 2**20),
+            ("grpc.max_send_message_length", self.settings.max_message_mib * 2**20),
+            # Clients' keepalive pings on idle links are welcome, not answered with too_many_pings.
+            ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
+            ("grpc.keepalive_permit_without_calls", 1),
+        ]
+        for listener in listeners:
+            server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)], options=options)
+            listener.add(server)
+            health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
+            if self.settings.reflection:
+                names = (*listener.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
+                reflection.enable_server_reflection(names, server)
+            address = f"{self.settings.host}:{listener.port}"
+            try:
+                port = server.add_insecure_port(address)
+            except RuntimeError:
+                port = 0
+            if port == 0:
+                raise StartError(
+                    f"cannot listen on {address} for {listener.name}: the port is taken or not allowed; "
+                    "stop what holds it or choose another"
+                )
+            listener.server, listener.port = server, port
+            for service in listener.services:
+                await self.health.set(service, _NOT_SERVING)
+            await server.start()
+            self.listeners.append(listener)
+        await self.health.set("", _SERVING)  # Liveness: the process answers, ready or not.
+
+    def serve_metrics(self) -> int:
+        """Starts the Prometheus endpoint and returns its port.
+
+        Raises:
+            StartError: the port is taken.
+        """
+        try:
+            server, _ = start_http_server(
+                self.settings.metrics_port, addr=self.settings.host, registry=self.metrics.registry
+            )
+        except OSError as error:
+            raise StartError(
+                f"cannot listen on {self.settings.host}:{self.settings.metrics_port} for metrics: {error.strerror}; "
+                "stop what holds it or choose another --metrics-port"
+            ) from error
+        return int(server.server_port)
+
+    async def set_serving(self, serving: bool) -> None:
+        """Turns readiness of all services on or off; liveness stays."""
+        for listener in self.listeners:
+            for service in listener.services:
+                await self.health.set(service, _SERVING if serving else _NOT_SERVING)
+
+    def stop(self, failure: str | None = None) -> None:
+        """Asks the service to end; with a ``failure`` it exits 1, so that a supervisor starts it again."""
+        self._failure = self._failure or failure
+        self._stop.set()
+
+    async def run(self) -> int:
+        """Serves until a signal or ``stop``; drains; returns the exit code."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._stop.set)
+        await self.set_serving(True)
+        ports = {f"{listener.name}_port": listener.port for listener in self.listeners}
+        log.info("ready", service=self.name, host=self.settings.host, **ports)
+        await self._stop.wait()
+        log.info("draining", service=self.name, grace_s=self.settings.grace_s, failure=self._failure)
+        await self.close(grace_s=0.0 if self._failure else self.settings.grace_s)
+        log.info("stopped", service=self.name)
+        return 1 if self._failure else 0
+
+    async def close(self, grace_s: float) -> None:
+        """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close."""
+        await self.health.enter_graceful_shutdown()
+        await asyncio.gather(*(x.server.stop(grace_s) for x in self.listeners if x.server is not None))
+
+
+@contextlib.asynccontextmanager
+async def stop_signals_during_start(runtime: ServiceRuntime) -> AsyncIterator[None]:
+    """A SIGTERM while a model loads ends the process at once instead of after the load."""
+    task = asyncio.current_task()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, lambda: task.cancel() if task is not None else None)
+    yield
+
+
+def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaitable[int]]) -> None:
+    """Entry of every service's main: logging, event loop, and errors of the start as one line with exit code 2."""
+    configure_logging(settings.log_level, settings.log_format)
+    code = 2
+    try:
+        code = _run_loop(serve)
+    except (StartError, ModelFolderError) as error:
+        sys.stderr.write(f"{name}: {error}\n")
+    except asyncio.CancelledError:
+        code = 130
+    sys.stderr.flush()
+    sys.exit(code)
+
+
+def _run_loop(serve: Callable[[], Awaitable[int]]) -> int:
+    async def main() -> int:
+        return await serve()
+
+    try:
+        import uvloop
+    except ImportError:  # Windows.
+        return asyncio.run(main())
+    result: Any = uvloop.run(main())
+    return int(result)

@@ -1,0 +1,72 @@
+"""Logs and metrics: events with units in their keys, Prometheus conventions."""
+
+from __future__ import annotations
+
+import logging
+import sys
+
+import structlog
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+# From a millisecond to ten minutes: an interactive score and a long generation share the scale.
+LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+
+
+def configure_logging(level: str, log_format: str) -> None:
+    """Structured logs on stderr, for our own events and those of the libraries below."""
+    console = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
+    renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
+    number = getattr(logging, level.upper())
+    structlog.configure(
+        processors=[
+            structlog.contextvars.merge_contextvars,
+            structlog.processors.add_log_level,
+            structlog.processors.TimeStamper(fmt="iso", utc=True),
+            structlog.processors.StackInfoRenderer(),
+            structlog.processors.format_exc_info,
+            renderer,
+        ],
+        wrapper_class=structlog.make_filtering_bound_logger(number),
+        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
+        cache_logger_on_first_use=False,
+    )
+    logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")
+
+
+class ServiceMetrics:
+    """Metrics that every service has, named ``quartet_<service>_...``, in a registry of their own."""
+
+    def __init__(self, service: str) -> None:
+        self.registry = CollectorRegistry()
+        prefix = f"quartet_{service}"
+        self.calls = Counter(
+            f"{prefix}_calls_total",
+            "Finished calls by method and status code",
+            ["method", "code"],
+            registry=self.registry,
+        )
+        self.call_seconds = Histogram(
+            f"{prefix}_call_seconds",
+            "Time from arrival of a call to its end",
+            ["method"],
+            buckets=LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.calls_in_flight = Gauge(f"{prefix}_calls_in_flight", "Calls being answered", registry=self.registry)
+        self.items = Counter(f"{prefix}_items_total", "Items answered by status", ["status"], registry=self.registry)
+        self.tokens = Counter(f"{prefix}_tokens_total", "Tokens by kind", ["kind"], registry=self.registry)
+        self.weights_version = Gauge(f"{prefix}_weights_version", "Version of the weights", registry=self.registry)
+        self.queue_tokens = Gauge(f"{prefix}_queue_tokens", "Tokens waiting for the model", registry=self.registry)
+        self.queue_oldest_seconds = Gauge(
+            f"{prefix}_queue_oldest_seconds", "Age of the oldest waiting item", registry=self.registry
+        )
+        self.batch_tokens = Histogram(
+            f"{prefix}_batch_tokens",
+            "Tokens of a model batch, padding included",
+            buckets=TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self.batch_seconds = Histogram(
+            f"{prefix}_batch_seconds", "Model time of a batch", buckets=LATENCY_BUCKETS_S, registry=self.registry
+        )
