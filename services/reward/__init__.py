@@ -1,0 +1,1 @@
+"""The reward service: scores responses with a reward model."""

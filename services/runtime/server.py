@@ -7,10 +7,9 @@ model is loaded, health says NOT_SERVING while it loads, and SERVING after the w
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -146,16 +145,6 @@ class ServiceRuntime:
         await asyncio.gather(*(x.server.stop(grace_s) for x in self.listeners if x.server is not None))
 
 
-@contextlib.asynccontextmanager
-async def stop_signals_during_start(runtime: ServiceRuntime) -> AsyncIterator[None]:
-    """A SIGTERM while a model loads ends the process at once instead of after the load."""
-    task = asyncio.current_task()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, lambda: task.cancel() if task is not None else None)
-    yield
-
-
 def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaitable[int]]) -> None:
     """Entry of every service's main: logging, event loop, and errors of the start as one line with exit code 2."""
     configure_logging(settings.log_level, settings.log_format)
@@ -164,7 +153,7 @@ def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaita
         code = _run_loop(serve)
     except (StartError, ModelFolderError) as error:
         sys.stderr.write(f"{name}: {error}\n")
-    except asyncio.CancelledError:
+    except KeyboardInterrupt:
         code = 130
     sys.stderr.flush()
     sys.exit(code)

@@ -1,0 +1,1 @@
+"""What the two forward-pass services (reward, reference) share and the runtime may not know: torch and transformers."""

@@ -1,0 +1,88 @@
+"""The life of a forward-pass service, from settings to exit code; and pieces of its servicers."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from pydantic import Field
+
+from quartet.common.v1 import common_pb2
+from quartet.settings import NonNegativeInt, PositiveInt
+from services.runtime.batcher import BatchLimits
+from services.runtime.config import ServiceSettings
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+
+_OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
+
+
+class ForwardSettings(ServiceSettings):
+    """Settings of a service that runs forward passes."""
+
+    max_batch_tokens: PositiveInt = Field(16384, description="most tokens of a model batch, padding included")
+    max_batch_items: PositiveInt = Field(256, description="most sequences of a model batch")
+    max_queued_tokens: PositiveInt = Field(
+        4_000_000, description="most tokens waiting; a request that would exceed it is refused whole"
+    )
+    threads: NonNegativeInt = Field(0, description="processor threads of the model; 0: as many as torch chooses")
+
+    @property
+    def batch_limits(self) -> BatchLimits:
+        """Budgets of the batcher; in deterministic mode every item is a batch of its own."""
+        return BatchLimits(
+            max_batch_tokens=self.max_batch_tokens,
+            max_batch_items=1 if self.deterministic else self.max_batch_items,
+            max_queued_tokens=self.max_queued_tokens,
+        )
+
+
+def ok() -> common_pb2.ItemStatus:
+    return _OK
+
+
+def invalid(reason: str) -> common_pb2.ItemStatus:
+    return common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_INVALID, reason=reason)
+
+
+def failed(reason: str, retryable: bool) -> common_pb2.ItemStatus:
+    if not retryable:
+        return invalid(reason)
+    return common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_RETRYABLE, reason=reason)
+
+
+def require_items(count: int) -> None:
+    """Refuses an empty batch."""
+    if count == 0:
+        raise InvalidArgumentError("items is empty: send at least one", field="items")
+
+
+def require_same_tokenizer(sent: str, ours: str) -> None:
+    """Refuses token ids of another tokenizer, and token ids that do not say whose they are."""
+    if not sent:
+        raise InvalidArgumentError(
+            "tokenizer_fingerprint is empty: token ids are accepted only with the fingerprint of the tokenizer that "
+            "made them (GetModelInfo tells this service's)",
+            field="tokenizer_fingerprint",
+        )
+    if sent != ours:
+        raise FailedPreconditionError(
+            f"tokenizer_fingerprint is {sent[:12]}..., this service's tokenizer is {ours[:12]}...: "
+            "the token ids mean something else here; send text instead",
+            field="tokenizer_fingerprint",
+        )
+
+
+class WorkClock:
+    """Measures when the model worked for a reply: from queueing to result."""
+
+    def __init__(self) -> None:
+        self.start_unix_ns = time.time_ns()
+
+    def stop(self) -> common_pb2.WorkInterval:
+        return common_pb2.WorkInterval(start_unix_ns=self.start_unix_ns, end_unix_ns=time.time_ns())
+
+
+def time_remaining_s(context: Any) -> float | None:
+    """Seconds until the client's deadline, None without one."""
+    remaining: float | None = context.time_remaining()
+    return remaining

@@ -1,0 +1,76 @@
+"""``quartet-reference``: hosts a frozen reference model."""
+
+from __future__ import annotations
+
+import asyncio
+
+from quartet.model_folder import find_model
+from quartet.reference.v1 import reference_pb2_grpc
+from services.reference.config import ReferenceSettings
+from services.runtime.batcher import Batcher
+from services.runtime.server import Listener, ServiceRuntime, run_service
+from services.runtime.telemetry import ServiceMetrics
+
+SERVICE = "quartet.reference.v1.ReferenceService"
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = ReferenceSettings.from_command_line(argv)
+    run_service(ReferenceSettings.command, settings, lambda: serve(settings))
+
+
+async def serve(settings: ReferenceSettings) -> int:
+    """Binds, loads, warms up, and serves until told to stop."""
+    # Before torch is imported, so that a wrong folder is refused at once.
+    folder = find_model(settings.model, revision=settings.revision)
+    from services.reference.servicer import ReferenceServicer
+
+    metrics = ServiceMetrics("reference")
+    servicer = ReferenceServicer(metrics)
+    runtime = ServiceRuntime(name="reference", settings=settings, metrics=metrics)
+    listener = Listener(
+        name="the reference service",
+        port=settings.port,
+        services=(SERVICE,),
+        add=lambda server: reference_pb2_grpc.add_ReferenceServiceServicer_to_server(servicer, server),
+    )
+    await runtime.bind(listener)
+    runtime.serve_metrics()
+
+    def load() -> None:
+        import torch
+
+        from services.hosting import model as hosting_model
+        from services.reference.logprobs import ReferenceItem, ReferenceModel
+        from services.reference.servicer import HostedReference
+
+        if settings.threads:
+            torch.set_num_threads(settings.threads)
+        hosting = hosting_model.choose_hosting(settings)
+        tokenizer = hosting_model.load_tokenizer(folder)
+        reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=settings.chunk_mib * 2**20)
+        reference.logprobs([ReferenceItem([0, 0, 0], 1, 1.0, True)])
+        servicer.hosted = HostedReference(
+            reference=reference,
+            model=hosting_model.describe(
+                model_id=settings.model,
+                folder=folder,
+                hosting=hosting,
+                tokenizer=tokenizer,
+                max_sequence_tokens=reference.max_sequence_tokens,
+                vocab_size=reference.vocab_size,
+                eos_token_ids=hosting_model.end_tokens(folder, reference.model.config, tokenizer),
+                deterministic=settings.deterministic,
+            ),
+            batcher=Batcher(reference.logprobs, limits=settings.batch_limits, metrics=metrics),
+        )
+
+    await asyncio.to_thread(load)
+    code = await runtime.run()
+    if servicer.hosted is not None:
+        await asyncio.to_thread(servicer.hosted.batcher.close)
+    return code
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,104 @@
+"""Protobuf to plain values and back for the reference service."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from quartet.common.v1 import common_pb2
+from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
+from services.hosting import serving
+from services.hosting.model import out_of_range
+from services.reference.logprobs import ReferenceItem, ReferenceModel, ReferenceResult
+from services.runtime.batcher import Batcher, ItemError
+from services.runtime.errors import InvalidArgumentError, UnavailableError
+from services.runtime.telemetry import ServiceMetrics
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedReference:
+    """The loaded reference model and what belongs to it."""
+
+    reference: ReferenceModel
+    model: common_pb2.ModelInfo
+    batcher: Batcher[ReferenceItem, ReferenceResult]
+
+
+class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
+    """Log-probabilities of batches; every item has a status of its own. ``hosted`` is None until a model is loaded."""
+
+    def __init__(self, metrics: ServiceMetrics) -> None:
+        self.metrics = metrics
+        self.hosted: HostedReference | None = None
+
+    def _hosted(self) -> HostedReference:
+        if self.hosted is None:
+            raise UnavailableError("the reference model is still loading; try again later")
+        return self.hosted
+
+    async def GetModelInfo(
+        self, request: reference_pb2.GetModelInfoRequest, context: Any
+    ) -> reference_pb2.GetModelInfoResponse:
+        return reference_pb2.GetModelInfoResponse(model=self._hosted().model)
+
+    async def LogProbs(self, request: reference_pb2.LogProbsRequest, context: Any) -> reference_pb2.LogProbsResponse:
+        hosted = self._hosted()
+        serving.require_items(len(request.items))
+        serving.require_same_tokenizer(request.tokenizer_fingerprint, hosted.model.served_by.tokenizer_fingerprint)
+        temperature = request.temperature if request.HasField("temperature") else 1.0
+        if not (math.isfinite(temperature) and temperature > 0):
+            raise InvalidArgumentError(
+                f"temperature is {temperature}, must be a finite number greater than 0", field="temperature"
+            )
+        prepared = [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items]
+        ready = [item for item in prepared if isinstance(item, ReferenceItem)]
+        clock = serving.WorkClock()
+        answers = iter(
+            await hosted.batcher.submit(
+                ready,
+                [len(item.token_ids) for item in ready],
+                time_remaining_s=serving.time_remaining_s(context),
+            )
+        )
+        work = clock.stop()
+        results = [
+            _result(next(answers))
+            if isinstance(item, ReferenceItem)
+            else reference_pb2.LogProbsResult(status=serving.invalid(item))
+            for item in prepared
+        ]
+        for result in results:
+            self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
+        self.metrics.tokens.labels("reference").inc(sum(len(item.token_ids) for item in ready))
+        return reference_pb2.LogProbsResponse(results=results, served_by=hosted.model.served_by, work=work)
+
+
+def _prepare(
+    hosted: HostedReference, item: reference_pb2.LogProbsItem, temperature: float, entropy: bool
+) -> ReferenceItem | str:
+    """One item ready for the model, or why it is refused."""
+    token_ids = list(item.token_ids)
+    if not token_ids:
+        return "token_ids is empty"
+    if not 1 <= item.response_start < len(token_ids):
+        return (
+            f"response_start is {item.response_start}, must lie in [1, {len(token_ids) - 1}]: "
+            "the first token has nothing before it to be predicted from, and the response must not be empty"
+        )
+    if (reason := out_of_range(token_ids, hosted.reference.vocab_size)) is not None:
+        return reason
+    limit = hosted.reference.max_sequence_tokens
+    if len(token_ids) > limit:
+        return f"token_ids has {len(token_ids)} tokens, the model takes {limit}"
+    return ReferenceItem(token_ids, item.response_start, temperature, entropy)
+
+
+def _result(result: ReferenceResult | ItemError) -> reference_pb2.LogProbsResult:
+    if isinstance(result, ItemError):
+        return reference_pb2.LogProbsResult(status=serving.failed(result.reason, result.retryable))
+    if not all(map(math.isfinite, result.logprobs)):
+        return reference_pb2.LogProbsResult(
+            status=serving.invalid("the model gives a log-probability that is not a finite number")
+        )
+    return reference_pb2.LogProbsResult(status=serving.ok(), logprobs=result.logprobs, entropies=result.entropies)
