@@ -2,6 +2,40 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 
 class TrainerError(Exception):
     """Base of everything the trainer raises on purpose. Its message is written for the person who started the run."""
+
+    exit_code: ClassVar[int] = 2
+
+
+class DataError(TrainerError):
+    """A file or a row can't be used; the message names the file, the line and the field."""
+
+
+class ModelError(TrainerError):
+    """A model can't be used for what it is asked to do."""
+
+
+class CheckpointError(TrainerError):
+    """A checkpoint can't be written, found or continued from."""
+
+
+class OutputError(TrainerError):
+    """The folder of the results can't be used."""
+
+
+class DivergedError(TrainerError):
+    """Training produced a number that is not finite, so going on would be senseless."""
+
+
+class CollapsedError(TrainerError):
+    """A reward model tells nothing apart: it gives every answer the same score."""
+
+
+class StoppedError(TrainerError):
+    """The run was asked to stop, has saved itself and can be resumed. 130 is the shell's code for Ctrl-C."""
+
+    exit_code: ClassVar[int] = 130

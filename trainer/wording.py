@@ -18,6 +18,15 @@ def number(value: float, digits: int = 3) -> str:
     return f"{value:,.{max(0, digits - 1 - magnitude)}f}"
 
 
+def brief(value: float) -> str:
+    """``number`` without the zeros at its end: for bounds and targets, which somebody set."""
+    text = number(value)
+    if isinstance(value, int) or "." not in text:
+        return text
+    mantissa, mark, exponent = text.partition("e")
+    return mantissa.rstrip("0").rstrip(".") + mark + exponent
+
+
 def fixed(value: float, decimals: int) -> str:
     """``value`` with so many decimals, without the minus of a value that rounds to zero."""
     text = f"{value:,.{decimals}f}"
@@ -39,7 +48,9 @@ def percent(share: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3.2 s, 42 s, 11 min 20 s, 3 h 05 min, 2 d 4 h."""
+    """31 ms, 3.2 s, 42 s, 11 min 20 s, 3 h 05 min, 2 d 4 h."""
+    if 0 < seconds < 0.9995:
+        return f"{1000 * seconds:.0f} ms"
     if seconds < 9.95:
         return f"{seconds:.1f} s"
     whole = round(seconds)

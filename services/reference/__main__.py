@@ -23,26 +23,22 @@ async def serve(settings: ReferenceSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     # Before torch is imported, so that a wrong folder is refused at once.
     folder = find_model(settings.model, revision=settings.revision)
-    from services.reference.servicer import ReferenceServicer
+    from services.reference.servicer import HostedReference, ReferenceServicer
 
     metrics = ServiceMetrics("reference")
     servicer = ReferenceServicer(metrics)
-    runtime = ServiceRuntime(name="reference", settings=settings, metrics=metrics)
     listener = Listener(
         name="the reference service",
         port=settings.port,
         services=(SERVICE,),
         add=lambda server: reference_pb2_grpc.add_ReferenceServiceServicer_to_server(servicer, server),
     )
-    await runtime.bind(listener)
-    runtime.serve_metrics()
 
-    def load() -> None:
+    def load() -> HostedReference:
         import torch
 
         from services.hosting import model as hosting_model
         from services.reference.logprobs import ReferenceItem, ReferenceModel
-        from services.reference.servicer import HostedReference
 
         if settings.threads:
             torch.set_num_threads(settings.threads)
@@ -50,7 +46,7 @@ async def serve(settings: ReferenceSettings) -> int:
         tokenizer = hosting_model.load_tokenizer(folder)
         reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=settings.chunk_mib * 2**20)
         reference.logprobs([ReferenceItem([0, 0, 0], 1, 1.0, True)])
-        servicer.hosted = HostedReference(
+        return HostedReference(
             reference=reference,
             model=hosting_model.describe(
                 model_id=settings.model,
@@ -65,10 +61,12 @@ async def serve(settings: ReferenceSettings) -> int:
             batcher=Batcher(reference.logprobs, limits=settings.batch_limits, metrics=metrics),
         )
 
-    await asyncio.to_thread(load)
-    code = await runtime.run()
-    if servicer.hosted is not None:
-        await asyncio.to_thread(servicer.hosted.batcher.close)
+    async with ServiceRuntime(name="reference", settings=settings, metrics=metrics) as runtime:
+        await runtime.bind(listener)
+        runtime.serve_metrics()
+        hosted = servicer.hosted = await asyncio.to_thread(load)
+        code = await runtime.run()
+    await asyncio.to_thread(hosted.batcher.close)
     return code
 
 

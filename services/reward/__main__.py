@@ -25,18 +25,17 @@ async def serve(settings: RewardSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     metrics = ServiceMetrics("reward")
     servicer = RewardServicer(metrics)
-    runtime = ServiceRuntime(name="reward", settings=settings, metrics=metrics)
     listener = Listener(
         name="the reward service",
         port=settings.port,
         services=(SERVICE,),
         add=lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server),
     )
-    await runtime.bind(listener)
-    runtime.serve_metrics()
-    hosted = await asyncio.to_thread(load, settings, metrics)
-    servicer.hosted = hosted
-    code = await runtime.run()
+    async with ServiceRuntime(name="reward", settings=settings, metrics=metrics) as runtime:
+        await runtime.bind(listener)
+        runtime.serve_metrics()
+        hosted = servicer.hosted = await asyncio.to_thread(load, settings, metrics)
+        code = await runtime.run()
     await asyncio.to_thread(hosted.batcher.close)
     return code
 

@@ -11,7 +11,7 @@ import signal
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import structlog
@@ -47,7 +47,7 @@ class Listener:
 
 
 class ServiceRuntime:
-    """Runs the listeners of one service until it is told to stop."""
+    """Runs the listeners of one service until it is told to stop. Leaving it as a context closes what is open."""
 
     def __init__(self, *, name: str, settings: ServiceSettings, metrics: ServiceMetrics) -> None:
         self.name = name
@@ -57,6 +57,12 @@ class ServiceRuntime:
         self.listeners: list[Listener] = []
         self._stop = asyncio.Event()
         self._failure: str | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self.close(grace_s=0.0)
 
     async def bind(self, *listeners: Listener) -> None:
         """Binds and starts the listeners, NOT_SERVING.
@@ -91,10 +97,10 @@ class ServiceRuntime:
                     "stop what holds it or choose another"
                 )
             listener.server, listener.port = server, port
+            self.listeners.append(listener)
             for service in listener.services:
                 await self.health.set(service, _NOT_SERVING)
             await server.start()
-            self.listeners.append(listener)
         await self.health.set("", _SERVING)  # Liveness: the process answers, ready or not.
 
     def serve_metrics(self) -> int:
@@ -141,8 +147,9 @@ class ServiceRuntime:
 
     async def close(self, grace_s: float) -> None:
         """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close."""
+        listeners, self.listeners = self.listeners, []
         await self.health.enter_graceful_shutdown()
-        await asyncio.gather(*(x.server.stop(grace_s) for x in self.listeners if x.server is not None))
+        await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
 
 
 def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaitable[int]]) -> None:

@@ -18,7 +18,7 @@ from rich.console import Console
 
 from trainer.errors import TrainerError
 from trainer.tracking import METRICS_FILE, RunTracker, TrackingError, read_metrics
-from trainer.wording import decimals_of_intervals, duration, fixed, number, percent
+from trainer.wording import brief, decimals_of_intervals, duration, fixed, number, percent
 
 WATCH = ("reward/score_mean", "kl/sequence_mean")
 
@@ -358,9 +358,18 @@ def test_numbers_are_written_to_three_digits_and_whole_ones_whole(value, text):
 
 
 @pytest.mark.parametrize(
+    ("value", "text"), [(20.0, "20"), (0.3, "0.3"), (0.0566, "0.0566"), (1e-5, "1e-5"), (1200.0, "1,200"), (0.0, "0")]
+)
+def test_bounds_are_written_without_trailing_zeros(value, text):
+    assert brief(value) == text
+
+
+@pytest.mark.parametrize(
     ("seconds", "text"),
     [
-        (0.04, "0.0 s"),
+        (0, "0.0 s"),
+        (0.04, "40 ms"),
+        (0.9996, "1.0 s"),
         (9.94, "9.9 s"),
         (9.96, "10 s"),
         (59.7, "1 min 00 s"),
