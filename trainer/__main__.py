@@ -1,0 +1,105 @@
+"""``quartet-train``: one command for every stage. Settings are read before anything heavy is imported."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from quartet.model_folder import ModelFolderError
+from quartet.settings import Settings
+from trainer.errors import TrainerError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A stage: its one line of help, and where its settings and its main function are (``module:name``)."""
+
+    summary: str
+    settings: str
+    main: str
+
+
+COMMANDS = {
+    "helpdesk": Command(
+        summary="write the demonstration corpus: courteous and curt answers of a help desk",
+        settings="trainer.config:HelpdeskSettings",
+        main="trainer.helpdesk:main",
+    ),
+    "init": Command(
+        summary="make a small model with random weights and a tokenizer for your texts",
+        settings="trainer.config:InitSettings",
+        main="trainer.init_model:main",
+    ),
+    "sft": Command(
+        summary="fine-tune a model on demonstrations",
+        settings="trainer.config:SftSettings",
+        main="trainer.sft:main",
+    ),
+    "reward": Command(
+        summary="train a reward model on preferences",
+        settings="trainer.config:RewardSettings",
+        main="trainer.reward_model:main",
+    ),
+    "ppo": Command(
+        summary="train a policy by PPO against the running services",
+        settings="trainer.ppo_config:PPOSettings",
+        main="trainer.ppo:main",
+    ),
+    "evaluate": Command(
+        summary="compare policies on held-out prompts by their rewards",
+        settings="trainer.ppo_config:EvaluateSettings",
+        main="trainer.evaluate:main",
+    ),
+}
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Runs the stage named first; exits with 2 and one clear message where it was given something wrong."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        sys.stdout.write(_usage())
+        return
+    name = arguments.pop(0)
+    if name not in COMMANDS:
+        sys.stderr.write(f"quartet-train: there is no command {name!r}; there are {', '.join(COMMANDS)}\n")
+        sys.exit(2)
+    command = COMMANDS[name]
+    settings_class: type[Settings] = _load(command.settings)
+    settings = settings_class.from_command_line(arguments)
+    try:
+        run: Callable[[Any], None] = _load(command.main)
+        run(settings)
+    except (TrainerError, ModelFolderError) as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"quartet-train {name}: {line}\n")
+        sys.exit(getattr(error, "exit_code", 2))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"quartet-train {name}: interrupted\n")
+        sys.exit(130)
+
+
+def _usage() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            "usage: quartet-train COMMAND [OPTIONS]",
+            "",
+            *lines,
+            "",
+            "quartet-train COMMAND --help lists its options.",
+            "",
+        ]
+    )
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(importlib.import_module(module), name)
+
+
+if __name__ == "__main__":
+    main()

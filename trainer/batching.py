@@ -1,0 +1,122 @@
+"""Which rows form a batch, in which order, and how they become tensors. All of it follows from seed and position.
+
+Shapes: B sequences, S tokens of prompt and response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quartet.fingerprint import derive_seed
+from trainer.encoding import Ids
+
+# Sequences of so many batches are sorted by length together: long enough that batches are even, short enough that
+# their order stays random.
+_SORTED_BATCHES = 32
+
+
+def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: each row once, rows of like length together, batches in random order.
+
+    The last rows that fill no batch form a smaller one.
+
+    Args:
+        lengths: tokens of each row.
+        batch_size: rows a batch.
+        seed, epoch: all that the order depends on.
+    """
+    random = np.random.default_rng(derive_seed("epoch", seed, epoch))
+    order = random.permutation(len(lengths))
+    whole, rest = divmod(len(order), batch_size)
+    batches: list[list[int]] = []
+    for start in range(0, whole * batch_size, _SORTED_BATCHES * batch_size):
+        pool = order[start : min(start + _SORTED_BATCHES * batch_size, whole * batch_size)]
+        pool = np.array(sorted(pool, key=lambda row: (lengths[row], row)))
+        batches += [pool[at : at + batch_size].tolist() for at in range(0, len(pool), batch_size)]
+    if rest:
+        batches.append(order[whole * batch_size :].tolist())
+    return [batches[index] for index in random.permutation(len(batches))]
+
+
+class BatchPlan:
+    """The batches of a run, by step: a pure function of seed and step, so a step number is the data's position."""
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
+        self._lengths = lengths
+        self._batch_size = batch_size
+        self._seed = seed
+        self._epoch = -1
+        self._batches: list[list[int]] = []
+        self.steps_per_epoch = -(-len(lengths) // batch_size)
+
+    def rows(self, step: int) -> list[int]:
+        """The rows of ``step``, counted from 0 through all epochs."""
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._batches = epoch_batches(self._lengths, self._batch_size, seed=self._seed, epoch=epoch)
+            self._epoch = epoch
+        return self._batches[at]
+
+
+class RowStream:
+    """Rows in random order without end: one permutation after the other, so each row comes once before any repeats.
+
+    ``position``, the number of rows drawn so far, is all that a checkpoint needs; set it to go on from there.
+    """
+
+    def __init__(self, count: int, *, seed: int) -> None:
+        if count < 1:
+            raise ValueError(f"count is {count}: a stream needs at least 1 row")
+        self._count = count
+        self._seed = seed
+        self._epoch = -1
+        self._order: list[int] = []
+        self.position = 0
+
+    def draw(self, number: int) -> list[int]:
+        """The next ``number`` rows; across the end of an epoch the next permutation follows."""
+        drawn = []
+        for position in range(self.position, self.position + number):
+            epoch, at = divmod(position, self._count)
+            if epoch != self._epoch:
+                random = np.random.default_rng(derive_seed("stream", self._seed, epoch))
+                self._order = random.permutation(self._count).tolist()
+                self._epoch = epoch
+            drawn.append(self._order[at])
+        self.position += number
+        return drawn
+
+
+def micro_batches(lengths: Sequence[int], max_padded_tokens: int) -> list[list[int]]:
+    """Cuts a batch into parts of at most ``max_padded_tokens`` tokens, padding counted, sorted by length.
+
+    A sequence that is longer by itself forms a part of its own. Indices refer to ``lengths``.
+    """
+    parts: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        # Longest first, so the first of a part is what its others are padded to.
+        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= max_padded_tokens:
+            parts[-1].append(index)
+        else:
+            parts.append([index])
+    return parts
+
+
+def pad_right(sequences: Sequence[Ids | Sequence[int]], pad_id: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Token ids (B, S) int64 padded on the right, and their mask (B, S), True on real tokens."""
+    lengths = [len(sequence) for sequence in sequences]
+    ids = np.full((len(sequences), max(lengths)), pad_id, dtype=np.int64)
+    for row, sequence in enumerate(sequences):
+        ids[row, : lengths[row]] = sequence
+    mask_BS = torch.arange(ids.shape[1])[None, :] < torch.tensor(lengths)[:, None]
+    return torch.from_numpy(ids).to(device), mask_BS.to(device)
+
+
+def response_mask(mask_BS: Tensor, prompt_tokens: Sequence[int]) -> Tensor:
+    """(B, S) True on real response tokens that something stands before: the very first token has no prediction."""
+    starts_B = torch.tensor([max(1, tokens) for tokens in prompt_tokens], device=mask_BS.device)
+    return mask_BS & (torch.arange(mask_BS.shape[1], device=mask_BS.device)[None, :] >= starts_B[:, None])

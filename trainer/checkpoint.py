@@ -1,0 +1,260 @@
+"""Checkpoints: everything that decides a run's future, written whole or not at all.
+
+A checkpoint is a folder ``checkpoint-000123``:
+
+    state.json            step, what the stage keeps (settings, counters, controllers), and the size of every other file
+    NAME.safetensors      one file a module
+    optimiser-NAME.pt     one file an optimiser, read back with weights_only
+    tensors.safetensors   what else the stage keeps as tensors
+    rng.pt                states of Python's, numpy's and torch's random numbers
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+import re
+import signal
+import sys
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.errors import CheckpointError, StoppedError
+from trainer.files import remove_folder, replace_folder
+
+_NAME = re.compile(r"checkpoint-(\d{6,})")
+_STATE = "state.json"
+_RNG = "rng.pt"
+_TENSORS = "tensors.safetensors"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Restored:
+    """What a checkpoint says besides modules, optimisers and random numbers, which are restored in place."""
+
+    step: int
+    state: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"checkpoint-{step:06d}"
+
+
+def save_checkpoint(
+    folder: Path,
+    *,
+    step: int,
+    modules: Mapping[str, nn.Module],
+    optimisers: Mapping[str, Optimizer],
+    state: Mapping[str, Any],
+    tensors: Mapping[str, Tensor] | None = None,
+    keep: int = 2,
+) -> Path:
+    """Writes ``folder``/checkpoint-STEP and removes all but the ``keep`` newest.
+
+    Args:
+        folder: where the run's checkpoints stand.
+        step: steps done.
+        modules: by name; parameters (tied ones once) and persistent buffers are kept.
+        optimisers: by name.
+        state: JSON values.
+        tensors: further tensors, such as rollouts in flight.
+        keep: at least 1.
+
+    Returns:
+        Its path.
+
+    Raises:
+        CheckpointError: it can't be written; the older ones are untouched.
+    """
+    path = checkpoint_path(folder, step)
+    try:
+        with replace_folder(path) as partial:
+            for name, module in modules.items():
+                safetensors.torch.save_file(
+                    {key: tensor.detach().contiguous() for key, tensor in _own_tensors(module).items()},
+                    partial / f"{name}.safetensors",
+                )
+            for name, optimiser in optimisers.items():
+                torch.save(optimiser.state_dict(), partial / f"optimiser-{name}.pt")
+            safetensors.torch.save_file(
+                {name: tensor.detach().clone().contiguous() for name, tensor in (tensors or {}).items()},
+                partial / _TENSORS,
+            )
+            torch.save(_random_state(), partial / _RNG)
+            sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
+            content = {"step": step, "state": dict(state), "files": sizes}
+            (partial / _STATE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+        for old in [path for _, path in _whole(folder)][: -max(1, keep)]:
+            remove_folder(old)
+    except OSError as error:
+        raise CheckpointError(f"{path} can't be written: {error}") from error
+    return path
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The newest whole checkpoint; one that is not whole (a copy that broke off) is passed over and named on stderr."""
+    whole = _whole(folder)
+    return whole[-1][1] if whole else None
+
+
+def load_checkpoint(path: Path, *, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer]) -> Restored:
+    """Restores modules, optimisers and random numbers in place.
+
+    Raises:
+        CheckpointError: it is not whole, or doesn't belong to these modules.
+    """
+    if (problem := _damage(path)) is not None:
+        raise CheckpointError(f"{path}: {problem}")
+    try:
+        content = json.loads((path / _STATE).read_text())
+        for name, module in modules.items():
+            _restore(path / f"{name}.safetensors", module)
+        for name, optimiser in optimisers.items():
+            # map_location="cpu": load_state_dict moves each state to its parameter's device.
+            file = path / f"optimiser-{name}.pt"
+            optimiser.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+        tensors = safetensors.torch.load_file(path / _TENSORS)
+        _set_random_state(torch.load(path / _RNG, map_location="cpu", weights_only=True))
+    except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
+        raise CheckpointError(f"{path} can't be continued from: {error}") from error
+    return Restored(step=content["step"], state=content["state"], tensors=tensors)
+
+
+def read_state(path: Path) -> Restored:
+    """Step and state alone, before any model is built.
+
+    Raises:
+        CheckpointError: it is not whole.
+    """
+    if (problem := _damage(path)) is not None:
+        raise CheckpointError(f"{path}: {problem}")
+    content = json.loads((path / _STATE).read_text())
+    return Restored(step=content["step"], state=content["state"], tensors={})
+
+
+def _whole(folder: Path) -> list[tuple[int, Path]]:
+    """Step and path of each whole checkpoint, oldest first."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if match := _NAME.fullmatch(path.name):
+            if (problem := _damage(path)) is None:
+                found.append((int(match[1]), path))
+            else:
+                sys.stderr.write(f"passing over {path}: {problem}\n")
+    return sorted(found)
+
+
+def _damage(path: Path) -> str | None:
+    """Why it is no whole checkpoint, or None."""
+    if not path.is_dir():
+        return "there is no such checkpoint"
+    try:
+        sizes = json.loads((path / _STATE).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"it has no readable {_STATE}, so it was not written to its end"
+    for name, size in sizes.items():
+        file = path / name
+        if not file.is_file() or file.stat().st_size != size:
+            return f"{name} is missing or not of its {size} bytes, so the checkpoint is not whole"
+    return None
+
+
+def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """Parameters, tied ones once, and persistent buffers."""
+    parameters = dict(module.named_parameters())
+    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - set(parameters)
+    state = module.state_dict()
+    return {name: tensor for name, tensor in state.items() if name not in tied}
+
+
+@torch.no_grad()
+def _restore(file: Path, module: nn.Module) -> None:
+    kept = safetensors.torch.load_file(file)
+    own = _own_tensors(module)
+    if set(kept) != set(own):
+        odd = sorted(set(kept) ^ set(own))
+        raise ValueError(f"{file.name} holds other tensors than the model, such as {odd[0]}")
+    for name, tensor in own.items():
+        if tensor.shape != kept[name].shape or tensor.dtype != kept[name].dtype:
+            raise ValueError(
+                f"{file.name}: {name} is {tuple(kept[name].shape)} {kept[name].dtype}, "
+                f"the model's is {tuple(tensor.shape)} {tensor.dtype}"
+            )
+        tensor.copy_(kept[name])
+
+
+def _random_state() -> dict[str, Any]:
+    version, words, gauss = random.getstate()
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "python": [version, list(words), gauss],
+        "numpy": [kind, [int(key) for key in keys], int(position), int(has_gauss), float(cached)],
+        "torch": torch.get_rng_state(),
+        "cuda": torch.cuda.get_rng_state_all() if torch.cuda.is_available() else [],
+    }
+
+
+def _set_random_state(state: Mapping[str, Any]) -> None:
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(words), gauss))
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((kind, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(state["torch"])
+    if torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
+        torch.cuda.set_rng_state_all(state["cuda"])
+
+
+class StopRequest:
+    """Whether someone asked the run to stop, by Ctrl-C or SIGTERM."""
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+
+    @property
+    def requested(self) -> bool:
+        return self.signal is not None
+
+    def stopped(self, *, step: int, total_steps: int, checkpoint: Path) -> StoppedError:
+        """The error to raise once the run has saved itself; its message says how to go on."""
+        return StoppedError(
+            f"stopped after step {step} of {total_steps}, as asked; saved in {checkpoint}. "
+            "To go on, give the same command again with --resume"
+        )
+
+
+@contextlib.contextmanager
+def stop_on_signal() -> Iterator[StopRequest]:
+    """Turns the first Ctrl-C or SIGTERM into a request that the loop looks at after each step; the second ends at once.
+
+    Only the main thread can be told of signals: elsewhere nothing is ever requested.
+    """
+    request = StopRequest()
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if request.requested:
+            raise KeyboardInterrupt
+        request.signal = signal.Signals(number)
+        sys.stderr.write("\nstopping: this step is finished and saved first (once more to quit at once)\n")
+
+    previous = {}
+    try:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            with contextlib.suppress(ValueError):
+                previous[number] = signal.signal(number, on_signal)
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,138 @@
+"""Settings of the stages before PPO. Nothing here imports torch: a wrong flag is refused at once."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from quartet.settings import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UnitFloat,
+)
+from trainer.encoding import Truncation
+
+# Sets some of the rows apart, but never all.
+HeldOutFraction = Annotated[UnitFloat, Field(lt=1)]
+Smoothing = Annotated[NonNegativeFloat, Field(lt=0.5)]
+Dropout = Annotated[UnitFloat, Field(lt=1)]
+
+_OUTPUT = "folder of the run: the model in OUTPUT/model, figures in metrics.jsonl and evaluation.json, checkpoints"
+
+
+class TrainingSettings(Settings):
+    """What supervised stages have in common."""
+
+    model: str = Field(description="model to start from: a Hugging Face folder or hub id")
+    data: tuple[str, ...] = Field(description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1)
+    output: Path = Field(description=_OUTPUT)
+    eval_data: tuple[str, ...] = Field((), description="held-out rows, as data; without it some of data are set apart")
+    held_out_fraction: HeldOutFraction = Field(0.1, description="share of data's rows that is set apart, by prompt")
+    split_by: str | None = Field(None, description="field whose values, instead of prompts, are kept together")
+    max_tokens: PositiveInt | None = Field(None, description="longest sequence, end token included; the model's own")
+    truncation: Truncation = Field("refuse", description="of longer rows: refuse them, cut left or cut right")
+    epochs: PositiveInt = Field(1, description="passes over the rows")
+    max_steps: PositiveInt | None = Field(None, description="stop after so many optimiser steps")
+    batch_size: PositiveInt = Field(64, description="rows an optimiser step")
+    micro_batch_tokens: PositiveInt = Field(16384, description="tokens at once on the device, padding included")
+    learning_rate: PositiveFloat = Field(description="peak of the learning rate")
+    warmup_fraction: UnitFloat = Field(0.03, description="share of the steps over which the learning rate rises")
+    weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, of matrices alone: not of biases and norms")
+    max_grad_norm: PositiveFloat = Field(1.0, description="the gradient is scaled down to this norm")
+    dropout: Dropout = Field(0.0, description="probability, in training; evaluation and PPO run without")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
+    )
+    seed: NonNegativeInt = Field(0, description="of the split, the order of rows, dropout and new weights")
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations on held-out rows; 0: at the end alone")
+    save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: when stopped alone")
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT")
+
+    @property
+    def decisive(self) -> dict[str, object]:
+        """The settings that decide the result: a resumed run must have the same."""
+        free = {"output", "eval_every", "save_every", "keep_checkpoints", "resume"}
+        return self.model_dump(mode="json", exclude=free)
+
+
+class SftSettings(TrainingSettings):
+    """Supervised fine-tuning on demonstrations: the loss is on the responses alone, a mean over their tokens."""
+
+    command: ClassVar[str] = "quartet-train sft"
+
+    held_out_fraction: HeldOutFraction = Field(0.05, description="share of data's rows that is set apart, by prompt")
+    learning_rate: PositiveFloat = Field(2e-5, description="peak of the learning rate; TRL's default")
+    chat_template: Path | None = Field(None, description="Jinja file: chat template to give the tokenizer")
+
+
+class RewardSettings(TrainingSettings):
+    """A reward model by Bradley-Terry from preferences, evaluated beside TF-IDF and length alone."""
+
+    command: ClassVar[str] = "quartet-train reward"
+
+    learning_rate: PositiveFloat = Field(9e-6, description="peak of the learning rate; OpenRLHF's default")
+    label_smoothing: Smoothing = Field(0.0, description="share of preferences believed to be the wrong way round")
+    robust: bool = Field(False, description="label smoothing in its unbiased form")
+    margin: NonNegativeFloat = Field(0.0, description="by how much the preferred answer should win")
+    centering: NonNegativeFloat = Field(0.0, description="weight of the squared sum of both scores; .01 is usual")
+    score_l2: NonNegativeFloat = Field(0.0, description="weight of the mean squared score; .001 is usual")
+    weight_clip: PositiveFloat | None = Field(None, description="every weight is kept within this of 0")
+    calibrate_on: str = Field(
+        "chosen",
+        description="where mean and std of the scores come from: chosen (answers of the training rows), "
+        "a file or hub name of demonstrations, or none",
+    )
+    baselines: bool = Field(True, description="train TF-IDF and length baselines on the same rows, for comparison")
+
+    @model_validator(mode="after")
+    def _has_held_out_rows(self) -> Self:
+        if not self.eval_data and self.held_out_fraction == 0:
+            raise ValueError("a reward model is never trained unevaluated: give --eval-data or a --held-out-fraction")
+        return self
+
+
+class InitSettings(Settings):
+    """A small Llama with random weights and a byte-level BPE tokenizer trained on the data named."""
+
+    command: ClassVar[str] = "quartet-train init"
+
+    data: tuple[str, ...] = Field(
+        description="files or hub names whose texts the tokenizer is trained on", min_length=1
+    )
+    output: Path = Field(description="model folder to write")
+    vocab_size: Annotated[int, Field(ge=300)] = Field(1024, description="tokens, special ones included")
+    hidden_size: PositiveInt = Field(128, description="width")
+    layers: PositiveInt = Field(3, description="decoder layers")
+    heads: PositiveInt = Field(4, description="attention heads; vLLM takes widths of 32, 64, 80, 96, 112, 128 a head")
+    intermediate_size: PositiveInt | None = Field(
+        None, description="width of the feed-forward part; default 3 x hidden"
+    )
+    max_positions: PositiveInt = Field(512, description="longest sequence in tokens")
+    tie_embeddings: bool = Field(True, description="one matrix for input and output embeddings")
+    seed: NonNegativeInt = Field(0, description="of the weights")
+
+    @model_validator(mode="after")
+    def _heads_divide_width(self) -> Self:
+        if self.hidden_size % self.heads or (self.hidden_size // self.heads) % 2:
+            raise ValueError(
+                f"--hidden-size is {self.hidden_size} and --heads {self.heads}: each head must have an even whole width"
+            )
+        return self
+
+
+class HelpdeskSettings(Settings):
+    """Writes the demonstration corpus: questions to a help desk with courteous and curt answers."""
+
+    command: ClassVar[str] = "quartet-train helpdesk"
+
+    output: Path = Field(description="folder for the five files")
+    demonstrations: PositiveInt = Field(6000, description="rows of sft.jsonl, about half of them courteous")
+    preferences: PositiveInt = Field(3000, description="rows of preferences.jsonl")
+    held_out: PositiveInt = Field(300, description="rows of each held-out file")
+    seed: NonNegativeInt = Field(0, description="of everything drawn")

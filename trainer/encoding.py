@@ -1,0 +1,154 @@
+"""From rows to token ids, the same way in training and in the services.
+
+Prompt and response are encoded apart, without special tokens, and joined; the end token closes the response.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import numpy.typing as npt
+
+from trainer.data import Demonstration, Preference, Prompt, PromptRow, Row
+from trainer.errors import DataError, ModelError
+
+Ids = npt.NDArray[np.int32]
+
+# How many of the rows that don't fit a message names.
+_NAMED_ROWS = 5
+
+
+# What happens to sequences that are too long.
+#   refuse: they stop the run, with file and line.
+#   left: the beginning goes, so the end of the response is always seen; as the reward service does it.
+#   right: the end goes, and with it the end token, as in a response that was cut off.
+Truncation = Literal["refuse", "left", "right"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedResponse:
+    """Token ids of prompt and response, where the response begins, and whether anything was cut off."""
+
+    ids: Ids
+    prompt_tokens: int
+    truncated: bool
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedPreference:
+    """Both answers to one prompt, each with the prompt before it."""
+
+    chosen: EncodedResponse
+    rejected: EncodedResponse
+
+    def __len__(self) -> int:
+        """Tokens of the longer one, which is what it is padded to."""
+        return max(len(self.chosen), len(self.rejected))
+
+
+class Encoder:
+    """Encodes rows of at most ``max_tokens`` tokens, prompt, response and end token together."""
+
+    def __init__(self, tokenizer: Any, *, max_tokens: int, truncation: Truncation = "refuse") -> None:
+        """
+        Raises:
+            ModelError: the tokenizer has no end token.
+        """
+        if tokenizer.eos_token_id is None:
+            raise ModelError("the tokenizer has no end token (eos_token), so no response could ever end; give it one")
+        self._tokenizer = tokenizer
+        self._end_id = int(tokenizer.eos_token_id)
+        self._max_tokens = max_tokens
+        self._truncation = truncation
+
+    def prompts(self, rows: Sequence[PromptRow]) -> list[Ids]:
+        """Token ids of each prompt, at least one. With truncation ``left`` or ``right`` the beginning or the end goes.
+
+        Raises:
+            DataError: prompts are too long, have no token, or need a chat template where there is none.
+        """
+        encoded = self._encode([self._prompt_text(row.prompt, row.where) for row in rows])
+        for row, ids in zip(rows, encoded, strict=True):
+            if len(ids) == 0:
+                raise DataError(f"{row.where}: field 'prompt' has no tokens: there is nothing to answer")
+        self._refuse_long([(row, len(ids)) for row, ids in zip(rows, encoded, strict=True)], "prompt")
+        return [self._cut(ids) for ids in encoded]
+
+    def demonstrations(self, rows: Sequence[Demonstration]) -> list[EncodedResponse]:
+        """Prompt and completion of each row.
+
+        Raises:
+            DataError: rows are too long, or need a chat template where there is none.
+        """
+        return self._responses(rows, [row.completion for row in rows], "prompt and completion")
+
+    def preferences(self, rows: Sequence[Preference]) -> list[EncodedPreference]:
+        """Both answers of each row.
+
+        Raises:
+            DataError: rows are too long, or need a chat template where there is none.
+        """
+        chosen = self._responses(rows, [row.chosen for row in rows], "prompt and chosen")
+        rejected = self._responses(rows, [row.rejected for row in rows], "prompt and rejected")
+        return [EncodedPreference(chosen=c, rejected=r) for c, r in zip(chosen, rejected, strict=True)]
+
+    def _responses(self, rows: Sequence[Row], responses: Sequence[str], what: str) -> list[EncodedResponse]:
+        prompts = self._encode([self._prompt_text(row.prompt, row.where) for row in rows])
+        answers = self._encode(responses)
+        whole = [
+            (prompt, np.concatenate([prompt, answer, np.array([self._end_id], dtype=np.int32)]))
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        self._refuse_long([(row, len(ids)) for row, (_, ids) in zip(rows, whole, strict=True)], what)
+        encoded = []
+        for row, (prompt, ids) in zip(rows, whole, strict=True):
+            excess = max(0, len(ids) - self._max_tokens)
+            prompt_tokens = max(0, len(prompt) - excess) if self._truncation == "left" else len(prompt)
+            if prompt_tokens >= self._max_tokens:
+                raise DataError(
+                    f"{row.where}: the prompt alone has {len(prompt)} tokens of the {self._max_tokens} allowed, so "
+                    "truncation right would leave nothing of the response"
+                )
+            encoded.append(
+                EncodedResponse(ids=self._cut(ids), prompt_tokens=prompt_tokens, truncated=len(ids) > self._max_tokens)
+            )
+        return encoded
+
+    def _cut(self, ids: Ids) -> Ids:
+        return ids[-self._max_tokens :] if self._truncation == "left" else ids[: self._max_tokens]
+
+    def _encode(self, texts: Sequence[str]) -> list[Ids]:
+        if not texts:
+            return []
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        return [np.array(ids, dtype=np.int32) for ids in encoded]
+
+    def _prompt_text(self, prompt: Prompt, where: str) -> str:
+        if isinstance(prompt, str):
+            return prompt
+        if not self._tokenizer.chat_template:
+            raise DataError(
+                f"{where}: the prompt is chat messages, but the model's tokenizer has no chat template; "
+                "give it one (quartet-train sft takes --chat-template FILE)"
+            )
+        text: str = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        return text
+
+    def _refuse_long(self, lengths: Sequence[tuple[Row, int]], what: str) -> None:
+        if self._truncation != "refuse":
+            return
+        long = [(row, length) for row, length in lengths if length > self._max_tokens]
+        if long:
+            named = "; ".join(f"{row.where} ({length} tokens)" for row, length in long[:_NAMED_ROWS])
+            more = f"; and {len(long) - _NAMED_ROWS} more" if len(long) > _NAMED_ROWS else ""
+            raise DataError(
+                f"{len(long)} of {len(lengths)} rows have more than {self._max_tokens} tokens of {what}: {named}"
+                f"{more}. "
+                "Shorten them, raise --max-tokens if the model allows, or choose --truncation left or right"
+            )

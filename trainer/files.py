@@ -1,0 +1,54 @@
+"""Folders that appear whole or not at all, whenever the power goes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """Gives an empty folder beside ``folder`` to fill, which then takes its name and place.
+
+    After an exception the old folder, if there was one, is as it was. Only when one is replaced is there a moment in
+    which neither stands there; the old one is then still beside it under a name ending in ``.old``.
+    """
+    folder = folder.absolute()
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    partial = folder.with_name(f".{folder.name}.partial")
+    remove_folder(partial)
+    partial.mkdir()
+    try:
+        yield partial
+    except BaseException:
+        remove_folder(partial)
+        raise
+    for path in [*partial.rglob("*"), partial]:
+        _sync(path)
+    old = folder.with_name(f".{folder.name}.old")
+    remove_folder(old)
+    if folder.exists():
+        folder.rename(old)
+    partial.rename(folder)
+    _sync(folder.parent)
+    remove_folder(old)
+
+
+def remove_folder(folder: Path) -> None:
+    """Removes ``folder`` and what is in it; renamed first, so that a kill leaves no half of it under its name."""
+    if folder.exists():
+        doomed = folder.with_name(f".{folder.name.lstrip('.')}.removed")
+        shutil.rmtree(doomed, ignore_errors=True)
+        folder.rename(doomed)
+        shutil.rmtree(doomed)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,466 @@
+"""The trainer's models: loading, forward passes, saving as plain Hugging Face folders.
+
+Shapes: B sequences, S tokens of prompt and response, D hidden size, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.modeling_utils import remove_tied_weights_from_state_dict
+
+from quartet.model_folder import find_model, read_metadata, write_metadata
+from trainer.errors import ModelError
+from trainer.files import replace_folder
+from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
+
+# Where a configuration says how long a sequence may be.
+_LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
+# Unused tokens of well-known vocabularies that are meant for padding.
+_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
+_ADDED_PAD_TOKEN = "<|pad|>"
+# Bytes of logits that exist at once: what stays in a processor's cache, and what a GPU needs to be busy.
+_LOGIT_BYTES = {"cpu": 2**20, "cuda": 2**28}
+# Largest difference between a model's own logits and hidden states times output weights that is rounding.
+_HEAD_TOLERANCE = 1e-3
+
+HeadInit = Literal["zero", "normal", "reward"]
+
+
+# Loading -----------------------------------------------------------------------------------------------------------
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The model's tokenizer, with a pad token that is not the end token; one is added where there is none.
+
+    ``load_policy`` and ``load_reward_model`` with this tokenizer grow the embeddings to fit.
+
+    Raises:
+        ModelError: it doesn't load or has no end token.
+    """
+    try:
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"model {str(folder)!r}: its tokenizer does not load: {error}") from error
+    if tokenizer.eos_token_id is None:
+        raise ModelError(f"model {str(folder)!r}: its tokenizer has no end token (eos_token), so no response could end")
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
+        # Were they one, a mask made from ids would hide the real end of every response.
+        vocabulary = tokenizer.get_vocab()
+        known = [token for token in _PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
+        tokenizer.add_special_tokens({"pad_token": known[0] if known else _ADDED_PAD_TOKEN})
+    return tokenizer
+
+
+def load_policy(model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch.float32) -> Any:
+    """A causal language model in train mode without dropout, on the CPU, its embeddings fitting ``tokenizer``.
+
+    Raises:
+        ModelFolderError: there is no such model.
+        ModelError: it doesn't load as a causal language model, or its checkpoint lacks weights.
+    """
+    folder = find_model(str(model))
+    policy, missing = _from_pretrained(transformers.AutoModelForCausalLM, folder, dtype=dtype)
+    if missing:
+        raise ModelError(
+            f"model {str(folder)!r} is not a whole causal language model: its checkpoint lacks {', '.join(missing[:3])}"
+        )
+    _fit(policy, tokenizer)
+    if policy.generation_config is not None:
+        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+        if policy.generation_config.eos_token_id is None:
+            policy.generation_config.eos_token_id = tokenizer.eos_token_id
+    disable_dropout(policy)
+    return policy.train()
+
+
+def load_reward_model(
+    model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch.float32, new_head_seed: int | None = None
+) -> Any:
+    """A sequence classifier with one label in train mode without dropout, with a float32 head, on the CPU.
+
+    Args:
+        model: folder or hub id of a reward model, or of a causal language model whose body it starts from.
+        tokenizer: of ``load_tokenizer``.
+        dtype: of the body.
+        new_head_seed: for the head of a model that has none yet, drawn from N(0, 1 / (D + 1)); None refuses such.
+
+    Raises:
+        ModelFolderError: there is no such model.
+        ModelError: it doesn't load as a decoder with one label, or its checkpoint lacks weights.
+    """
+    folder = find_model(str(model))
+    reward_model, missing = _from_pretrained(
+        transformers.AutoModelForSequenceClassification, folder, dtype=dtype, num_labels=1
+    )
+    head = getattr(reward_model, "score", None)
+    if not isinstance(head, nn.Linear):
+        raise ModelError(
+            f"model {str(folder)!r} is a {type(reward_model).__name__}: reward models are trained from decoders, whose "
+            "classifier is a linear layer named 'score'"
+        )
+    new_head = "score.weight" in missing
+    body_missing = [name for name in missing if not name.startswith("score.")]
+    if body_missing or (new_head and new_head_seed is None):
+        lacking = ", ".join((body_missing or missing)[:3])
+        raise ModelError(
+            f"model {str(folder)!r} is not a reward model: its checkpoint lacks {lacking}; "
+            "train one with quartet-train reward"
+        )
+    reward_model.score = head.float()
+    if new_head:
+        initialise_head(reward_model.score, seed=new_head_seed or 0)
+    _fit(reward_model, tokenizer)
+    disable_dropout(reward_model)
+    return reward_model.train()
+
+
+def _from_pretrained(auto: Any, folder: Path, **arguments: Any) -> tuple[Any, list[str]]:
+    """The model and the names of the weights that its checkpoint lacks."""
+    try:
+        # A head that is missing or left over is expected here, and checked by the callers.
+        with _quiet_transformers():
+            model, loading = auto.from_pretrained(folder, output_loading_info=True, **arguments)
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"model {str(folder)!r} does not load with {auto.__name__}: {error}") from error
+    return model, sorted(loading["missing_keys"])
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Without warnings and progress bars, which would stand between the lines of ours."""
+    verbosity, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if had_bars:
+            transformers.logging.enable_progress_bar()
+
+
+def _fit(model: Any, tokenizer: Any) -> None:
+    """Makes room for added tokens and tells the model its pad and end tokens."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    if len(tokenizer) > rows:
+        # The mean of the others, so that the new token is not suddenly the likeliest.
+        with _quiet_transformers():
+            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
+    model.config.pad_token_id = tokenizer.pad_token_id
+    if model.config.eos_token_id is None:
+        model.config.eos_token_id = tokenizer.eos_token_id
+
+
+def initialise_head(head: nn.Linear, *, seed: int) -> None:
+    """Weights from N(0, 1 / (D + 1)), bias 0.
+
+    Source: Stiennon et al. 2020, "Learning to summarize from human feedback", appendix B.1: a reward head is drawn
+    from N(0, 1 / (d_model + 1)), read as a variance, as its code has it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        scale = 1.0 / math.sqrt(head.in_features + 1)
+        head.weight.copy_(torch.randn(head.weight.shape, generator=generator) * scale)
+        if head.bias is not None:
+            head.bias.zero_()
+
+
+def longest_sequence(model: Any) -> int:
+    """Longest sequence in tokens, prompt and response together, by the model's configuration.
+
+    Raises:
+        ModelError: the configuration doesn't say.
+    """
+    config = model.config.get_text_config()
+    for name in _LENGTH_FIELDS:
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    raise ModelError(f"the configuration of {type(model).__name__} doesn't say how long a sequence may be")
+
+
+def set_dropout(model: nn.Module, probability: float) -> int:
+    """Sets every dropout of ``model``, leaving its saved configuration alone. Returns how many there are."""
+    found = 0
+    for module in model.modules():
+        if isinstance(module, nn.modules.dropout._DropoutNd):
+            module.p = probability
+            found += 1
+        # Attention implementations keep a plain number, such as LlamaAttention.attention_dropout.
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, probability)
+                found += 1
+    return found
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Without it two forward passes of the same weights differ, and the first ratio of PPO is not 1."""
+    set_dropout(model, 0.0)
+
+
+# Forward passes ----------------------------------------------------------------------------------------------------
+
+
+def positions(mask_BS: Tensor) -> Tensor:
+    """(B, S) position of each real token in its sequence, wherever the padding stands; padding behind repeats."""
+    counts_BS = mask_BS.long().cumsum(dim=1)
+    return (counts_BS - mask_BS.long()).clamp(max=mask_BS.shape[1] - 1)
+
+
+def last_hidden(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """(B, S, D) last hidden states of the model's body, without any head. Padding may stand on either side.
+
+    Args:
+        model: a causal language model or a sequence classifier with a decoder body.
+        ids_BS: (B, S) token ids.
+        mask_BS: (B, S) True on real tokens.
+    """
+    hidden_BSD: Tensor = model.base_model(
+        input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
+    ).last_hidden_state
+    return hidden_BSD
+
+
+def score_tokens(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """(B,) score of each sequence: the head on the last hidden state at the last real token, in float32.
+
+    Padding may stand on either side: the position is read from the mask, never from ids, side or the last column.
+    """
+    hidden_BSD = last_hidden(model, ids_BS, mask_BS)
+    places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
+    last_B = (mask_BS * places_S).argmax(dim=1)
+    hidden_BD = hidden_BSD[torch.arange(len(ids_BS), device=ids_BS.device), last_B]
+    return _linear_float32(hidden_BD, model.score)[:, 0]
+
+
+def _linear_float32(hidden: Tensor, head: nn.Linear) -> Tensor:
+    # Autocast would make the product bfloat16 again, and scores that differ by less than 1 % equal.
+    with torch.autocast(hidden.device.type, enabled=False):
+        bias = None if head.bias is None else head.bias.float()
+        return functional.linear(hidden.float(), head.weight.float(), bias)
+
+
+class TokenLogprobs(nn.Module):
+    """A policy's log-probabilities of given tokens, without logits of the tokens that nobody asks for.
+
+    Where the model's logits are its hidden states times its output weights, they exist for a few tokens at a time.
+    Some architectures do more (Gemma's soft capping, Cohere's scale): then the model's own logits are used. Which of
+    the two holds is measured once, on the model itself.
+    """
+
+    def __init__(self, policy: Any) -> None:
+        super().__init__()
+        self.policy = policy
+        self.plain_head = _has_plain_head(policy)
+
+    def forward(
+        self,
+        ids_BS: Tensor,
+        mask_BS: Tensor,
+        wanted_BS: Tensor,
+        temperature: float = 1.0,
+        want_entropy: bool = False,
+    ) -> tuple[Tensor, Tensor | None]:
+        """
+        Args:
+            ids_BS: (B, S) token ids.
+            mask_BS: (B, S) True on real tokens, on either side padded.
+            wanted_BS: (B, S) True on tokens whose log-probability is asked for; never the first, which nothing
+                stands before.
+            temperature: divides the logits.
+            want_entropy: whether the entropy of the distribution each token came from is asked for, too.
+
+        Returns:
+            logprobs_BS and entropy_BS (None unless wanted), float32, at the place of their own token (not the one
+            before it) and 0 where they were not asked for.
+
+        Raises:
+            ValueError: the first token of a row is wanted.
+        """
+        if wanted_BS[:, 0].any():
+            raise ValueError("the first token of a sequence has no log-probability: nothing stands before it")
+        hidden_BSD = last_hidden(self.policy, ids_BS, mask_BS)[:, :-1]
+        next_ids_BS, next_wanted_BS = ids_BS[:, 1:], wanted_BS[:, 1:]
+        entropy_BS: Tensor | None
+        if self.plain_head:
+            head = self.policy.get_output_embeddings()
+            chunk = max(64, _LOGIT_BYTES.get(ids_BS.device.type, 2**28) // (4 * head.weight.shape[0]))
+            logprobs_BS, entropy_BS = chunked_selective_logprobs(
+                hidden_BSD,
+                head.weight,
+                head.bias,
+                next_ids_BS,
+                temperature,
+                chunk_tokens=chunk,
+                mask_BT=next_wanted_BS,
+                want_entropy=want_entropy,
+            )
+        else:
+            logprobs_BS, entropy_BS = self._with_own_head(
+                ids_BS, mask_BS, next_ids_BS, next_wanted_BS, temperature, want_entropy
+            )
+        shifted_BS = functional.pad(logprobs_BS, (1, 0))
+        return shifted_BS, None if entropy_BS is None else functional.pad(entropy_BS, (1, 0))
+
+    def _with_own_head(
+        self,
+        ids_BS: Tensor,
+        mask_BS: Tensor,
+        next_ids_BS: Tensor,
+        wanted_BS: Tensor,
+        temperature: float,
+        want_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        logits_BSV = _own_logits(self.policy, ids_BS, mask_BS)[:, :-1]
+        logprobs_BS = selective_logprobs(logits_BSV, next_ids_BS, temperature).masked_fill(~wanted_BS, 0.0)
+        if not want_entropy:
+            return logprobs_BS, None
+        return logprobs_BS, entropy_from_logits(logits_BSV / temperature).masked_fill(~wanted_BS, 0.0)
+
+
+def _own_logits(policy: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    logits_BSV: Tensor = policy(
+        input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
+    ).logits
+    return logits_BSV
+
+
+@torch.no_grad()
+def _has_plain_head(policy: Any) -> bool:
+    head = policy.get_output_embeddings()
+    if not isinstance(head, nn.Linear):
+        return False
+    device = head.weight.device
+    ids_BS = torch.arange(1, 9, device=device)[None, :] % head.weight.shape[0]
+    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    was_training = policy.training
+    policy.eval()
+    expected_BSV = _own_logits(policy, ids_BS, mask_BS).float()
+    logits_BSV = head(last_hidden(policy, ids_BS, mask_BS)).float()
+    policy.train(was_training)
+    scale = max(1.0, float(expected_BSV.abs().max()))
+    return bool((logits_BSV - expected_BSV).abs().max() <= _HEAD_TOLERANCE * scale)
+
+
+class Critic(nn.Module):
+    """Values of every position: a decoder body and a float32 head."""
+
+    def __init__(self, body: Any, head: nn.Linear) -> None:
+        super().__init__()
+        self.body = body
+        self.head = head
+
+    @classmethod
+    def from_reward_model(
+        cls,
+        model: str | Path,
+        tokenizer: Any,
+        *,
+        head: HeadInit = "zero",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A critic that starts from a reward model's body.
+
+        Args:
+            model: folder or hub id.
+            tokenizer: of ``load_tokenizer``.
+            head: "zero" (values start at 0), "normal" (N(0, 1 / (D + 1))) or "reward" (the reward model's own).
+            seed: of the head's weights.
+            dtype: of the body.
+
+        Raises:
+            ModelFolderError, ModelError: as ``load_reward_model``.
+        """
+        reward_model = load_reward_model(model, tokenizer, dtype=dtype)
+        return cls(reward_model.base_model, _value_head(reward_model, head, seed, reward_model.score)).train()
+
+    @classmethod
+    def from_policy(
+        cls,
+        model: str | Path,
+        tokenizer: Any,
+        *,
+        head: HeadInit = "zero",
+        seed: int = 0,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """A critic that starts from a policy's body; arguments as ``from_reward_model``, without head "reward".
+
+        Raises:
+            ModelFolderError, ModelError: as ``load_policy``; or head "reward" is asked for.
+        """
+        policy = load_policy(model, tokenizer, dtype=dtype)
+        return cls(policy.base_model, _value_head(policy, head, seed, None)).train()
+
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+        """(B, S) float32 value after each token of what is still to come. Padding holds arbitrary finite numbers."""
+        hidden_BSD: Tensor = self.body(
+            input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
+        ).last_hidden_state
+        return _linear_float32(hidden_BSD, self.head)[..., 0]
+
+
+def _value_head(model: Any, init: HeadInit, seed: int, reward_head: nn.Linear | None) -> nn.Linear:
+    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
+    if init == "reward":
+        if reward_head is None:
+            raise ModelError(
+                "a critic that starts from the policy has no reward head to start from: use zero or normal"
+            )
+        with torch.no_grad():
+            head.weight.copy_(reward_head.weight)
+            head.bias.zero_() if reward_head.bias is None else head.bias.copy_(reward_head.bias)
+    else:
+        initialise_head(head, seed=seed)
+        if init == "zero":
+            nn.init.zeros_(head.weight)
+    return head
+
+
+# Saving ------------------------------------------------------------------------------------------------------------
+
+
+def export_tensors(model: Any) -> list[tuple[str, Tensor]]:
+    """Names and tensors exactly as ``save_pretrained`` would write them: tied copies left out, names of checkpoints.
+
+    The tensors share memory with the model wherever the checkpoint stores what the model holds.
+    """
+    state: dict[str, Tensor] = dict(model.state_dict())
+    for name in model._keys_to_ignore_on_save or ():
+        state.pop(name, None)
+    state = remove_tied_weights_from_state_dict(state, model)
+    state = revert_weight_conversion(model, state)
+    return [(name, tensor.detach()) for name, tensor in state.items()]
+
+
+def save_model(model: Any, tokenizer: Any, folder: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+    """Writes model, tokenizer and quartet.json as a plain Hugging Face folder, which appears whole or not at all.
+
+    An existing folder is replaced. quartet.json keeps what it held of the model that was loaded, under ``metadata``.
+
+    Raises:
+        OSError: it can't be written.
+    """
+    with replace_folder(folder) as partial, _quiet_transformers():
+        model.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        if metadata:
+            write_metadata(partial, **metadata)
+
+
+def copy_metadata(source: Path, target: Path) -> None:
+    """Merges the quartet.json of one model folder into that of another."""
+    if content := read_metadata(source):
+        write_metadata(target, **content)

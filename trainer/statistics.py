@@ -1,0 +1,116 @@
+"""Means and shares with their 95 % intervals.
+
+Shapes: N observations, R bootstrap resamples.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Floats = Sequence[float] | npt.NDArray[np.float64]
+
+_NORMAL_975 = 1.959963984540054
+
+
+@dataclass(frozen=True, kw_only=True)
+class Interval:
+    """An estimate, the bounds of its 95 % interval, and the number of observations behind it."""
+
+    value: float
+    low: float
+    high: float
+    count: int
+
+    def as_json(self) -> dict[str, float]:
+        return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
+
+    def __str__(self) -> str:
+        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+
+
+def mean_interval(values_N: Floats) -> Interval:
+    """The mean with Student's interval. The observations must be independent: average over samples of one prompt first.
+
+    Raises:
+        ValueError: fewer than 2 values, or one that is not finite.
+    """
+    x_N = _finite(values_N, at_least=2)
+    half = student_quantile(len(x_N) - 1) * float(x_N.std(ddof=1)) / math.sqrt(len(x_N))
+    mean = float(x_N.mean())
+    return Interval(value=mean, low=mean - half, high=mean + half, count=len(x_N))
+
+
+def wilson_interval(successes: float, count: int) -> Interval:
+    """A share with Wilson's score interval, which holds near 0 and 1 and for small counts. Ties may count .5.
+
+    Raises:
+        ValueError: ``count`` is below 1 or ``successes`` outside [0, count].
+
+    Source: Wilson 1927, "Probable Inference, the Law of Succession, and Statistical Inference".
+    """
+    if count < 1 or not 0 <= successes <= count:
+        raise ValueError(f"successes is {successes} of count {count}: they must be within 0 and a count of at least 1")
+    z2 = _NORMAL_975**2
+    share = successes / count
+    centre = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = _NORMAL_975 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
+    return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), count=count)
+
+
+def bootstrap_interval(values_N: Floats, *, resamples: int = 2000, seed: int = 0) -> Interval:
+    """The mean with its percentile bootstrap interval: no assumption about the distribution of the values.
+
+    For two models on the same items give the differences item by item: the pairing then narrows the interval.
+
+    Raises:
+        ValueError: fewer than 2 values, one that is not finite, or fewer than 100 resamples.
+
+    Source: Efron & Tibshirani 1993, "An Introduction to the Bootstrap", chapter 13.
+    """
+    x_N = _finite(values_N, at_least=2)
+    if resamples < 100:
+        raise ValueError(f"resamples is {resamples}: percentiles need at least 100")
+    random = np.random.default_rng(seed)
+    means_R = np.array([x_N[random.integers(0, len(x_N), len(x_N))].mean() for _ in range(resamples)])
+    low, high = np.quantile(means_R, [0.025, 0.975])
+    return Interval(value=float(x_N.mean()), low=float(low), high=float(high), count=len(x_N))
+
+
+@functools.cache
+def student_quantile(degrees: int, probability: float = 0.975) -> float:
+    """Quantile of Student's t, to 1e-7, by bisection on its integrated density.
+
+    Raises:
+        ValueError: fewer than 1 degree of freedom, or a probability outside (.5, 1).
+    """
+    if degrees < 1 or not 0.5 < probability < 1:
+        raise ValueError(f"degrees is {degrees} and probability {probability}: they must be at least 1 and in (.5, 1)")
+    log_scale = math.lgamma((degrees + 1) / 2) - math.lgamma(degrees / 2) - 0.5 * math.log(degrees * math.pi)
+    # t = sqrt(n) tan(a) makes the integrand scale * sqrt(n) * cos(a)^(n - 1): bounded, on a bounded range.
+    nodes, weights = np.polynomial.legendre.leggauss(200)
+
+    def mass_below(angle: float) -> float:
+        a = 0.5 * angle * (nodes + 1)
+        area = 0.5 * angle * float((weights * np.cos(a) ** (degrees - 1)).sum())
+        return 0.5 + math.exp(log_scale) * math.sqrt(degrees) * area
+
+    low, high = 0.0, math.pi / 2
+    for _ in range(60):
+        middle = 0.5 * (low + high)
+        low, high = (middle, high) if mass_below(middle) < probability else (low, middle)
+    return math.sqrt(degrees) * math.tan(0.5 * (low + high))
+
+
+def _finite(values: Floats, *, at_least: int) -> npt.NDArray[np.float64]:
+    x_N = np.asarray(values, dtype=np.float64)
+    if x_N.ndim != 1 or len(x_N) < at_least:
+        raise ValueError(f"values have shape {x_N.shape}: an interval needs a list of at least {at_least}")
+    if not np.isfinite(x_N).all():
+        raise ValueError(f"value {int((~np.isfinite(x_N)).argmax())} is {x_N[~np.isfinite(x_N)][0]}: it must be finite")
+    return x_N
