@@ -169,7 +169,7 @@ def test_impossible_penalties_are_refused() -> None:
         MissingEos(mode="replace", value=math.nan)
     with pytest.raises(ValueError, match=r"finished_B is torch.bool of shape \(2,\)"):
         apply_missing_eos(torch.zeros(3), torch.ones(2, dtype=torch.bool), "subtract", 1.0)
-    with pytest.raises(ValueError, match="finished_B is torch.float32"):
+    with pytest.raises(ValueError, match=r"finished_B is torch\.float32"):
         apply_missing_eos(torch.zeros(2), torch.ones(2), "subtract", 1.0)
 
 

@@ -1,0 +1,364 @@
+"""The losses of PPO and of the reward model.
+
+Shapes: B sequences, T response tokens, K ranked answers of one prompt.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.logprobs import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
+from trainer.masked import check_batch, check_same_shape, fill_padding, masked_mean, masked_sum
+
+__all__ = [
+    "ImportanceWeights",
+    "OffPolicyCorrection",
+    "PolicyLoss",
+    "ValueLoss",
+    "bradley_terry",
+    "centering",
+    "chunked_selective_logprobs",
+    "entropy_from_logits",
+    "importance_weights",
+    "mean_entropy",
+    "old_policy",
+    "pairwise_ranking",
+    "plackett_luce",
+    "policy_loss",
+    "selective_logprobs",
+    "value_loss",
+]
+
+# exp(20) is far beyond every clip range and cap, and its products still fit float32: an overflow to inf would turn
+# into NaN in the backward pass of the branch that the clip did not take.
+_MAX_LOG_RATIO = 20.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyLoss:
+    """The policy's clipped loss. Every field is a sum over valid tokens over the same denominator, so the fields of
+    all micro-batches of a minibatch add up to the minibatch's. 0-dimensional tensors; all but ``loss`` detached."""
+
+    loss: Tensor
+    clip_fraction: Tensor
+    """Share of tokens at which the clipped branch was the larger one, where the gradient is 0."""
+    approx_kl: Tensor
+    """.5 (log new - log old)^2: how far this update has gone, never negative."""
+    mean_old_minus_new: Tensor
+    """log old - log new, the k1 estimate of KL(old, new), which other trainers report as ppo_kl."""
+
+
+def policy_loss(
+    logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    advantages_BT: Tensor,
+    mask_BT: Tensor,
+    clip_range: float = 0.2,
+    weights_BT: Tensor | None = None,
+    denominator: Tensor | float | None = None,
+) -> PolicyLoss:
+    """PPO's max(-A rho, -A clip(rho, 1 - c, 1 + c)) with rho = pi / pi_old, a mean over valid tokens.
+
+    Args:
+        logprobs_BT: (B, T) of the policy being trained; the only one that receives a gradient.
+        old_logprobs_BT: (B, T) of the policy at the start of the step.
+        advantages_BT: (B, T), whitened over the global batch.
+        mask_BT: (B, T) True on valid tokens. Padding may hold anything.
+        clip_range: c, in (0, 1).
+        weights_BT: (B, T) importance weights of ``importance_weights``; None for 1.
+        denominator: valid tokens of the *global minibatch*, over all micro-batches and processes, so that gradients
+            do not depend on how it is cut. Where gradients are averaged over processes rather than summed, pass
+            that count divided by the number of processes. None: those of this mask.
+
+    Raises:
+        ValueError: shapes differ, ``clip_range`` is refused, or the denominator is not positive.
+
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
+    """
+    check_batch(mask_BT, logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT, advantages_BT=advantages_BT)
+    if not 0.0 < clip_range < 1.0:
+        raise ValueError(f"clip_range is {clip_range}: it must lie between 0 and 1")
+    tokens = _tokens(mask_BT, denominator)
+    advantages_BT = fill_padding(advantages_BT.detach(), mask_BT)
+    log_ratio_BT = fill_padding(logprobs_BT, mask_BT) - fill_padding(old_logprobs_BT.detach(), mask_BT)
+    ratio_BT = log_ratio_BT.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+    unclipped_BT = -advantages_BT * ratio_BT
+    clipped_BT = -advantages_BT * ratio_BT.clamp(1.0 - clip_range, 1.0 + clip_range)
+    loss_BT = torch.maximum(unclipped_BT, clipped_BT)
+    if weights_BT is not None:
+        check_batch(mask_BT, weights_BT=weights_BT)
+        loss_BT = loss_BT * fill_padding(weights_BT.detach(), mask_BT)
+    delta_BT = log_ratio_BT.detach()  # 0 on padding, as loss_BT is: the plain sums below are masked ones.
+    return PolicyLoss(
+        loss=loss_BT.sum() / tokens,
+        clip_fraction=(clipped_BT > unclipped_BT).sum() / tokens,
+        approx_kl=0.5 * delta_BT.square().sum() / tokens,
+        mean_old_minus_new=-delta_BT.sum() / tokens,
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValueLoss:
+    """The critic's clipped loss; fields add up over micro-batches as those of ``PolicyLoss`` do."""
+
+    loss: Tensor
+    """Before its coefficient."""
+    clip_fraction: Tensor
+
+
+def value_loss(
+    values_BT: Tensor,
+    old_values_BT: Tensor,
+    returns_BT: Tensor,
+    mask_BT: Tensor,
+    clip_range: float = 0.2,
+    denominator: Tensor | float | None = None,
+) -> ValueLoss:
+    """.5 max((v - R)^2, (clip(v, v_old - c, v_old + c) - R)^2), a mean over valid tokens.
+
+    Args:
+        values_BT: (B, T) of the critic being trained; the only one that receives a gradient.
+        old_values_BT: (B, T) of the critic at the start of the step.
+        returns_BT: (B, T) unwhitened advantages plus ``old_values_BT``.
+        mask_BT: (B, T) True on valid tokens. Padding may hold anything.
+        clip_range: c, above 0, in reward units.
+        denominator: as ``policy_loss`` has it.
+
+    Raises:
+        ValueError: shapes differ, ``clip_range`` is refused, or the denominator is not positive.
+
+    Source: openai/lm-human-preferences, lm_human_preferences/train_policy.py, loss.
+    """
+    check_batch(mask_BT, values_BT=values_BT, old_values_BT=old_values_BT, returns_BT=returns_BT)
+    if not 0.0 < clip_range < math.inf:
+        raise ValueError(f"clip_range is {clip_range}: it must be finite and above 0")
+    tokens = _tokens(mask_BT, denominator)
+    values_BT = fill_padding(values_BT, mask_BT)
+    old_values_BT = fill_padding(old_values_BT.detach(), mask_BT)
+    returns_BT = fill_padding(returns_BT.detach(), mask_BT)
+    near_BT = torch.clamp(values_BT, old_values_BT - clip_range, old_values_BT + clip_range)
+    unclipped_BT = (values_BT - returns_BT).square()
+    clipped_BT = (near_BT - returns_BT).square()
+    return ValueLoss(
+        loss=0.5 * torch.maximum(unclipped_BT, clipped_BT).sum() / tokens,
+        clip_fraction=(clipped_BT > unclipped_BT).sum() / tokens,
+    )
+
+
+class OffPolicyCorrection(StrEnum):
+    """How the difference between the engine that sampled and the trainer that learns is corrected, never both ways.
+
+    decoupled: pi_old is the trainer's recomputation, and w = min(pi_old / pi_rollout, cap) multiplies the loss.
+    bypass: pi_old is what the engine reported, so the clipped ratio itself carries the difference, and no w stands.
+    """
+
+    DECOUPLED = "decoupled"
+    BYPASS = "bypass"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportanceWeights:
+    """Truncated weights of the rollout's tokens, and what they say about the rollout. All detached."""
+
+    weights_BT: Tensor  # noqa: N815 (a shape suffix)
+    """min(pi_old / pi_rollout, cap), 0 on padding."""
+    mean: Tensor
+    """Of pi_old / pi_rollout before truncation; 1 in expectation, healthy in [.5, 2]."""
+    ess: Tensor
+    """Effective sample size as a share of the tokens, (sum w)^2 / (n sum w^2); healthy above .3."""
+    kl: Tensor
+    """k1 estimate of KL(rollout, old), nats a token; may be negative, healthy within .1 of 0."""
+    truncated_fraction: Tensor
+    """Share of tokens whose ratio exceeded the cap."""
+
+
+def importance_weights(
+    old_logprobs_BT: Tensor, rollout_logprobs_BT: Tensor, mask_BT: Tensor, cap: float = 2.0
+) -> ImportanceWeights:
+    """Per-token truncated importance weights from the engine's policy to the trainer's at the start of the step.
+
+    Args:
+        old_logprobs_BT: (B, T) the trainer's recomputation.
+        rollout_logprobs_BT: (B, T) as the engine sampled, at the same temperature.
+        mask_BT: (B, T) True on valid tokens.
+        cap: largest weight, above 0.
+
+    Raises:
+        ValueError: shapes differ, no token is valid, or ``cap`` is not positive.
+
+    Source: Ionides 2008, "Truncated Importance Sampling"; verl's rollout correction.
+    """
+    check_batch(mask_BT, old_logprobs_BT=old_logprobs_BT, rollout_logprobs_BT=rollout_logprobs_BT)
+    if not 0.0 < cap < math.inf:
+        raise ValueError(f"cap is {cap}: it must be finite and above 0")
+    with torch.no_grad():
+        log_ratio_BT = fill_padding(old_logprobs_BT, mask_BT) - fill_padding(rollout_logprobs_BT, mask_BT)
+        ratio_BT = log_ratio_BT.clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO).exp()
+        weights_BT = fill_padding(ratio_BT.clamp(max=cap), mask_BT)
+        return ImportanceWeights(
+            weights_BT=weights_BT,
+            mean=masked_mean(ratio_BT, mask_BT),
+            ess=weights_BT.sum().square() / (weights_BT.square().sum() * mask_BT.sum()),
+            kl=-masked_mean(log_ratio_BT, mask_BT),
+            truncated_fraction=masked_mean((ratio_BT > cap).to(ratio_BT.dtype), mask_BT),
+        )
+
+
+def old_policy(
+    correction: OffPolicyCorrection,
+    recomputed_logprobs_BT: Tensor | None,
+    rollout_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    cap: float = 2.0,
+) -> tuple[Tensor, ImportanceWeights | None]:
+    """The old log-probabilities for ``policy_loss``, and the weights to go with them.
+
+    Args:
+        correction: which of the two corrections is in use.
+        recomputed_logprobs_BT: (B, T) by the trainer; needed by ``decoupled``, unused by ``bypass``.
+        rollout_logprobs_BT: (B, T) as the engine sampled.
+        mask_BT: (B, T) True on valid tokens.
+        cap: largest weight of ``decoupled``.
+
+    Raises:
+        ValueError: ``decoupled`` without recomputed log-probabilities, or what ``importance_weights`` refuses.
+    """
+    if correction == OffPolicyCorrection.BYPASS:
+        check_batch(mask_BT, rollout_logprobs_BT=rollout_logprobs_BT)
+        return rollout_logprobs_BT.detach(), None
+    if recomputed_logprobs_BT is None:
+        raise ValueError("correction 'decoupled' needs recomputed_logprobs_BT; without them use 'bypass'")
+    weights = importance_weights(recomputed_logprobs_BT, rollout_logprobs_BT, mask_BT, cap)
+    return recomputed_logprobs_BT.detach(), weights
+
+
+def mean_entropy(entropy_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
+    """Entropy a valid token: a 0-dimensional tensor; ``denominator`` as ``policy_loss`` has it."""
+    return masked_sum(entropy_BT, mask_BT) / _tokens(mask_BT, denominator)
+
+
+def bradley_terry(
+    chosen_B: Tensor,
+    rejected_B: Tensor,
+    margin: Tensor | float | None = None,
+    label_smoothing: float = 0.0,
+    robust: bool = False,
+) -> Tensor:
+    """Mean over pairs of -logsigmoid(D - m), with D = chosen - rejected.
+
+    With l(D) = -logsigmoid(D - m) and e = ``label_smoothing``:
+    smoothed: (1 - e) l(D) + e l(-D), whose optimum for m = 0 is D = log((1 - e) / e);
+    robust: [(1 - e) l(D) - e l(-D)] / (1 - 2e), in expectation over labels flipped with probability e the loss on
+    the true ones. It is unbounded below, so it is no measure for a noise-free evaluation set.
+
+    Args:
+        chosen_B: (B,) score of each preferred answer: one number a sequence, read at its last token.
+        rejected_B: (B,) score of the other.
+        margin: m >= 0, one for all or (B,); None for 0.
+        label_smoothing: e, the share of labels believed to be flipped, in [0, .5).
+        robust: the unbiased form instead of the smoothed one.
+
+    Returns:
+        A 0-dimensional tensor.
+
+    Raises:
+        ValueError: scores are not one a sequence, shapes differ, or ``margin`` or ``label_smoothing`` are refused.
+
+    Source: Bradley & Terry 1952; margin: Touvron et al. 2023, "Llama 2", eq. 2; smoothed: Mitchell 2023, "A Note on
+    DPO with Noisy Preferences"; robust: Chowdhury et al. 2024, "Provably Robust DPO".
+    """
+    _check_pairs(chosen_B, rejected_B)
+    if not 0.0 <= label_smoothing < 0.5:
+        raise ValueError(f"label_smoothing is {label_smoothing}: it must be at least 0 and below .5")
+    margin_B = _margin(margin, chosen_B)
+    difference_B = chosen_B - rejected_B
+    right_B = -functional.logsigmoid(difference_B - margin_B)
+    if label_smoothing == 0.0:
+        return right_B.mean()
+    flipped_B = -functional.logsigmoid(-difference_B - margin_B)
+    if robust:
+        mixed_B = ((1 - label_smoothing) * right_B - label_smoothing * flipped_B) / (1 - 2 * label_smoothing)
+    else:
+        mixed_B = (1 - label_smoothing) * right_B + label_smoothing * flipped_B
+    return mixed_B.mean()
+
+
+def plackett_luce(scores_K: Tensor) -> Tensor:
+    """-log P(ranking), P the product over places of softmax over what is left. For K = 2 it is Bradley-Terry.
+
+    Args:
+        scores_K: (..., K) scores of answers to one prompt, the best first, K at least 2.
+
+    Returns:
+        A 0-dimensional tensor: the mean over leading dimensions.
+
+    Source: Plackett 1975, "The Analysis of Permutations"; Luce 1959, "Individual Choice Behavior".
+    """
+    _check_ranking(scores_K)
+    # logcumsumexp from the back: at each place, the total over it and all that rank below.
+    remaining_K = scores_K.flip(-1).logcumsumexp(dim=-1).flip(-1)
+    return (remaining_K - scores_K).sum(dim=-1).mean()
+
+
+def pairwise_ranking(scores_K: Tensor) -> Tensor:
+    """Mean over the C(K, 2) pairs of -logsigmoid(better - worse), all pairs of a prompt in one batch element.
+
+    Args:
+        scores_K: (..., K) scores of answers to one prompt, the best first, K at least 2.
+
+    Returns:
+        A 0-dimensional tensor: the mean over leading dimensions.
+
+    Source: Ouyang et al. 2022, "Training language models to follow instructions with human feedback", eq. 1.
+    """
+    _check_ranking(scores_K)
+    better, worse = torch.triu_indices(scores_K.shape[-1], scores_K.shape[-1], offset=1, device=scores_K.device)
+    return -functional.logsigmoid(scores_K[..., better] - scores_K[..., worse]).mean()
+
+
+def centering(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
+    """mean((chosen + rejected)^2), before its coefficient: keeps scores near 0, which Bradley-Terry leaves free.
+
+    Source: Eisenstein et al. 2023, "Helping or Herding?"; trl's center_rewards_coefficient.
+    """
+    _check_pairs(chosen_B, rejected_B)
+    return (chosen_B + rejected_B).square().mean()
+
+
+def _tokens(mask_BT: Tensor, denominator: Tensor | float | None) -> float:
+    tokens = float(mask_BT.sum() if denominator is None else denominator)
+    if not 0.0 < tokens < math.inf:
+        what = "mask_BT has no valid token, so the default denominator" if denominator is None else "denominator"
+        raise ValueError(
+            f"{what} is {tokens:g}: it must be the positive number of valid tokens of the global minibatch"
+        )
+    return tokens
+
+
+def _check_pairs(chosen_B: Tensor, rejected_B: Tensor) -> None:
+    check_same_shape(chosen_B=chosen_B, rejected_B=rejected_B)
+    if chosen_B.dim() != 1 or len(chosen_B) == 0:
+        raise ValueError(
+            f"chosen_B has shape {tuple(chosen_B.shape)}: it must be one score a sequence, (B,) with B at least 1; "
+            "scores of single tokens would let the padding of the shorter answer into the loss"
+        )
+
+
+def _margin(margin: Tensor | float | None, chosen_B: Tensor) -> Tensor:
+    margin_B = torch.as_tensor(0.0 if margin is None else margin, dtype=chosen_B.dtype, device=chosen_B.device)
+    if margin_B.shape not in ((), chosen_B.shape):
+        raise ValueError(f"margin has shape {tuple(margin_B.shape)}: it must be one number or {tuple(chosen_B.shape)}")
+    if not bool(((margin_B >= 0) & margin_B.isfinite()).all()):
+        raise ValueError("margin holds a negative or non-finite value: each must be at least 0")
+    return margin_B
+
+
+def _check_ranking(scores_K: Tensor) -> None:
+    if scores_K.dim() < 1 or scores_K.shape[-1] < 2 or scores_K.numel() == 0:
+        raise ValueError(f"scores_K has shape {tuple(scores_K.shape)}: a ranking needs at least 2 answers")
