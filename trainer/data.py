@@ -39,6 +39,7 @@ Fields = Mapping[str, Any]
 _JSON_LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (*_JSON_LINES, ".json", ".parquet")
 _DEFAULT_SPLIT = "train"
+_TEXT_FIELDS = ("prompt", "completion", "messages", "instruction", "input", "output", "text", "chosen", "rejected")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +193,16 @@ def read_rows(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
     if path.suffix in _SUFFIXES or source.startswith((".", "/", "~")) or source.count("/") > 1:
         raise DataError(f"{source}: there is no such file")
     return _read_hub(source)
+
+
+def row_texts(fields: Fields) -> Iterator[str]:
+    """All texts in the fields that some shape reads, messages included: what a tokenizer is trained on."""
+    for name in _TEXT_FIELDS:
+        value = fields.get(name)
+        for part in value if isinstance(value, list) else [value]:
+            text = part.get("content") if isinstance(part, dict) else part
+            if isinstance(text, str) and text:
+                yield text
 
 
 def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
