@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM
+
 from quartet.client import InvalidInputError, ItemFailure, PreconditionError, ReferenceClient, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
-from transformers import AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module", params=["untied", "tied"])

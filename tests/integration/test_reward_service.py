@@ -8,10 +8,11 @@ import urllib.request
 
 import pytest
 import torch
+from transformers import AutoModelForSequenceClassification
+
 from quartet.client import InvalidInputError, ItemFailure, PreconditionError, RewardClient, Score, ScoreItem, Truncation
 from quartet.fingerprint import safetensors_fingerprint, tokenizer_fingerprint
 from quartet.model_folder import write_metadata
-from transformers import AutoModelForSequenceClassification
 
 
 @pytest.fixture(scope="module")
@@ -123,7 +124,9 @@ async def test_whole_requests_are_refused_with_the_field(service, tokenizer):
             await client.score([ScoreItem(prompt=[3], response=[4])])
 
 
-async def test_encoder_classifiers_score_sentence_pairs_as_transformers_does(start_service, make_reward_model, tokenizer):
+async def test_encoder_classifiers_score_sentence_pairs_as_transformers_does(
+    start_service, make_reward_model, tokenizer
+):
     folder = make_reward_model(architecture="bert")
     live = start_service("reward", folder)
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
