@@ -60,8 +60,8 @@ def llama_config(**changes: object):  # type: ignore[no-untyped-def]
         "hidden_size": 64,
         "intermediate_size": 128,
         "num_hidden_layers": 2,
-        "num_attention_heads": 4,
-        "num_key_value_heads": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
         "max_position_embeddings": 128,
         "pad_token_id": 0,
         "eos_token_id": 1,
@@ -172,9 +172,7 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
             command += ["--admin-port", str(admin_port)]
         with log.open("w") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, text=True)
-        service = LiveService(
-            process, f"127.0.0.1:{port}", f"127.0.0.1:{admin_port}", f"127.0.0.1:{metrics_port}", log
-        )
+        service = LiveService(process, f"127.0.0.1:{port}", f"127.0.0.1:{admin_port}", f"127.0.0.1:{metrics_port}", log)
         started.append(service)
         end = time.monotonic() + timeout_s
         while probe(service.address, health[name], timeout_s=1.0) != "SERVING":
