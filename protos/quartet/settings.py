@@ -5,7 +5,9 @@ One place, so that all commands behave alike: frozen, keyword-only, refused with
 
 from __future__ import annotations
 
+import re
 import sys
+import tomllib
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
@@ -72,7 +74,11 @@ class Settings(BaseSettings):
 
         class Reader(cls):  # type: ignore[misc, valid-type]
             model_config = SettingsConfigDict(
-                toml_file=config_file, env_prefix=prefix, cli_prog_name=cls.command, title=cls.__name__
+                toml_file=config_file,
+                env_prefix=prefix,
+                cli_prog_name=cls.command,
+                cli_exit_on_error=False,  # The usage of many flags would bury what is wrong.
+                title=cls.__name__,
             )
 
         Reader.__doc__ = (cls.__doc__ or "") + (
@@ -89,7 +95,10 @@ class Settings(BaseSettings):
 def explain(error: ValidationError | SettingsError) -> str:
     """One line a problem: the field, its value and what is allowed."""
     if isinstance(error, SettingsError):
-        return str(error)
+        if parsed := re.match(r'error parsing value for field "(\w+)" from source "EnvSettingsSource"', str(error)):
+            flag = "--" + parsed[1].replace("_", "-")
+            return f'{flag}: its value in the environment must be JSON, such as ["a", "b"]: {error.__cause__}'
+        return f"{str(error).removeprefix('error parsing CLI: ')}; see --help"
     lines = []
     for problem in error.errors():
         field = ".".join(str(part) for part in problem["loc"]) or "settings"
@@ -118,8 +127,15 @@ def _take_config(arguments: list[str], command: str) -> Path | None:
                 sys.exit(_fail(command, "--config needs a file"))
             path = Path(inline if inline is not None else arguments[index + 1])
             del arguments[index : index + (1 if inline is not None else 2)]
-            if not path.is_file():
+            try:
+                # Read here for its message alone: pydantic-settings reads it again, and would fail without a word.
+                tomllib.loads(path.read_text(encoding="utf-8"))
+            except FileNotFoundError:
                 sys.exit(_fail(command, f"--config is {str(path)!r}: there is no such file"))
+            except OSError as error:
+                sys.exit(_fail(command, f"--config is {str(path)!r}: cannot be read: {error.strerror}"))
+            except ValueError as error:  # Of TOML, or of UTF-8.
+                sys.exit(_fail(command, f"--config is {str(path)!r}: not valid TOML: {error}"))
             return path
     return None
 
