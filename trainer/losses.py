@@ -166,7 +166,7 @@ class OffPolicyCorrection(StrEnum):
 class ImportanceWeights:
     """Truncated weights of the rollout's tokens, and what they say about the rollout. All detached."""
 
-    weights_BT: Tensor  # noqa: N815 (a shape suffix)
+    weights_BT: Tensor
     """min(pi_old / pi_rollout, cap), 0 on padding."""
     mean: Tensor
     """Of pi_old / pi_rollout before truncation; 1 in expectation, healthy in [.5, 2]."""

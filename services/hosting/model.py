@@ -30,6 +30,15 @@ class Hosting:
     device: torch.device
     dtype: torch.dtype
 
+    @property
+    def engine(self) -> str:
+        """For people: what computes, and where."""
+        return f"transformers {transformers.__version__} on {self.device.type}"
+
+    @property
+    def dtype_name(self) -> str:
+        return str(self.dtype).removeprefix("torch.")
+
 
 def choose_hosting(settings: ServiceSettings) -> Hosting:
     """The GPU when there is one; ``auto`` precision is float32 on a CPU and bfloat16 on a GPU."""
@@ -82,7 +91,8 @@ def describe(
     *,
     model_id: str,
     folder: Path,
-    hosting: Hosting,
+    engine: str,
+    dtype: str,
     tokenizer: Any,
     max_sequence_tokens: int,
     vocab_size: int,
@@ -97,8 +107,8 @@ def describe(
             weights_fingerprint=safetensors_fingerprint(folder),
             tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         ),
-        engine=f"transformers {transformers.__version__} on {hosting.device.type}",
-        dtype=str(hosting.dtype).removeprefix("torch."),
+        engine=engine,
+        dtype=dtype,
         max_sequence_tokens=max_sequence_tokens,
         vocab_size=vocab_size,
         eos_token_ids=eos_token_ids,

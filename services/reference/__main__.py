@@ -51,7 +51,8 @@ async def serve(settings: ReferenceSettings) -> int:
             model=hosting_model.describe(
                 model_id=settings.model,
                 folder=folder,
-                hosting=hosting,
+                engine=hosting.engine,
+                dtype=hosting.dtype_name,
                 tokenizer=tokenizer,
                 max_sequence_tokens=reference.max_sequence_tokens,
                 vocab_size=reference.vocab_size,

@@ -70,7 +70,8 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
         model=hosting_model.describe(
             model_id=settings.model,
             folder=folder,
-            hosting=hosting,
+            engine=hosting.engine,
+            dtype=hosting.dtype_name,
             tokenizer=tokenizer,
             max_sequence_tokens=scorer.max_sequence_tokens,
             vocab_size=scorer.vocab_size,

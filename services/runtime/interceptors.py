@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -42,8 +43,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
             async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
-                async with _Call(self.metrics, method, request_id, context):
-                    async for reply in behaviour(request, context):
+                async with (
+                    _Call(self.metrics, method, request_id, context),
+                    # Closed at once when the client leaves, not when the collector gets to it: slots wait to be freed.
+                    contextlib.aclosing(behaviour(request, context)) as replies,
+                ):
+                    async for reply in replies:
                         yield reply
 
             make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else None

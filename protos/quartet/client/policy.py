@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -18,6 +18,8 @@ from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_
 
 # Measured on loopback: 0.7 to 0.9 GB/s from 64 KiB to 4 MiB, a third of that at 32 MiB.
 CHUNK_BYTES = 1024 * 1024
+# Initial metadata with which the service accepts the begin of an update.
+UPDATE_ACCEPTED = "quartet-update-accepted"
 
 
 class FinishReason(StrEnum):
@@ -225,10 +227,18 @@ class WeightsClient(ServiceClient):
         async with self._stream() as metadata:
             steps = _update_steps(tensors, weights_version, fingerprint, in_flight)
             call: grpc.aio.StreamUnaryCall[weights_pb2.UpdateWeightsRequest, weights_pb2.UpdateWeightsResponse]
-            call = stub.UpdateWeights(
-                _iterate(steps), timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True
-            )
-            reply = await call
+            call = stub.UpdateWeights(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
+            try:
+                for number, step in enumerate(steps):
+                    await call.write(step)
+                    # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
+                    if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
+                        break
+                else:
+                    await call.done_writing()
+                reply = await call
+            finally:
+                call.cancel()  # Does nothing once it is answered.
         return WeightsUpdate(
             served_by=types.served_by(reply.served_by),
             received_bytes=reply.received_bytes,
@@ -236,16 +246,9 @@ class WeightsClient(ServiceClient):
         )
 
 
-async def _iterate(
-    steps: Iterable[weights_pb2.UpdateWeightsRequest],
-) -> AsyncIterator[weights_pb2.UpdateWeightsRequest]:
-    for step in steps:
-        yield step
-
-
 def _update_steps(
     tensors: Sequence[WireTensor], weights_version: int, fingerprint: str | None, in_flight: InFlightPolicy
-) -> Iterable[weights_pb2.UpdateWeightsRequest]:
+) -> Iterator[weights_pb2.UpdateWeightsRequest]:
     specs = [weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in tensors]
     begin = weights_pb2.BeginUpdate(weights_version=weights_version, tensors=specs, in_flight=_IN_FLIGHT[in_flight])
     yield weights_pb2.UpdateWeightsRequest(begin=begin)

@@ -1,0 +1,133 @@
+"""``quartet-policy``: hosts the policy that is being trained."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+from quartet.common.v1 import common_pb2
+from quartet.model_folder import find_model
+from quartet.policy.v1 import policy_pb2_grpc, weights_pb2_grpc
+from services.policy.config import PolicySettings
+from services.policy.engine import Engine, EngineFailedError
+from services.runtime.errors import StartError
+from services.runtime.server import Listener, ServiceRuntime, run_service
+from services.runtime.telemetry import ServiceMetrics
+
+SERVICE = "quartet.policy.v1.PolicyService"
+WEIGHTS_SERVICE = "quartet.policy.v1.WeightsService"
+_CHECK_EVERY_S = 1.0
+
+
+def main(argv: list[str] | None = None) -> None:
+    settings = PolicySettings.from_command_line(argv)
+    run_service(PolicySettings.command, settings, lambda: serve(settings))
+
+
+async def serve(settings: PolicySettings) -> int:
+    """Binds, loads, warms up, and serves until told to stop or the engine dies."""
+    # Before anything heavy is imported, so that a wrong folder is refused at once.
+    folder = find_model(settings.model, revision=settings.revision)
+    from services.hosting import model as hosting_model
+    from services.policy.hosted import HostedPolicy
+    from services.policy.servicer import PolicyServicer
+    from services.policy.staging import read_layout, staging_parent
+    from services.policy.weights_servicer import WeightsServicer
+
+    staging = staging_parent(settings.staging_dir)
+    metrics = ServiceMetrics("policy")
+    async with ServiceRuntime(name="policy", settings=settings, metrics=metrics) as runtime:
+        policy = PolicyServicer(metrics, max_queued=settings.max_queued, stop=runtime.stop)
+        weights = WeightsServicer(
+            metrics, staging=staging, max_bytes=int(settings.max_update_gib * 2**30), stop=runtime.stop
+        )
+        await runtime.bind(
+            Listener(
+                name="the policy service",
+                port=settings.port,
+                services=(SERVICE,),
+                add=lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy, server),
+            ),
+            Listener(
+                name="weight updates (--admin-port)",
+                port=settings.admin_port,
+                services=(WEIGHTS_SERVICE,),
+                add=lambda server: weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server),
+            ),
+        )
+        runtime.serve_metrics()
+        engine = choose_engine(folder, settings)
+        try:
+            # First what is quick to load and refuse: a large engine takes minutes.
+            tokenizer = await asyncio.to_thread(hosting_model.load_tokenizer, folder)
+            layout = read_layout(folder)
+            await engine.start()
+            model = await asyncio.to_thread(_describe, folder, settings, engine, tokenizer)
+            policy.hosted = weights.hosted = HostedPolicy(
+                engine=engine, tokenizer=tokenizer, model=model, layout=layout
+            )
+            watch = asyncio.create_task(_watch(engine, runtime))
+            code = await runtime.run()
+            watch.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await watch
+        finally:
+            await engine.stop()
+    return code
+
+
+def choose_engine(folder: Path, settings: PolicySettings) -> Engine:
+    """vLLM where it is installed, unless told otherwise.
+
+    Raises:
+        StartError: the engine asked for is not installed.
+    """
+    vllm_is_here = importlib.util.find_spec("vllm") is not None
+    if settings.engine == "vllm" and not vllm_is_here:
+        raise StartError("--engine is vllm, which is not installed here; install it, or choose --engine transformers")
+    if settings.engine == "transformers" or not vllm_is_here:
+        from services.policy.transformers_engine import TransformersEngine
+
+        return TransformersEngine(folder, settings)
+    from services.policy.vllm_engine import VllmEngine
+
+    return VllmEngine(folder, settings)
+
+
+def _describe(folder: Path, settings: PolicySettings, engine: Engine, tokenizer: Any) -> common_pb2.ModelInfo:
+    import transformers
+
+    from services.hosting import model as hosting_model
+
+    end_tokens = hosting_model.end_tokens(folder, transformers.AutoConfig.from_pretrained(folder), tokenizer)
+    if not end_tokens:
+        raise StartError(f"model {str(folder)!r}: neither configuration nor tokenizer names an end token")
+    return hosting_model.describe(
+        model_id=settings.model,
+        folder=folder,
+        engine=engine.name,
+        dtype=engine.dtype,
+        tokenizer=tokenizer,
+        max_sequence_tokens=engine.max_sequence_tokens,
+        vocab_size=engine.vocab_size,
+        eos_token_ids=end_tokens,
+        deterministic=settings.deterministic,
+    )
+
+
+async def _watch(engine: Engine, runtime: ServiceRuntime) -> None:
+    """Ends the service when its engine dies between requests, too."""
+    while True:
+        await asyncio.sleep(_CHECK_EVERY_S)
+        try:
+            await engine.check()
+        except EngineFailedError as error:
+            runtime.stop(str(error))
+            return
+
+
+if __name__ == "__main__":
+    main()

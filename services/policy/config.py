@@ -1,0 +1,40 @@
+"""Settings of the policy service."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from quartet.settings import NonNegativeInt, Port, PositiveFloat, PositiveInt, UnitFloat
+from services.runtime.config import ServiceSettings
+
+
+class PolicySettings(ServiceSettings):
+    """Generates from a language model whose weights a trainer may replace, over gRPC."""
+
+    command: ClassVar[str] = "quartet-policy"
+
+    port: Port = Field(50051, description="gRPC port; 0 takes a free one")
+    admin_port: Port = Field(50061, description="gRPC port of weight updates; 0 takes a free one")
+    metrics_port: Port = Field(9101, description="Prometheus port over HTTP; 0 takes a free one")
+    engine: Literal["auto", "vllm", "transformers"] = Field(
+        "auto", description="auto: vLLM where it is installed, else transformers"
+    )
+    max_concurrent: PositiveInt = Field(256, description="most completions generated at the same time")
+    max_queued: PositiveInt = Field(
+        16384, description="most completions in hand, waiting ones included; a request beyond is refused whole"
+    )
+    max_sequence_tokens: NonNegativeInt = Field(
+        0, description="longest sequence, prompt and response; 0: what the model's configuration says"
+    )
+    kv_cache_gib: PositiveFloat = Field(2.0, description="memory for keys and values on a CPU, GiB")
+    gpu_memory_share: UnitFloat = Field(0.9, description="share of the GPU's memory that vLLM may take")
+    tensor_parallel: PositiveInt = Field(1, description="GPUs that one replica is spread over")
+    compile: bool = Field(False, description="compile the model (vLLM): slower to start, faster to run")
+    threads: NonNegativeInt = Field(0, description="processor threads on a CPU; 0: all cores")
+    staging_dir: Path | None = Field(
+        None, description="where incoming weights are staged; default /dev/shm where it can be written, else temporary"
+    )
+    max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")

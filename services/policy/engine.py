@@ -1,0 +1,104 @@
+"""What the service needs of a generation engine. Knows no model library."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Protocol
+
+
+class Finish(StrEnum):
+    """Why a completion ended: an end or stop token, the length, or a weight update that aborted it."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORTED = "aborted"
+
+
+class InFlight(StrEnum):
+    """What a weight update does to requests in flight."""
+
+    KEEP = "keep"
+    FINISH = "finish"
+    ABORT = "abort"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How to sample. ``temperature`` 0 is greedy, ``top_k`` 0 keeps all, ``stop_token_ids`` include the model's own."""
+
+    temperature: float
+    top_p: float
+    top_k: int
+    max_new_tokens: int
+    min_new_tokens: int
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationTask:
+    """One completion to sample. The same seed gives the same draws, whatever else is in flight."""
+
+    prompt_ids: list[int]
+    sampling: Sampling
+    seed: int
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generated:
+    """One finished completion: T token ids, their T natural-log probabilities under the distribution sampled from,
+    and (version, tokens) spans that add up to T."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    finish: Finish
+    version_spans: list[tuple[int, int]]
+    start_unix_ns: int
+    end_unix_ns: int
+
+
+class EngineFailedError(Exception):
+    """The engine died or holds mixed weights: it must not answer again, the process has to be started anew."""
+
+
+class Engine(Protocol):
+    """A generation engine. All coroutines run on one event loop."""
+
+    name: str
+    vocab_size: int
+    max_sequence_tokens: int
+    dtype: str
+
+    async def start(self) -> None:
+        """Loads the model and warms up, so that the first request is as fast as the next.
+
+        Raises:
+            StartError: it cannot; the message says why.
+        """
+        ...
+
+    async def generate(self, task: GenerationTask) -> Generated:
+        """One completion. Cancelling the coroutine frees its slot at once.
+
+        Raises:
+            EngineFailedError: the engine died.
+        """
+        ...
+
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+        """Replaces all weights by those of the file, whose names and shapes were checked; returns the pause in seconds.
+
+        Raises:
+            EngineFailedError: it went wrong in the middle; the weights are no longer known.
+        """
+        ...
+
+    async def check(self) -> None:
+        """Raises EngineFailedError when the engine is dead."""
+        ...
+
+    async def stop(self) -> None:
+        """Ends the engine and its processes."""
+        ...

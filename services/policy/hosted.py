@@ -1,0 +1,20 @@
+"""The loaded policy and what belongs to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from quartet.common.v1 import common_pb2
+from services.policy.engine import Engine
+from services.policy.staging import Layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedPolicy:
+    """``model.served_by`` is the one thing that changes: with every weight update."""
+
+    engine: Engine
+    tokenizer: Any
+    model: common_pb2.ModelInfo
+    layout: Layout

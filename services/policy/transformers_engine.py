@@ -1,0 +1,402 @@
+"""The transformers engine: generates where vLLM is not installed, behind the same protocol.
+
+One thread owns the model. Batching is continuous: requests join and leave between two tokens; their keys and values
+stand in one left-padded cache. Weights change between two tokens, too, and kept requests then start again from the
+tokens they have, so that no cache outlives its weights.
+
+Shapes: B requests in the batch, S cached positions, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+from transformers.cache_utils import DynamicCache, DynamicLayer
+
+from services.hosting.model import choose_hosting, longest_sequence
+from services.policy.config import PolicySettings
+from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Sampling
+from services.policy.staging import WEIGHTS_FILE
+from services.runtime.errors import StartError
+
+_POSSIBLE_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, OSError, AttributeError)
+
+
+@dataclass(eq=False, kw_only=True)
+class _Row:
+    """A request from admission to answer."""
+
+    task: GenerationTask
+    future: Future[Generated]
+    generator: torch.Generator
+    token_ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    spans: list[list[int]] = field(default_factory=list)
+    start_unix_ns: int
+
+    @property
+    def sampling(self) -> Sampling:
+        return self.task.sampling
+
+
+@dataclass(kw_only=True)
+class _Batch:
+    """Requests being decoded: row i of ``cache`` and ``mask_BS`` belongs to ``rows[i]``; padding stands on the left.
+
+    The newest token of each row is not in the cache yet.
+    """
+
+    rows: list[_Row]
+    cache: Any
+    mask_BS: Tensor
+
+
+@dataclass(kw_only=True)
+class _Update:
+    """A weight update waiting for its moment."""
+
+    path: Path
+    version: int
+    in_flight: InFlight
+    future: Future[float]
+    asked_s: float
+
+
+class TransformersEngine:
+    """Any causal language model of transformers whose attention keeps all positions."""
+
+    def __init__(self, folder: Path, settings: PolicySettings) -> None:
+        self.folder = folder
+        self.settings = settings
+        self.hosting = choose_hosting(settings)
+        self.name = self.hosting.engine
+        self.dtype = self.hosting.dtype_name
+        self.vocab_size = 0
+        self.max_sequence_tokens = 0
+        self.version = 0
+        # Alone in its batch a row is never padded, so its sums do not depend on companions.
+        self._slots = 1 if settings.deterministic else settings.max_concurrent
+        self._model: Any = None
+        self._waiting: deque[_Row] = deque()
+        self._batch: _Batch | None = None
+        self._update: _Update | None = None
+        self._changed = threading.Condition()
+        self._stopping = False
+        self._failure: str | None = None
+        self._thread = threading.Thread(target=self._run, name="generation", daemon=True)
+
+    async def start(self) -> None:
+        await asyncio.to_thread(self._load)
+        self._thread.start()
+        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=2, min_new_tokens=0, stop_token_ids=())
+        try:
+            await self.generate(GenerationTask(prompt_ids=[0, 0], sampling=sampling, seed=0, request_id="warm-up"))
+        except EngineFailedError as error:
+            raise StartError(f"transformers does not generate from {str(self.folder)!r}: {error}") from error
+
+    def _load(self) -> None:
+        if self.settings.threads:
+            torch.set_num_threads(self.settings.threads)
+        try:
+            self._model = self._read_model(self.folder)
+        except _POSSIBLE_ERRORS as error:
+            raise StartError(f"transformers does not load {str(self.folder)!r}: {error}") from error
+        self.vocab_size = int(self._model.get_input_embeddings().weight.shape[0])
+        self.max_sequence_tokens = self.settings.max_sequence_tokens or longest_sequence(self._model.config, None)
+        with torch.inference_mode():
+            probe = self._model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.hosting.device))
+        if not _is_plain(probe.past_key_values):
+            raise StartError(
+                f"{type(self._model).__name__} keeps something else than the keys and values of all positions "
+                "(a sliding window, a state): the transformers engine can't batch it; use --engine vllm"
+            )
+
+    def _read_model(self, folder: Path) -> Any:
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.hosting.dtype)
+        return model.eval().to(self.hosting.device)
+
+    async def generate(self, task: GenerationTask) -> Generated:
+        row = _Row(
+            task=task,
+            future=Future(),
+            generator=torch.Generator().manual_seed(task.seed),
+            start_unix_ns=time.time_ns(),
+        )
+        with self._changed:
+            self._require_alive()
+            self._waiting.append(row)
+            self._changed.notify()
+        # Cancelling the wrapper cancels the future, which the thread notices before the next token.
+        return await asyncio.wrap_future(row.future)
+
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+        update = _Update(
+            path=safetensors, version=version, in_flight=in_flight, future=Future(), asked_s=time.monotonic()
+        )
+        with self._changed:
+            self._require_alive()
+            self._update = update
+            self._changed.notify()
+        return await asyncio.wrap_future(update.future)
+
+    async def check(self) -> None:
+        self._require_alive()
+
+    async def stop(self) -> None:
+        with self._changed:
+            self._stopping = True
+            self._changed.notify()
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+
+    def _require_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineFailedError(self._failure)
+
+    # The thread ----------------------------------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        try:
+            with torch.inference_mode():
+                while self._wait_for_work():
+                    self._step()
+            self._fail("the engine was stopped")
+        except _POSSIBLE_ERRORS as error:
+            self._fail(f"generation failed: {type(error).__name__}: {error}")
+
+    def _fail(self, reason: str) -> None:
+        """Answers everybody who waits, so that nobody waits for ever."""
+        with self._changed:
+            self._failure = reason
+            waiting: list[Future[Any]] = [row.future for row in self._waiting]
+            if self._batch is not None:
+                waiting += [row.future for row in self._batch.rows]
+            if self._update is not None:
+                waiting.append(self._update.future)
+        for future in waiting:
+            if not future.done():
+                future.set_exception(EngineFailedError(reason))
+
+    def _wait_for_work(self) -> bool:
+        with self._changed:
+            while not (self._stopping or self._waiting or self._batch or self._update):
+                self._changed.wait()
+            return not self._stopping
+
+    def _step(self) -> None:
+        """Drops who left, changes weights, admits newcomers, and samples one token for everybody."""
+        self._keep(lambda row: not row.future.cancelled())
+        self._maybe_update()
+        self._admit()
+        if self._batch is not None:
+            logits_BV = self._forward(self._batch)
+            self._sample(self._batch.rows, logits_BV)
+            self._finish()
+
+    def _admit(self) -> None:
+        with self._changed:
+            # An update that waits for the running ones to finish must not be starved by newcomers.
+            free = 0 if self._update is not None else self._slots - (len(self._batch.rows) if self._batch else 0)
+            rows = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
+        rows = [row for row in rows if not row.future.cancelled()]
+        if not rows:
+            return
+        prompts = [row.task.prompt_ids + row.token_ids for row in rows]
+        longest = max(map(len, prompts))
+        device = self.hosting.device
+        ids_BS = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
+        starts_B = torch.tensor([longest - len(ids) for ids in prompts], device=device)
+        mask_BS = torch.arange(longest, device=device)[None, :] >= starts_B[:, None]
+        output = self._model(
+            input_ids=ids_BS,
+            attention_mask=mask_BS.long(),
+            position_ids=_positions(mask_BS),
+            use_cache=True,
+            past_key_values=DynamicCache(),
+            logits_to_keep=1,
+        )
+        self._sample(rows, output.logits[:, -1])
+        joined = _Batch(rows=rows, cache=output.past_key_values, mask_BS=mask_BS)
+        self._batch = joined if self._batch is None else _join(self._batch, joined)
+        self._finish()
+
+    def _forward(self, batch: _Batch) -> Tensor:
+        """(B, V) logits after the newest token of each row."""
+        device = self.hosting.device
+        newest_B1 = torch.tensor([[row.token_ids[-1]] for row in batch.rows], device=device)
+        batch.mask_BS = torch.cat([batch.mask_BS, torch.ones_like(batch.mask_BS[:, :1])], dim=1)
+        output = self._model(
+            input_ids=newest_B1,
+            attention_mask=batch.mask_BS.long(),
+            position_ids=_positions(batch.mask_BS)[:, -1:],
+            use_cache=True,
+            past_key_values=batch.cache,
+        )
+        logits_BV: Tensor = output.logits[:, -1]
+        return logits_BV
+
+    def _sample(self, rows: list[_Row], logits_BV: Tensor) -> None:
+        """Draws a token for every row and notes its log-probability and the version that drew it."""
+        scores_BV = _processed(logits_BV.float(), rows)
+        logprobs_BV = torch.log_softmax(scores_BV, dim=-1)
+        greedy_B = scores_BV.argmax(dim=-1).tolist()
+        # Inverse of the cumulative distribution at one uniform draw of the row's own generator: whatever else is in
+        # the batch, the same seed draws the same token from the same distribution.
+        cumulative_BV = logprobs_BV.double().exp().cumsum(dim=-1)
+        draws_B1 = torch.stack([torch.rand(1, generator=row.generator, dtype=torch.float64) for row in rows])
+        targets_B1 = draws_B1.to(cumulative_BV.device) * cumulative_BV[:, -1:]
+        drawn_B = (
+            torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0].clamp(max=self.vocab_size - 1).tolist()
+        )
+        chosen = [g if row.sampling.temperature == 0 else d for row, g, d in zip(rows, greedy_B, drawn_B, strict=True)]
+        index_B1 = torch.tensor(chosen, device=logprobs_BV.device)[:, None]
+        for row, token, logprob in zip(rows, chosen, logprobs_BV.gather(1, index_B1)[:, 0].tolist(), strict=True):
+            row.token_ids.append(token)
+            row.logprobs.append(logprob)
+            if row.spans and row.spans[-1][0] == self.version:
+                row.spans[-1][1] += 1
+            else:
+                row.spans.append([self.version, 1])
+
+    def _finish(self) -> None:
+        """Answers the rows that are done and closes their places in the batch."""
+        if self._batch is None:
+            return
+        for row in self._batch.rows:
+            if (finish := _finish_of(row)) is not None:
+                _answer(row, finish)
+        self._keep(lambda row: not row.future.done())
+
+    def _keep(self, wanted: Callable[[_Row], bool]) -> None:
+        batch = self._batch
+        if batch is None:
+            return
+        kept = [index for index, row in enumerate(batch.rows) if wanted(row)]
+        if len(kept) == len(batch.rows):
+            return
+        if not kept:
+            self._batch = None
+            return
+        index_B = torch.tensor(kept, device=self.hosting.device)
+        mask_BS = batch.mask_BS[index_B]
+        first = int(mask_BS.any(dim=0).long().argmax())  # Columns that are padding for everybody who stays.
+        layers = [
+            (layer.keys[index_B][:, :, first:], layer.values[index_B][:, :, first:]) for layer in batch.cache.layers
+        ]
+        self._batch = _Batch(
+            rows=[batch.rows[index] for index in kept], cache=_cache_of(layers), mask_BS=mask_BS[:, first:]
+        )
+
+    def _maybe_update(self) -> None:
+        update = self._update
+        if update is None or (update.in_flight is InFlight.FINISH and self._batch is not None):
+            return
+        running = self._batch.rows if self._batch is not None else []
+        self._batch = None
+        if update.in_flight is InFlight.ABORT:
+            for row in [*running, *self._waiting]:
+                _answer(row, Finish.ABORTED)
+            running = []
+            self._waiting.clear()
+        start_s = time.monotonic()
+        try:
+            # transformers reads folders: give it the configuration beside the weights. The old model serves until
+            # the new one stands whole.
+            shutil.copy(self.folder / "config.json", update.path.parent / "config.json")
+            assert update.path.name == WEIGHTS_FILE
+            model = self._read_model(update.path.parent)
+        except _POSSIBLE_ERRORS as error:
+            self._fail(f"the update to version {update.version} failed: {error}")
+            raise
+        self._model, self.version = model, update.version
+        with self._changed:
+            self._waiting.extendleft(reversed(running))
+            self._update = None
+        if not update.future.cancelled():
+            update.future.set_result(time.monotonic() - start_s)
+
+
+def _finish_of(row: _Row) -> Finish | None:
+    if len(row.token_ids) > 0 and row.token_ids[-1] in row.sampling.stop_token_ids:
+        return Finish.STOP
+    return Finish.LENGTH if len(row.token_ids) >= row.sampling.max_new_tokens else None
+
+
+def _answer(row: _Row, finish: Finish) -> None:
+    with contextlib.suppress(asyncio.InvalidStateError):
+        if row.future.done():
+            return
+        row.future.set_result(
+            Generated(
+                token_ids=row.token_ids,
+                logprobs=row.logprobs,
+                finish=finish,
+                version_spans=[(version, count) for version, count in row.spans],
+                start_unix_ns=row.start_unix_ns,
+                end_unix_ns=time.time_ns(),
+            )
+        )
+
+
+def _processed(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
+    """(B, V) logits of the distribution that is sampled: end tokens held back, temperature, top-k, then top-p."""
+    for index, row in enumerate(rows):
+        if len(row.token_ids) < row.sampling.min_new_tokens:
+            logits_BV[index, list(row.sampling.stop_token_ids)] = -torch.inf
+    temperatures_B = torch.tensor([row.sampling.temperature or 1.0 for row in rows], device=logits_BV.device)
+    logits_BV = logits_BV / temperatures_B[:, None]
+    for index, row in enumerate(rows):
+        if 0 < row.sampling.top_k < logits_BV.shape[1]:
+            smallest = logits_BV[index].topk(row.sampling.top_k).values[-1]
+            logits_BV[index].masked_fill_(logits_BV[index] < smallest, -torch.inf)
+        if row.sampling.top_p < 1.0:
+            ordered_V, places_V = logits_BV[index].sort(descending=True)
+            probabilities_V = ordered_V.softmax(dim=-1)
+            # The token that crosses the threshold is still in.
+            outside_V = probabilities_V.cumsum(dim=-1) - probabilities_V >= row.sampling.top_p
+            logits_BV[index, places_V[outside_V]] = -torch.inf
+    return logits_BV
+
+
+def _positions(mask_BS: Tensor) -> Tensor:
+    return (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)
+
+
+def _is_plain(cache: Any) -> bool:
+    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
+
+
+def _cache_of(layers: list[tuple[Tensor, Tensor]]) -> Any:
+    cache = DynamicCache()
+    for index, (keys, values) in enumerate(layers):
+        cache.update(keys, values, index)
+    return cache
+
+
+def _join(first: _Batch, second: _Batch) -> _Batch:
+    """Both batches as one, the shorter cache padded on the left."""
+    length = max(first.mask_BS.shape[1], second.mask_BS.shape[1])
+
+    def wide(tensor: Tensor) -> Tensor:
+        """(B, H, S, D) with ``length`` positions."""
+        return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[2], 0))
+
+    masks = [torch.nn.functional.pad(batch.mask_BS, (length - batch.mask_BS.shape[1], 0)) for batch in (first, second)]
+    layers = [
+        (torch.cat([wide(a.keys), wide(b.keys)]), torch.cat([wide(a.values), wide(b.values)]))
+        for a, b in zip(first.cache.layers, second.cache.layers, strict=True)
+    ]
+    return _Batch(rows=first.rows + second.rows, cache=_cache_of(layers), mask_BS=torch.cat(masks))

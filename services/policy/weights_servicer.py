@@ -1,0 +1,148 @@
+"""Weight updates: receive, verify, then apply. Until the commit is verified nothing changes."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import structlog
+
+from quartet.client.policy import UPDATE_ACCEPTED
+from quartet.policy.v1 import weights_pb2, weights_pb2_grpc
+from services.policy.engine import EngineFailedError, InFlight
+from services.policy.hosted import HostedPolicy
+from services.policy.staging import StagedCheckpoint, TensorSpec
+from services.runtime.errors import (
+    AbortedError,
+    DataLossError,
+    FailedPreconditionError,
+    InvalidArgumentError,
+    ServiceError,
+    UnavailableError,
+)
+from services.runtime.telemetry import ServiceMetrics
+
+log = structlog.get_logger()
+
+_IN_FLIGHT = {
+    weights_pb2.IN_FLIGHT_POLICY_UNSPECIFIED: InFlight.KEEP,
+    weights_pb2.IN_FLIGHT_POLICY_KEEP: InFlight.KEEP,
+    weights_pb2.IN_FLIGHT_POLICY_FINISH: InFlight.FINISH,
+    weights_pb2.IN_FLIGHT_POLICY_ABORT: InFlight.ABORT,
+}
+
+
+class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
+    """Replaces the weights of the one policy this process hosts. ``hosted`` is None until it is loaded."""
+
+    def __init__(self, metrics: ServiceMetrics, *, staging: Path, max_bytes: int, stop: Callable[[str], None]) -> None:
+        """``stop`` ends the service with a reason, when the engine holds weights that nobody knows."""
+        self.metrics = metrics
+        self.staging = staging
+        self.max_bytes = max_bytes
+        self.stop = stop
+        self.hosted: HostedPolicy | None = None
+        self._updating = False
+
+    def _hosted(self) -> HostedPolicy:
+        if self.hosted is None:
+            raise UnavailableError("the policy is still loading; try again later")
+        return self.hosted
+
+    async def GetWeightsInfo(
+        self, request: weights_pb2.GetWeightsInfoRequest, context: Any
+    ) -> weights_pb2.GetWeightsInfoResponse:
+        return weights_pb2.GetWeightsInfoResponse(served_by=self._hosted().model.served_by)
+
+    async def UpdateWeights(
+        self, request_iterator: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Any
+    ) -> weights_pb2.UpdateWeightsResponse:
+        hosted = self._hosted()
+        if self._updating:
+            raise AbortedError("another weight update is under way; try again when it is done")
+        self._updating = True
+        try:
+            return await self._update(hosted, request_iterator, context)
+        finally:
+            self._updating = False
+
+    async def _update(
+        self, hosted: HostedPolicy, steps: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Any
+    ) -> weights_pb2.UpdateWeightsResponse:
+        begin: weights_pb2.BeginUpdate | None = None
+        staged: StagedCheckpoint | None = None
+        try:
+            async for step in steps:
+                kind = step.WhichOneof("step")
+                if (kind == "begin") != (begin is None):
+                    raise InvalidArgumentError(
+                        f"step is {kind or 'not set'}: an update is one begin, then chunks, then one commit",
+                        field="step",
+                    )
+                if kind == "begin":
+                    begin = step.begin
+                    staged = await asyncio.to_thread(self._open, hosted, begin)
+                    await context.send_initial_metadata(((UPDATE_ACCEPTED, "1"),))
+                elif kind == "chunk" and staged is not None:
+                    # Hashing and copying hold no lock of the interpreter: generation's loop goes on beside them.
+                    await asyncio.to_thread(staged.write, step.chunk.tensor_index, step.chunk.data)
+                elif kind == "commit" and staged is not None and begin is not None:
+                    fingerprint = await asyncio.to_thread(staged.finish, step.commit.weights_fingerprint)
+                    # From here on it runs to its end, even when the client leaves: half an update would be no weights.
+                    applying = asyncio.ensure_future(self._apply(hosted, begin, staged, fingerprint))
+                    staged = None  # Closed by _apply.
+                    return await asyncio.shield(applying)
+                else:
+                    raise InvalidArgumentError("step is not set: give begin, chunk or commit", field="step")
+        except ServiceError:
+            if staged is not None:
+                # A status that overtakes a client still sending would reach it as a broken pipe: take the rest in.
+                async for _ in steps:
+                    pass
+            raise
+        finally:
+            if staged is not None:
+                staged.__exit__()
+        raise DataLossError("the stream ended before its commit; the old weights go on serving")
+
+    def _open(self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate) -> StagedCheckpoint:
+        current = hosted.model.served_by.weights_version
+        if begin.weights_version <= current:
+            raise FailedPreconditionError(
+                f"begin.weights_version is {begin.weights_version}, must be greater than {current}, which serves now",
+                field="begin.weights_version",
+            )
+        if begin.in_flight not in _IN_FLIGHT:
+            raise InvalidArgumentError(
+                f"begin.in_flight is {begin.in_flight}, must be one of {sorted(_IN_FLIGHT)}", field="begin.in_flight"
+            )
+        specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=tuple(t.shape)) for t in begin.tensors]
+        hosted.layout.check(specs, self.max_bytes)
+        return StagedCheckpoint(specs, self.staging)
+
+    async def _apply(
+        self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate, staged: StagedCheckpoint, fingerprint: str
+    ) -> weights_pb2.UpdateWeightsResponse:
+        with staged:
+            try:
+                pause_s = await hosted.engine.update_weights(
+                    staged.path, begin.weights_version, _IN_FLIGHT[begin.in_flight]
+                )
+            except EngineFailedError as error:
+                self.stop(str(error))
+                raise UnavailableError(f"{error}; the service restarts with the weights of its model folder") from error
+        served_by = hosted.model.served_by
+        served_by.weights_version = begin.weights_version
+        served_by.weights_fingerprint = fingerprint
+        self.metrics.weights_version.set(begin.weights_version)
+        log.info(
+            "weights_updated",
+            version=begin.weights_version,
+            mib=round(staged.received_bytes / 2**20, 1),
+            pause_ms=round(1000 * pause_s, 1),
+        )
+        return weights_pb2.UpdateWeightsResponse(
+            served_by=served_by, received_bytes=staged.received_bytes, pause_seconds=pause_s
+        )
