@@ -34,7 +34,7 @@ class CallPolicy:
     deadline_s: float = 600.0
     patience_s: float = 120.0
     first_backoff_s: float = 0.1
-    max_backoff_s: float = 5.0
+    max_backoff_s: float = 2.0
 
 
 def target_of(addresses: str) -> str:
@@ -132,18 +132,15 @@ class ServiceClient:
         backoff_s = self.policy.first_backoff_s
         while True:
             try:
-                return await method(
-                    request,
-                    timeout=self.policy.deadline_s,
-                    metadata=((REQUEST_ID, request_id),),
-                    wait_for_ready=True,
-                )
+                # Not wait_for_ready: that would wait for a service that is away until the deadline of an attempt.
+                return await method(request, timeout=self.policy.deadline_s, metadata=((REQUEST_ID, request_id),))
             except grpc.aio.AioRpcError as error:
                 typed = translate(error, self.name, request_id)
+                pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
                 waited_s = time.monotonic() - start
-                if not isinstance(typed, UnavailableError) or waited_s + backoff_s > self.policy.patience_s:
+                if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
                     raise typed from error
-                await asyncio.sleep(max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error)))
+                await asyncio.sleep(pause_s)
                 backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
 
     @contextlib.asynccontextmanager

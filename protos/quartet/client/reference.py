@@ -72,15 +72,22 @@ class ReferenceClient(ServiceClient):
         )
         stub = reference_pb2_grpc.ReferenceServiceStub(self._channel)
         reply = await self._call(stub.LogProbs, request)
+        types.require_results(reply.results, items, self.name)
         return LogProbsBatch(
-            results=tuple(_result(result) for result in reply.results),
+            results=tuple(_result(result, item) for result, item in zip(reply.results, items, strict=True)),
             served_by=types.served_by(reply.served_by),
             work=types.work_interval(reply.work),
         )
 
 
-def _result(result: reference_pb2.LogProbsResult) -> LogProbs | ItemFailure:
+def _result(result: reference_pb2.LogProbsResult, item: TokenSequence) -> LogProbs | ItemFailure:
     failure = types.failure(result.status)
     if failure is not None:
         return failure
+    wanted = len(item.token_ids) - item.response_start
+    if len(result.logprobs) != wanted:
+        return ItemFailure(
+            reason=f"the service gave {len(result.logprobs)} log-probabilities for {wanted} response tokens",
+            retryable=False,
+        )
     return LogProbs(logprobs=tuple(result.logprobs), entropies=tuple(result.entropies))

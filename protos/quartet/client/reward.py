@@ -101,6 +101,7 @@ class RewardClient(ServiceClient):
         )
         stub = reward_pb2_grpc.RewardServiceStub(self._channel)
         reply = await self._call(stub.Score, request)
+        types.require_results(reply.results, items, self.name)
         return Scores(
             results=tuple(_result(result) for result in reply.results),
             served_by=types.served_by(reply.served_by),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from quartet.client.errors import ServiceFailedError
 from quartet.common.v1 import common_pb2
 
 # A prompt as a caller gives it: text, chat messages ({"role", "content"}), or token ids.
@@ -84,6 +85,16 @@ def failure(status: common_pb2.ItemStatus) -> ItemFailure | None:
         reason=status.reason or "the service gave no reason",
         retryable=status.code == common_pb2.ITEM_STATUS_CODE_RETRYABLE,
     )
+
+
+def require_results(results: Sequence[object], items: Sequence[object], service: str) -> None:
+    """Refuses a reply that does not answer every item: what answers which could not be told.
+
+    Raises:
+        ServiceFailedError: their numbers differ.
+    """
+    if len(results) != len(items):
+        raise ServiceFailedError(f"the reply has {len(results)} results for {len(items)} items", service=service)
 
 
 def prompt_message(prompt: PromptLike) -> common_pb2.Prompt:
