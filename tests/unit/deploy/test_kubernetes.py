@@ -139,7 +139,7 @@ def test_the_environment_is_settings_that_the_service_accepts_and_listens_by(
 
 
 def test_kubernetes_adds_no_variables_that_would_be_read_as_settings(rendered):
-    # A Service quartet-policy-admin would set QUARTET_POLICY_ADMIN_PORT=tcp://10.0.0.1:50061 in every pod.
+    # A Service quartet-policy with a cluster address would set QUARTET_POLICY_PORT=tcp://10.0.0.1:50051 in every pod.
     for workload in rendered.all("Deployment", "Job"):
         assert pod_of(workload)["enableServiceLinks"] is False
 
