@@ -148,6 +148,8 @@ class Batcher(Generic[Item, Result]):
             results: Sequence[Result | ItemError]
             try:
                 results = self._process([entry.item for entry in batch])
+                if len(results) != len(batch):
+                    raise RuntimeError(f"{len(results)} results for {len(batch)} items")
             except Exception as error:
                 log.error("batch_failed", items=len(batch), exc_info=error)
                 results = [ItemError(f"the model failed: {type(error).__name__}", retryable=True)] * len(batch)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+import socket
 import sys
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
@@ -80,22 +81,17 @@ class ServiceRuntime:
             ("grpc.keepalive_permit_without_calls", 1),
         ]
         for listener in listeners:
+            _require_free(self.settings.host, listener)
             server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)], options=options)
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
             if self.settings.reflection:
                 names = (*listener.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
                 reflection.enable_server_reflection(names, server)
-            address = f"{self.settings.host}:{listener.port}"
             try:
-                port = server.add_insecure_port(address)
-            except RuntimeError:
-                port = 0
-            if port == 0:
-                raise StartError(
-                    f"cannot listen on {address} for {listener.name}: the port is taken or not allowed; "
-                    "stop what holds it or choose another"
-                )
+                port = server.add_insecure_port(f"{self.settings.host}:{listener.port}")
+            except RuntimeError as error:
+                raise _cannot_listen(self.settings.host, listener, "the port is taken or not allowed") from error
             listener.server, listener.port = server, port
             self.listeners.append(listener)
             for service in listener.services:
@@ -150,6 +146,23 @@ class ServiceRuntime:
         listeners, self.listeners = self.listeners, []
         await self.health.enter_graceful_shutdown()
         await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
+
+
+def _require_free(host: str, listener: Listener) -> None:
+    """Refuses a port that is taken, with the system's reason: gRPC would only log it, in its own words."""
+    try:
+        family, kind, _, _, address = socket.getaddrinfo(host.strip("[]"), listener.port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family, kind) as attempt:
+            attempt.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            attempt.bind(address)
+    except OSError as error:
+        raise _cannot_listen(host, listener, error.strerror or str(error)) from error
+
+
+def _cannot_listen(host: str, listener: Listener, reason: str) -> StartError:
+    return StartError(
+        f"cannot listen on {host}:{listener.port} for {listener.name}: {reason}; stop what holds it or choose another"
+    )
 
 
 def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaitable[int]]) -> None:

@@ -1,0 +1,191 @@
+"""Around every call: errors become a status with details, and are counted and logged under the request id."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+from quartet.client import (
+    CallPolicy,
+    DamagedError,
+    DeadlineError,
+    InvalidInputError,
+    OverloadedError,
+    PolicyClient,
+    PreconditionError,
+    QuartetError,
+    RewardClient,
+    Sampling,
+    ScoreItem,
+    ServiceFailedError,
+    UnavailableError,
+)
+from quartet.client.channel import pushback_s
+from quartet.common.v1 import common_pb2
+from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
+from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
+from services.runtime import errors
+from services.runtime.interceptors import CallInterceptor
+from services.runtime.telemetry import ServiceMetrics
+
+ONCE = CallPolicy(patience_s=0.0)
+ITEM = ScoreItem(prompt="a", response="b")
+OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
+
+
+class House(reward_pb2_grpc.RewardServiceServicer, policy_pb2_grpc.PolicyServiceServicer):
+    """Raises ``error`` where there is one; a stream does so after two replies."""
+
+    def __init__(self) -> None:
+        self.error: BaseException | None = None
+        self.left = asyncio.Event()
+        self.metrics = ServiceMetrics("test")
+
+    async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
+        if self.error is not None:
+            raise self.error
+        return reward_pb2.ScoreResponse(results=[reward_pb2.ScoreResult(status=OK, score=1.0)])
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[policy_pb2.GenerateResponse]:
+        completion = policy_pb2.Completion(token_ids=[1], logprobs=[-1.0], finish_reason=2)
+        try:
+            for index in range(3):
+                if index == 2:
+                    if self.error is not None:
+                        raise self.error
+                    await asyncio.sleep(30)
+                yield policy_pb2.GenerateResponse(sample_index=index, status=OK, completion=completion)
+        finally:
+            self.left.set()
+
+    def counted(self, method: str, code: str) -> float:
+        return (
+            self.metrics.registry.get_sample_value("quartet_test_calls_total", {"method": method, "code": code}) or 0.0
+        )
+
+
+@pytest.fixture
+async def house() -> AsyncIterator[tuple[House, str]]:
+    service = House()
+    server = grpc.aio.server(interceptors=[CallInterceptor(service.metrics)])
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(service, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    yield service, f"127.0.0.1:{port}"
+    await server.stop(0)
+
+
+@pytest.mark.parametrize(
+    ("error", "typed", "code"),
+    [
+        (errors.InvalidArgumentError("n is 0, must be at least 1", field="n"), InvalidInputError, "INVALID_ARGUMENT"),
+        (errors.FailedPreconditionError("another tokenizer", field="t"), PreconditionError, "FAILED_PRECONDITION"),
+        (errors.AbortedError("another update is under way"), PreconditionError, "ABORTED"),
+        (errors.OverloadedError("full", retry_after_ms=250), OverloadedError, "RESOURCE_EXHAUSTED"),
+        (errors.UnavailableError("loading"), UnavailableError, "UNAVAILABLE"),
+        (errors.DeadlineExceededError("too late"), DeadlineError, "DEADLINE_EXCEEDED"),
+        (errors.DataLossError("checksum differs"), DamagedError, "DATA_LOSS"),
+        (errors.InternalError("the engine died"), ServiceFailedError, "INTERNAL"),
+    ],
+)
+async def test_an_error_of_ours_becomes_its_status_with_message_and_field(house, error, typed, code):
+    service, address = house
+    service.error = error
+    async with RewardClient(address, policy=ONCE) as client:
+        with capture_logs() as logs, pytest.raises(QuartetError) as failed:
+            await client.score([ITEM])
+    assert type(failed.value) is typed
+    assert (failed.value.message, failed.value.field) == (error.message, error.field)
+    assert service.counted("Score", code) == 1
+    assert logs == [
+        {
+            "event": "call_refused",
+            "log_level": "warning",
+            "method": "Score",
+            "code": code,
+            "seconds": logs[0]["seconds"],
+            "reason": error.message,
+        }
+    ]
+
+
+async def test_the_pause_asked_for_is_in_the_trailer(house):
+    service, address = house
+    service.error = errors.OverloadedError("full", retry_after_ms=250)
+    async with grpc.aio.insecure_channel(address) as channel:
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await reward_pb2_grpc.RewardServiceStub(channel).Score(reward_pb2.ScoreRequest())
+    assert pushback_s(refused.value) == 0.25
+
+
+async def test_an_unknown_exception_is_internal_with_the_request_id_and_without_its_text(house):
+    service, address = house
+    service.error = KeyError("the secret of a prompt")
+    async with RewardClient(address, policy=ONCE) as client:
+        with capture_logs() as logs, pytest.raises(ServiceFailedError) as failed:
+            await client.score([ITEM])
+    request_id = failed.value.request_id
+    assert len(request_id) == 32
+    assert failed.value.message == f"internal error; the service's log says why under request id {request_id}"
+    (entry,) = logs
+    assert (entry["event"], entry["log_level"], entry["code"]) == ("call_failed", "error", "INTERNAL")
+    assert entry["exc_info"] is service.error
+    assert service.counted("Score", "INTERNAL") == 1
+
+
+async def test_a_call_without_a_request_id_and_one_with_an_endless_one_are_answered(house):
+    service, address = house
+    service.error = RuntimeError()
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = reward_pb2_grpc.RewardServiceStub(channel)
+        with pytest.raises(grpc.aio.AioRpcError, match=r"request id \(none\)"):
+            await stub.Score(reward_pb2.ScoreRequest())
+        with pytest.raises(grpc.aio.AioRpcError) as failed:
+            await stub.Score(reward_pb2.ScoreRequest(), metadata=(("quartet-request-id", "x" * 1000),))
+    assert failed.value.details() == f"internal error; the service's log says why under request id {'x' * 128}"
+
+
+async def test_a_call_that_succeeds_is_counted_and_timed(house):
+    service, address = house
+    async with RewardClient(address) as client:
+        for _ in range(3):
+            await client.score([ITEM])
+    assert service.counted("Score", "OK") == 3
+    value = service.metrics.registry.get_sample_value
+    assert value("quartet_test_call_seconds_count", {"method": "Score"}) == 3
+    assert value("quartet_test_calls_in_flight") == 0
+
+
+async def test_a_stream_that_fails_gives_what_it_had_and_then_the_typed_error(house):
+    service, address = house
+    service.error = errors.UnavailableError("the engine restarts")
+    async with PolicyClient(address) as client:
+        stream = client.generate(["a"], Sampling(max_new_tokens=1), n=3)
+        received = [await anext(stream), await anext(stream)]
+        with pytest.raises(UnavailableError, match="policy service: the engine restarts") as failed:
+            await anext(stream)
+    assert [completion.sample_index for completion in received] == [0, 1]
+    assert failed.value.request_id
+    assert service.counted("Generate", "UNAVAILABLE") == 1
+
+
+async def test_a_client_that_leaves_a_stream_frees_it_at_once_and_is_counted_as_cancelled(house):
+    service, address = house
+    async with PolicyClient(address) as client:
+        stream = client.generate(["a"], Sampling(max_new_tokens=1), n=3)
+        async for _ in stream:
+            break
+        await stream.aclose()
+        await asyncio.wait_for(service.left.wait(), 5)
+    for _ in range(100):
+        if service.counted("Generate", "CANCELLED"):
+            break
+        await asyncio.sleep(0.02)
+    assert service.counted("Generate", "CANCELLED") == 1
+    assert service.metrics.registry.get_sample_value("quartet_test_calls_in_flight") == 0

@@ -1,0 +1,224 @@
+"""The life of a service: ports refused early, health that tells the truth, work finished before the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import pytest
+from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+
+from quartet.client import CallPolicy, RewardClient, ScoreItem, UnavailableError
+from services.runtime.probe import probe
+
+ITEM = ScoreItem(prompt="a", response="b")
+SERVICE = RewardClient.health_service
+
+
+@dataclass
+class Process:
+    """The slow service and where it listens."""
+
+    process: subprocess.Popen[str]
+    address: str
+    metrics: str
+
+    async def wait_health(self, wanted: str, service: str = SERVICE, timeout_s: float = 20.0) -> None:
+        end = time.monotonic() + timeout_s
+        while (answer := await asyncio.to_thread(probe, self.address, service, 1.0)) != wanted:
+            assert time.monotonic() < end, f"{service or 'liveness'} is {answer}, not {wanted}"
+            await asyncio.sleep(0.05)
+
+    async def end(self) -> tuple[int, str]:
+        _, said = await asyncio.to_thread(self.process.communicate, timeout=20)
+        return self.process.returncode, said
+
+
+def free_ports() -> tuple[int, int]:
+    with socket.socket() as one, socket.socket() as other:
+        one.bind(("127.0.0.1", 0))
+        other.bind(("127.0.0.1", 0))
+        return one.getsockname()[1], other.getsockname()[1]
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    """start("--flag", ..., load_s=0, call_s=0, port=, metrics_port=) starts slow_service.py."""
+    started: list[Process] = []
+
+    def launch(*flags: str, load_s: float = 0, call_s: float = 0, port: int = 0, metrics_port: int = 0) -> Process:
+        free, free_metrics = free_ports()
+        port, metrics_port = port or free, metrics_port or free_metrics
+        command = [sys.executable, str(Path(__file__).with_name("slow_service.py")), "--model", "none"]
+        command += ["--port", str(port), "--metrics-port", str(metrics_port), *flags]
+        environment = os.environ | {"SLOW_LOAD_S": str(load_s), "SLOW_CALL_S": str(call_s)}
+        process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+        started.append(Process(process, f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"))
+        return started[-1]
+
+    yield launch
+    for service in started:
+        service.process.kill()
+        service.process.communicate()
+
+
+async def test_health_tells_loading_from_serving_and_liveness_from_readiness(start):
+    service = start(load_s=2)
+    await service.wait_health("NOT_SERVING")
+    assert probe(service.address, "") == "SERVING"
+    with pytest.raises(UnavailableError):
+        async with RewardClient(service.address, policy=CallPolicy(patience_s=0.0)) as client:
+            await client.score([ITEM])
+    await service.wait_health("SERVING")
+    assert probe(service.address, "quartet.no.such.Service").startswith("NOT_FOUND")
+    async with RewardClient(service.address) as client:
+        assert len((await client.score([ITEM])).results) == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_work_in_flight_is_finished_before_the_end_and_new_work_refused(start, number):
+    service = start("--grace-s", "10", call_s=1.5)
+    await service.wait_health("SERVING")
+    async with RewardClient(service.address) as client:
+        call = asyncio.create_task(client.score([ITEM, ITEM]))
+        await asyncio.sleep(0.5)
+        service.process.send_signal(number)
+        scores = await call
+    assert [result.score for result in scores.results] == [1.0, 1.0]
+    code, said = await service.end()
+    assert code == 0
+    events = [line for line in said.splitlines() if '"event"' in line]
+    assert [name for name in ("ready", "draining", "stopped") if any(f'"event": "{name}"' in e for e in events)] == [
+        "ready",
+        "draining",
+        "stopped",
+    ]
+
+
+async def test_readiness_ends_as_soon_as_the_end_begins(start):
+    service = start("--grace-s", "10", call_s=2.0)
+    await service.wait_health("SERVING")
+    async with grpc.aio.insecure_channel(service.address) as watching, RewardClient(service.address) as client:
+        from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+        request = health_pb2.HealthCheckRequest(service=SERVICE)
+        statuses = health_pb2_grpc.HealthStub(watching).Watch(request)
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
+        call = asyncio.create_task(client.score([ITEM]))
+        await asyncio.sleep(0.3)
+        service.process.terminate()
+        start_s = time.monotonic()
+        assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
+        assert time.monotonic() - start_s < 1.0
+        statuses.cancel()
+        await call
+
+
+async def test_work_longer_than_the_grace_is_given_up(start):
+    service = start("--grace-s", "0.5", call_s=30)
+    await service.wait_health("SERVING")
+    async with RewardClient(service.address, policy=CallPolicy(patience_s=0.0)) as client:
+        call = asyncio.create_task(client.score([ITEM]))
+        await asyncio.sleep(0.5)
+        service.process.terminate()
+        start_s = time.monotonic()
+        code, _ = await service.end()
+        assert code == 0
+        assert time.monotonic() - start_s < 6.0
+        with pytest.raises(UnavailableError):
+            await call
+
+
+async def test_a_failure_ends_the_service_with_code_1_for_its_supervisor(start):
+    service = start(call_s=30)
+    await service.wait_health("SERVING")
+    async with RewardClient(service.address, policy=CallPolicy(patience_s=0.0)) as client:
+        with pytest.raises(UnavailableError):
+            await client.score([ScoreItem(prompt="a", response="fail")])
+    code, said = await service.end()
+    assert code == 1
+    assert '"failure": "the engine died"' in said
+
+
+async def test_a_port_already_taken_is_one_clear_line_before_anything_is_loaded(start):
+    first = start()
+    await first.wait_health("SERVING")
+    port, metrics_port = (
+        int(text.partition("/metrics")[0].rpartition(":")[2]) for text in (first.address, first.metrics)
+    )
+    code, said = await start(load_s=30, port=port).end()
+    assert (code, said) == (
+        2,
+        f"slow-service: cannot listen on 127.0.0.1:{port} for the slow service: Address already in use; "
+        "stop what holds it or choose another\n",
+    )
+    code, said = await start(load_s=30, metrics_port=metrics_port).end()
+    assert (code, said) == (
+        2,
+        f"slow-service: cannot listen on 127.0.0.1:{metrics_port} for metrics: Address already in use; "
+        "stop what holds it or choose another --metrics-port\n",
+    )
+    assert probe(first.address, SERVICE) == "SERVING"
+
+
+async def test_an_address_that_is_not_ours_is_refused_with_the_reason(start):
+    code, said = await start("--host", "192.0.2.1").end()
+    assert code == 2
+    assert said.startswith("slow-service: cannot listen on 192.0.2.1:")
+    assert "Cannot assign requested address" in said
+
+
+def test_metrics_are_served_over_http(start):
+    service = start()
+
+    async def score_one() -> None:
+        await service.wait_health("SERVING")
+        async with RewardClient(service.address) as client:
+            await client.score([ITEM])
+
+    asyncio.run(score_one())
+    with urllib.request.urlopen(service.metrics, timeout=5) as reply:
+        assert reply.headers["Content-Type"].startswith("text/plain")
+        text = reply.read().decode()
+    assert 'quartet_slow_calls_total{code="OK",method="Score"} 1.0' in text
+    assert 'quartet_slow_call_seconds_bucket{le="+Inf",method="Score"} 1.0' in text
+
+
+@pytest.mark.parametrize("wanted", [True, False])
+async def test_reflection_is_served_exactly_when_asked_for(start, wanted):
+    service = start(*(["--reflection"] if wanted else []))
+    await service.wait_health("SERVING")
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
+            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
+        )
+        if wanted:
+            names = {found.name for found in (await call.read()).list_services_response.service}
+            assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
+        else:
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await call.read()
+            assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
+
+
+def test_the_probe_for_containers_exits_0_exactly_when_serving(start):
+    service = start()
+    command = [sys.executable, "-m", "services.runtime.probe"]
+    asyncio.run(service.wait_health("SERVING"))
+    done = subprocess.run([*command, service.address, SERVICE], capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stdout) == (0, "SERVING\n")
+    done = subprocess.run([*command, f"127.0.0.1:{free_ports()[0]}"], capture_output=True, text=True, timeout=20)
+    assert done.returncode == 1
+    assert done.stdout.startswith("UNAVAILABLE: ")
+    done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+    assert (done.returncode, done.stderr) == (2, "usage: python -m services.runtime.probe HOST:PORT [SERVICE]\n")
