@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self
 
 from pydantic import AfterValidator, Field, ValidationError
+from pydantic.fields import FieldInfo
 from pydantic_settings import (
     BaseSettings,
     CliApp,
+    EnvSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
     SettingsError,
@@ -35,6 +37,15 @@ UnitFloat = Annotated[float, Field(ge=0, le=1), AfterValidator(_finite)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
 Port = Annotated[int, Field(ge=0, le=65535)]
+
+
+class _Environment(EnvSettingsSource):
+    """Lists in the environment are JSON, or values with commas between, as flags take them."""
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        if isinstance(value, str) and not value.lstrip().startswith(("[", "{")):
+            return [part.strip() for part in value.split(",") if part.strip()]
+        return super().decode_complex_value(field_name, field, value)
 
 
 class Settings(BaseSettings):
@@ -63,7 +74,7 @@ class Settings(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        return (init_settings, env_settings, TomlConfigSettingsSource(settings_cls))
+        return (init_settings, _Environment(settings_cls), TomlConfigSettingsSource(settings_cls))
 
     @classmethod
     def from_command_line(cls, argv: list[str] | None = None) -> Self:
@@ -95,7 +106,7 @@ class Settings(BaseSettings):
 def explain(error: ValidationError | SettingsError) -> str:
     """One line a problem: the field, its value and what is allowed."""
     if isinstance(error, SettingsError):
-        if parsed := re.match(r'error parsing value for field "(\w+)" from source "EnvSettingsSource"', str(error)):
+        if parsed := re.match(r'error parsing value for field "(\w+)" from source "_Environment"', str(error)):
             flag = "--" + parsed[1].replace("_", "-")
             return f'{flag}: its value in the environment must be JSON, such as ["a", "b"]: {error.__cause__}'
         return f"{str(error).removeprefix('error parsing CLI: ')}; see --help"

@@ -183,10 +183,20 @@ def test_a_bad_value_in_toml_is_refused_like_any_other(capsys, tmp_path):
     assert told[1].startswith("quartet-example try: --steps is 'many': ")
 
 
-def test_a_list_in_the_environment_that_is_not_json_says_what_is_expected(capsys, monkeypatch):
-    monkeypatch.setenv("QUARTET_EXAMPLE_TRY_DATA", "a.jsonl")
+@pytest.mark.parametrize("given", ['["a.jsonl", "b.jsonl"]', "a.jsonl,b.jsonl", " a.jsonl , b.jsonl"])
+def test_a_list_in_the_environment_is_json_or_has_commas_between(monkeypatch, given):
+    monkeypatch.setenv("QUARTET_EXAMPLE_TRY_DATA", given)
+    assert Example.from_command_line(["--model", "m"]).data == ("a.jsonl", "b.jsonl")
+    assert Example.from_command_line(["--model", "m", "--data", given.replace("a.", "c.")]).data == (
+        "c.jsonl",
+        "b.jsonl",
+    )
+
+
+def test_a_list_in_the_environment_that_is_broken_json_is_refused(capsys, monkeypatch):
+    monkeypatch.setenv("QUARTET_EXAMPLE_TRY_DATA", '["a.jsonl"')
     told = refusal(capsys, "--model", "m")
-    assert told.startswith('quartet-example try: --data: its value in the environment must be JSON, such as ["a", "b"]')
+    assert told.startswith("quartet-example try: --data: its value in the environment is not valid JSON: ")
 
 
 def test_settings_are_frozen_and_plain_instances_of_their_class():
