@@ -108,7 +108,7 @@ def explain(error: ValidationError | SettingsError) -> str:
     if isinstance(error, SettingsError):
         if parsed := re.match(r'error parsing value for field "(\w+)" from source "_Environment"', str(error)):
             flag = "--" + parsed[1].replace("_", "-")
-            return f'{flag}: its value in the environment must be JSON, such as ["a", "b"]: {error.__cause__}'
+            return f"{flag}: its value in the environment is not valid JSON: {error.__cause__}"
         return f"{str(error).removeprefix('error parsing CLI: ')}; see --help"
     lines = []
     for problem in error.errors():
