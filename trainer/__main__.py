@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from quartet.client import QuartetError
 from quartet.model_folder import ModelFolderError
 from quartet.settings import Settings
 from trainer.errors import TrainerError
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> None:
     try:
         run: Callable[[Any], None] = _load(command.main)
         run(settings)
-    except (TrainerError, ModelFolderError) as error:
+    except (TrainerError, ModelFolderError, QuartetError) as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"quartet-train {name}: {line}\n")
         sys.exit(getattr(error, "exit_code", 2))

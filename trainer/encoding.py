@@ -55,8 +55,16 @@ class EncodedPreference:
 class Encoder:
     """Encodes rows of at most ``max_tokens`` tokens, prompt, response and end token together."""
 
-    def __init__(self, tokenizer: Any, *, max_tokens: int, truncation: Truncation = "refuse") -> None:
-        """
+    def __init__(
+        self,
+        tokenizer: Any,
+        *,
+        max_tokens: int,
+        truncation: Truncation = "refuse",
+        advice: str = "raise --max-tokens if the model allows, or choose --truncation left or right",
+    ) -> None:
+        """``advice``: what the message about rows that are too long says beside shortening them.
+
         Raises:
             ModelError: the tokenizer has no end token.
         """
@@ -66,6 +74,7 @@ class Encoder:
         self._end_id = int(tokenizer.eos_token_id)
         self._max_tokens = max_tokens
         self._truncation = truncation
+        self._advice = advice
 
     def prompts(self, rows: Sequence[PromptRow]) -> list[Ids]:
         """Token ids of each prompt, at least one. With truncation ``left`` or ``right`` the beginning or the end goes.
@@ -149,6 +158,5 @@ class Encoder:
             more = f"; and {len(long) - _NAMED_ROWS} more" if len(long) > _NAMED_ROWS else ""
             raise DataError(
                 f"{len(long)} of {len(lengths)} rows have more than {self._max_tokens} tokens of {what}: {named}"
-                f"{more}. "
-                "Shorten them, raise --max-tokens if the model allows, or choose --truncation left or right"
+                f"{more}. Shorten them; {self._advice}"
             )

@@ -27,6 +27,10 @@ class OutputError(TrainerError):
     """The folder of the results can't be used."""
 
 
+class ServicesError(TrainerError):
+    """The services do not fit together, or failed more samples than the run allows."""
+
+
 class DivergedError(TrainerError):
     """Training produced a number that is not finite, so going on would be senseless."""
 

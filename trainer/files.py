@@ -37,6 +37,17 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     remove_folder(old)
 
 
+def replace_file(path: Path, text: str) -> None:
+    """Writes ``text`` under a temporary name and renames it: the file is the old one or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    with partial.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
 def remove_folder(folder: Path) -> None:
     """Removes ``folder`` and what is in it; renamed first, so that a kill leaves no half of it under its name."""
     if folder.exists():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
@@ -133,7 +133,7 @@ class PolicyClient(ServiceClient):
         tokenizer_fingerprint: str = "",
         return_text: bool = False,
         prompt_seeds: Sequence[int] = (),
-    ) -> AsyncIterator[Completion | FailedCompletion]:
+    ) -> AsyncGenerator[Completion | FailedCompletion, None]:
         """Yields each (prompt, sample) as soon as it is finished, in no set order.
 
         Leaving the iteration early cancels the rest. Not retried: when the service goes away in the middle,

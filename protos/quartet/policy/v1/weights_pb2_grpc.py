@@ -53,7 +53,8 @@ class WeightsServiceServicer:
 
     def UpdateWeights(self, request_iterator, context):
         """Replaces all weights: one begin, the chunks of every tensor in order, one commit. Nothing changes until the commit
-        is verified; a stream that breaks before leaves the old weights serving. One update at a time.
+        is verified; a stream that breaks before leaves the old weights serving. One update at a time. The service answers
+        begin at once, with the initial metadata "quartet-update-accepted: 1" or with a refusal: wait for it.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

@@ -1,0 +1,97 @@
+"""A rollout as tensors, on the grid of response tokens.
+
+Shapes: B sequences, S tokens of prompt and response, T response tokens, right-padded. N samples of a rollout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from trainer.batching import pad_right
+from trainer.encoding import Ids
+from trainer.rollout import Sample
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experience:
+    """What a step learns from. Tensors are on the trainer's device; padding holds 0."""
+
+    sequences: tuple[Ids, ...]
+    """N sequences of prompt and response token ids."""
+    prompt_tokens: tuple[int, ...]
+    """N lengths of the prompts."""
+    mask_NT: Tensor  # True on response tokens, the end token among them.
+    rollout_logprobs_NT: Tensor  # As the engine sampled.
+    ref_logprobs_NT: Tensor  # Of the reference.
+    scores_N: Tensor  # Of the reward model, raw.
+    finished_N: Tensor  # Whether a stop token ended the response.
+
+    @property
+    def lengths(self) -> list[int]:
+        """Tokens of each sequence."""
+        return [len(sequence) for sequence in self.sequences]
+
+    def pad(self, rows: Sequence[int], pad_id: int) -> Padded:
+        """The sequences of ``rows`` as a batch for the models."""
+        device = self.mask_NT.device
+        ids_BS, mask_BS = pad_right([self.sequences[row] for row in rows], pad_id, device)
+        starts_B = torch.tensor([self.prompt_tokens[row] for row in rows], device=device)
+        longest = max(len(self.sequences[row]) - self.prompt_tokens[row] for row in rows)
+        return Padded(ids_BS=ids_BS, mask_BS=mask_BS, starts_B=starts_B, response_mask_BT=self.mask_NT[rows, :longest])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Padded:
+    """Sequences as a model takes them, and where their responses are."""
+
+    ids_BS: Tensor
+    mask_BS: Tensor
+    starts_B: Tensor
+    response_mask_BT: Tensor
+
+    @property
+    def wanted_BS(self) -> Tensor:
+        """(B, S) True on response tokens."""
+        places_S = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device)
+        return self.mask_BS & (places_S[None, :] >= self.starts_B[:, None])
+
+    def of_tokens(self, x_BS: Tensor) -> Tensor:
+        """(B, T) what stands at the place of each response token; 0 on padding."""
+        return self._gather(x_BS, 0)
+
+    def of_states(self, x_BS: Tensor) -> Tensor:
+        """(B, T) what stands one place before: the state in which the token was chosen; 0 on padding."""
+        return self._gather(x_BS, -1)
+
+    def _gather(self, x_BS: Tensor, shift: int) -> Tensor:
+        offsets_T = torch.arange(self.response_mask_BT.shape[1], device=x_BS.device)
+        places_BT = (self.starts_B[:, None] + offsets_T[None, :] + shift).clamp(max=x_BS.shape[1] - 1)
+        return x_BS.gather(1, places_BT).masked_fill(~self.response_mask_BT, 0.0)
+
+
+def make_experience(samples: Sequence[Sample], device: torch.device) -> Experience:
+    """Lays the samples of a rollout out; at least one."""
+    lengths = [len(sample.response_ids) for sample in samples]
+    longest = max(lengths)
+
+    def grid(rows: Sequence[Sequence[float]]) -> Tensor:
+        values = np.zeros((len(rows), longest), dtype=np.float32)
+        for index, row in enumerate(rows):
+            values[index, : len(row)] = row
+        return torch.from_numpy(values).to(device)
+
+    mask_NT = torch.arange(longest)[None, :] < torch.tensor(lengths)[:, None]
+    return Experience(
+        sequences=tuple(np.array((*sample.prompt_ids, *sample.response_ids), dtype=np.int32) for sample in samples),
+        prompt_tokens=tuple(len(sample.prompt_ids) for sample in samples),
+        mask_NT=mask_NT.to(device),
+        rollout_logprobs_NT=grid([sample.logprobs for sample in samples]),
+        ref_logprobs_NT=grid([sample.ref_logprobs for sample in samples]),
+        scores_N=torch.tensor([sample.score for sample in samples], dtype=torch.float32, device=device),
+        finished_N=torch.tensor([sample.finished for sample in samples], device=device),
+    )

@@ -1,0 +1,361 @@
+"""Proximal policy optimisation against three services: the loop stands in ``train``, one step in ``Learner.step``.
+
+    rollout      the policy service samples; reward and reference service judge each response as it arrives
+    rewards      score on the last token, less beta times KL on every token
+    advantages   generalised advantage estimation over the critic's values
+    update       epochs of clipped losses for policy and critic
+    publish      the new weights go to the policy service
+
+Shapes: B sequences of a micro-batch, T response tokens, N samples of a rollout.
+Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; Ziegler et al. 2019, "Fine-Tuning Language
+Models from Human Preferences", and its code, openai/lm-human-preferences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quartet.client import QuartetError
+from quartet.fingerprint import derive_seed
+from trainer import rewards
+from trainer.advantages import gae, whiten
+from trainer.batching import micro_batches
+from trainer.checkpoint import StopRequest, stop_on_signal
+from trainer.errors import ServicesError
+from trainer.experience import Experience, make_experience
+from trainer.kl import AdaptiveKlController, FixedKlController, k3, sequence_kl
+from trainer.losses import ImportanceWeights, OffPolicyCorrection, old_policy, policy_loss, value_loss
+from trainer.masked import masked_mean, masked_var
+from trainer.models import TokenLogprobs, export_tensors
+from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
+from trainer.ppo_config import PPOSettings
+from trainer.ppo_run import PPORun, Trained
+from trainer.publishing import Weights
+from trainer.rollout import Rollout
+from trainer.statistics import mean_interval
+from trainer.tracking import RunTracker
+
+WATCHED = (
+    "reward/score_mean",
+    "kl/sequence_mean",
+    "throughput/generated_tokens_per_s",
+    "response/length_mean",
+    "response/finished_share",
+    "policy/entropy_mean",
+    "policy/clip_fraction",
+    "value/loss",
+    "kl/beta",
+)
+
+
+def main(settings: PPOSettings) -> None:
+    """Trains, evaluates before and after, and leaves model, figures and report in the run's folder.
+
+    Raises:
+        TrainerError: a setting, a file, a model or a service can't be used; the message says which.
+    """
+    with asyncio.Runner() as loop, stop_on_signal() as stop, PPORun(settings, loop) as run:
+        train(run, stop)
+        run.finish()
+
+
+def train(run: PPORun, stop: StopRequest) -> None:
+    """The loop: one rollout and its update a step."""
+    settings = run.settings
+    learner = Learner(run)
+    run.restore(learner.trained)
+    with RunTracker(settings.output, settings.steps, WATCHED, "PPO", run.resumed_step) as tracker:
+        try:
+            publish(run, learner)
+            run.evaluate_before()
+            saving_s = 0.0
+            while run.step < settings.steps and not stop.requested:
+                start_s = time.perf_counter() - saving_s
+                rollout = run.collect()
+                metrics = learner.step(rollout, run.step)
+                publish_s = publish(run, learner)
+                run.advance(rollout)
+                metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
+                tracker.log(run.step, metrics | run.progress() | run.evaluate_between())
+                saving_s = run.save_when_due(learner.trained)
+            run.save(learner.trained)
+            if stop.requested and run.step < settings.steps:
+                raise stop.stopped(step=run.step, total_steps=settings.steps, checkpoint=run.newest_checkpoint)
+            run.evaluate_after()
+        except (QuartetError, ServicesError) as error:
+            raise run.interrupted(error, learner.trained) from error
+
+
+def publish(run: PPORun, learner: Learner) -> float:
+    """Brings the trainer's weights to every policy replica; returns the seconds it took."""
+    start_s = time.perf_counter()
+    run.publish(Weights.of(export_tensors(learner.policy)))
+    return time.perf_counter() - start_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluated:
+    """What the trainer's own models say of a rollout before any update: (N, T), 0 on padding."""
+
+    logprobs_NT: Tensor
+    entropies_NT: Tensor
+    values_NT: Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What the update learns from: (N, T), 0 on padding."""
+
+    old_logprobs_NT: Tensor
+    weights: ImportanceWeights | None
+    old_values_NT: Tensor
+    advantages_NT: Tensor
+    returns_NT: Tensor
+
+
+class Learner:
+    """Policy, critic and what optimises them."""
+
+    def __init__(self, run: PPORun) -> None:
+        settings = self.settings = run.settings
+        self.device = run.device
+        self.pad_id = int(run.tokenizer.pad_token_id)
+        self.normalisation = run.normalisation
+        self.policy = run.policy.to(run.device)
+        self.critic = run.critic.to(run.device)
+        self.logprobs = TokenLogprobs(self.policy)
+        self.optimisers = {
+            name: make_adamw(model, learning_rate=rate, weight_decay=settings.weight_decay, eps=settings.adam_eps)
+            for name, model, rate in (
+                ("policy", self.policy, settings.learning_rate),
+                ("critic", self.critic, settings.critic_learning_rate),
+            )
+        }
+        self.kl: FixedKlController | AdaptiveKlController = (
+            FixedKlController(settings.kl_beta)
+            if settings.kl == "fixed"
+            else AdaptiveKlController(settings.kl_beta, settings.kl_target, settings.kl_horizon)
+        )
+
+    @property
+    def trained(self) -> Trained:
+        """What a checkpoint keeps of it."""
+        return Trained(modules={"policy": self.policy, "critic": self.critic}, optimisers=self.optimisers, kl=self.kl)
+
+    def step(self, rollout: Rollout, step: int) -> dict[str, float]:
+        """Learns from one rollout and returns the figures of the step, times in seconds among them.
+
+        Args:
+            rollout: of the policy as it is now.
+            step: steps done before, for the learning rate and the order of minibatches.
+        """
+        settings = self.settings
+        share = linear_schedule(step, settings.steps, settings.warmup_fraction)
+        for name, rate in (("policy", settings.learning_rate), ("critic", settings.critic_learning_rate)):
+            set_learning_rate(self.optimisers[name], share * rate)
+        start_s = time.perf_counter()
+        experience = make_experience(rollout.samples, self.device)
+        before = self.evaluate(experience)
+        forward_s = time.perf_counter() - start_s
+        targets, metrics = self.shape(experience, before)
+        metrics |= self.update(experience, targets, step)
+        metrics["learning_rate"] = share * settings.learning_rate
+        metrics["time/forward_s"] = forward_s
+        metrics["time/update_s"] = time.perf_counter() - start_s - forward_s
+        return metrics
+
+    @torch.no_grad()
+    def evaluate(self, experience: Experience) -> Evaluated:
+        """Log-probabilities, entropies and values of every response token under the present weights."""
+        grids = [torch.zeros_like(experience.ref_logprobs_NT) for _ in range(3)]
+        for rows in micro_batches(experience.lengths, self.settings.micro_batch_tokens):
+            batch = experience.pad(rows, self.pad_id)
+            with autocast(self.device, self.settings.precision):
+                logprobs_BS, entropies_BS = self.logprobs(
+                    batch.ids_BS, batch.mask_BS, batch.wanted_BS, self.settings.temperature, want_entropy=True
+                )
+                values_BS = self.critic(batch.ids_BS, batch.mask_BS)
+            width = batch.response_mask_BT.shape[1]
+            found = (batch.of_tokens(logprobs_BS), batch.of_tokens(entropies_BS), batch.of_states(values_BS))
+            for grid_NT, found_BT in zip(grids, found, strict=True):
+                grid_NT[rows, :width] = found_BT
+        return Evaluated(logprobs_NT=grids[0], entropies_NT=grids[1], values_NT=grids[2])
+
+    def shape(self, experience: Experience, before: Evaluated) -> tuple[Targets, dict[str, float]]:
+        """Rewards, advantages and returns; the price of KL moves after it was used."""
+        settings, mask_NT = self.settings, experience.mask_NT
+        old_logprobs_NT, weights = old_policy(
+            OffPolicyCorrection(settings.correction),
+            before.logprobs_NT,
+            experience.rollout_logprobs_NT,
+            mask_NT,
+            settings.importance_cap,
+        )
+        scores_N = self.final_scores(experience)
+        beta = self.kl.beta
+        rewards_NT, kl_NT = rewards.shape_rewards(scores_N, old_logprobs_NT, experience.ref_logprobs_NT, mask_NT, beta)
+        if settings.whiten_rewards:
+            rewards_NT = whiten(rewards_NT, mask_NT, shift_mean=False)
+        advantages_NT, returns_NT = gae(rewards_NT, before.values_NT, mask_NT, settings.gamma, settings.lam)
+        if settings.whiten_advantages:
+            advantages_NT = whiten(advantages_NT, mask_NT)
+        kl_N = sequence_kl(kl_NT, mask_NT)
+        self.kl.update(float(kl_N.mean()), len(kl_N))
+        targets = Targets(
+            old_logprobs_NT=old_logprobs_NT,
+            weights=weights,
+            old_values_NT=before.values_NT,
+            advantages_NT=advantages_NT,
+            returns_NT=returns_NT,
+        )
+        unexplained = float(masked_var(returns_NT - before.values_NT, mask_NT) / masked_var(returns_NT, mask_NT))
+        metrics = {
+            **score_metrics(experience),
+            "reward/final_mean": float(scores_N.mean()),
+            "kl/sequence_mean": float(kl_N.mean()),
+            "kl/token_mean": float(masked_mean(kl_NT, mask_NT)),
+            "kl/k3_token_mean": float(masked_mean(k3(old_logprobs_NT, experience.ref_logprobs_NT), mask_NT)),
+            "kl/beta": beta,
+            "policy/entropy_mean": float(masked_mean(before.entropies_NT, mask_NT)),
+            "value/mean": float(masked_mean(before.values_NT, mask_NT)),
+            "value/explained_variance": 1.0 - unexplained,
+        }
+        if weights is not None:
+            metrics |= {
+                "rollout/importance_weight_mean": float(weights.mean),
+                "rollout/ess": float(weights.ess),
+                "rollout/kl_old": float(weights.kl),
+            }
+        return targets, metrics
+
+    def final_scores(self, experience: Experience) -> Tensor:
+        """(N,) scores as PPO uses them: normalised, clipped, and less what a response that never ended loses."""
+        settings, scores_N = self.settings, experience.scores_N
+        if self.normalisation is not None:
+            scores_N = rewards.normalise(scores_N, self.normalisation.mean, self.normalisation.std)
+        if settings.score_clip is not None:
+            scores_N = rewards.clip_scores(scores_N, settings.score_clip)
+        if settings.missing_eos != "none":
+            scores_N = rewards.apply_missing_eos(
+                scores_N, experience.finished_N, settings.missing_eos, settings.missing_eos_value
+            )
+        return scores_N
+
+    def update(self, experience: Experience, targets: Targets, step: int) -> dict[str, float]:
+        """Epochs over the rollout: every sample once an epoch, in minibatches of a fresh permutation each."""
+        sums: dict[str, float] = {}
+        first_ratio = 0.0
+        taken = 0
+        for rows_of_minibatch in self.minibatches(len(experience.sequences), step):
+            tokens = float(experience.mask_NT[rows_of_minibatch].sum())
+            lengths = [experience.lengths[row] for row in rows_of_minibatch]
+            for part in micro_batches(lengths, self.settings.micro_batch_tokens):
+                rows = [rows_of_minibatch[index] for index in part]
+                figures, ratio = self.accumulate(experience, targets, rows, tokens)
+                for name, value in figures.items():
+                    sums[name] = sums.get(name, 0.0) + value
+                if taken == 0:
+                    first_ratio = max(first_ratio, ratio)
+            for name, optimiser in self.optimisers.items():
+                norm = apply_gradients(optimiser, self.settings.max_grad_norm)
+                sums[f"{name}/grad_norm"] = sums.get(f"{name}/grad_norm", 0.0) + norm
+            taken += 1
+        return {name: value / taken for name, value in sums.items()} | {
+            "policy/first_ratio_max_abs_log": first_ratio,
+            "policy/optimiser_steps": taken,
+        }
+
+    def accumulate(
+        self, experience: Experience, targets: Targets, rows: list[int], tokens: float
+    ) -> tuple[dict[str, float], float]:
+        """Adds the gradients of one micro-batch, scaled by the whole minibatch's tokens.
+
+        Returns:
+            Figures that add up over the micro-batches of a minibatch, and the largest absolute log ratio.
+        """
+        settings = self.settings
+        batch = experience.pad(rows, self.pad_id)
+        mask_BT = batch.response_mask_BT
+        width = mask_BT.shape[1]
+
+        def cut(grid_NT: Tensor) -> Tensor:
+            return grid_NT[rows, :width]
+
+        with autocast(self.device, settings.precision):
+            logprobs_BS, _ = self.logprobs(batch.ids_BS, batch.mask_BS, batch.wanted_BS, settings.temperature)
+        logprobs_BT = batch.of_tokens(logprobs_BS)
+        old_logprobs_BT = cut(targets.old_logprobs_NT)
+        actor = policy_loss(
+            logprobs_BT,
+            old_logprobs_BT,
+            cut(targets.advantages_NT),
+            mask_BT,
+            settings.clip_range,
+            weights_BT=None if targets.weights is None else cut(targets.weights.weights_BT),
+            denominator=tokens,
+        )
+        actor.loss.backward()  # type: ignore[no-untyped-call]
+        with autocast(self.device, settings.precision):
+            values_BS = self.critic(batch.ids_BS, batch.mask_BS)
+        critic = value_loss(
+            batch.of_states(values_BS),
+            cut(targets.old_values_NT),
+            cut(targets.returns_NT),
+            mask_BT,
+            settings.value_clip_range,
+            denominator=tokens,
+        )
+        (settings.value_coefficient * critic.loss).backward()  # type: ignore[no-untyped-call]
+        figures = {
+            "policy/loss": float(actor.loss.detach()),
+            "policy/clip_fraction": float(actor.clip_fraction),
+            "policy/approx_kl": float(actor.approx_kl),
+            "value/loss": float(critic.loss.detach()),
+            "value/clip_fraction": float(critic.clip_fraction),
+        }
+        return figures, float((logprobs_BT.detach() - old_logprobs_BT).abs().max())
+
+    def minibatches(self, count: int, step: int) -> Iterator[list[int]]:
+        """Row indices of every optimiser step."""
+        for epoch in range(self.settings.epochs):
+            random = np.random.default_rng(derive_seed("minibatches", self.settings.seed, step, epoch))
+            parts = np.array_split(random.permutation(count), min(self.settings.minibatches, count))
+            yield from (part.tolist() for part in parts)
+
+
+def score_metrics(experience: Experience) -> dict[str, float]:
+    """Raw scores with their interval, and the lengths of the responses."""
+    score = mean_interval(experience.scores_N.tolist())
+    lengths_N = experience.mask_NT.sum(dim=1).float()
+    return {
+        "reward/score_mean": score.value,
+        "reward/score_std": float(experience.scores_N.std()),
+        "reward/score_ci95": (score.high - score.low) / 2,
+        "reward/missing_eos_share": 1.0 - float(experience.finished_N.float().mean()),
+        "response/finished_share": float(experience.finished_N.float().mean()),
+        "response/length_mean": float(lengths_N.mean()),
+        "response/length_p95": float(lengths_N.quantile(0.95)),
+    }
+
+
+def time_metrics(rollout: Rollout, metrics: dict[str, float], publish_s: float, step_s: float) -> dict[str, float]:
+    """Where the step's time went. ``rpc_s``: what was neither a model's work, here or in a service, nor bookkeeping."""
+    known_s = rollout.duration_s + metrics["time/forward_s"] + metrics["time/update_s"] + publish_s
+    return {
+        "throughput/generated_tokens_per_s": rollout.generated_tokens / rollout.duration_s,
+        "samples/failed": len(rollout.failures),
+        "weights/version": rollout.weights_version,
+        "time/step_s": step_s,
+        "time/rollout_s": rollout.duration_s,
+        "time/publish_s": publish_s,
+        "time/other_s": max(0.0, step_s - known_s),
+        "time/service_work_s": rollout.service_work_s,
+        "time/rpc_s": max(0.0, rollout.duration_s - rollout.service_work_s) + publish_s,
+    }

@@ -1,0 +1,180 @@
+"""Settings of PPO and of evaluation against the services. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, ClassVar, Literal, Self
+
+from pydantic import Field, model_validator
+
+from quartet.settings import (
+    Finite,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Settings,
+    UnitFloat,
+)
+
+ClipRange = Annotated[PositiveFloat, Field(lt=1)]
+
+
+class ServiceAddresses(Settings):
+    """Where the services are, and how long to wait for them. ``host:port``, several with commas, or any gRPC URI."""
+
+    policy: str = Field("127.0.0.1:50051", description="policy service")
+    policy_admin: tuple[str, ...] = Field(
+        ("127.0.0.1:50061",), description="weight updates: the admin address of every policy replica", min_length=1
+    )
+    reward: str = Field("127.0.0.1:50052", description="reward service")
+    reference: str = Field("127.0.0.1:50053", description="reference service")
+    ready_timeout_s: PositiveFloat = Field(300.0, description="how long a service may take to be ready, seconds")
+    call_deadline_s: PositiveFloat = Field(600.0, description="longest that one call may take, seconds")
+
+
+class SamplingSettings(Settings):
+    """How responses are sampled."""
+
+    max_new_tokens: PositiveInt = Field(64, description="longest response in tokens")
+    temperature: PositiveFloat = Field(1.0, description="divides the logits in sampling, reference and update alike")
+    stop_token_ids: tuple[NonNegativeInt, ...] = Field(
+        (), description="tokens that end a response beside the model's own end tokens"
+    )
+
+
+class PPOSettings(ServiceAddresses, SamplingSettings):
+    """Trains a policy by PPO against the policy, reward and reference services."""
+
+    command: ClassVar[str] = "quartet-train ppo"
+
+    model: str = Field(description="policy to start from (the SFT model): a Hugging Face folder or hub id")
+    critic: str = Field(
+        "reward",
+        description="where the critic starts: reward (the model that the reward service hosts), policy, or a folder "
+        "or hub id of a reward model",
+    )
+    critic_head: Literal["zero", "normal", "reward"] = Field("zero", description="the value head's first weights")
+    prompts: tuple[str, ...] = Field(
+        description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1
+    )
+    eval_prompts: tuple[str, ...] = Field(
+        (), description="held-out prompts, as prompts; without it some of prompts are set apart"
+    )
+    held_out_fraction: Annotated[UnitFloat, Field(gt=0, lt=1)] = Field(
+        0.1, description="share of the prompts that is set apart where no --eval-prompts are named"
+    )
+    max_eval_prompts: PositiveInt = Field(256, description="held-out prompts evaluated on: the first so many")
+    output: Path = Field(description="folder of the run: model, checkpoints, metrics.jsonl, evaluations, report.html")
+
+    steps: PositiveInt = Field(100, description="rollouts, each followed by its epochs of updates")
+    prompts_per_step: PositiveInt = Field(64, description="prompts of one rollout")
+    samples_per_prompt: PositiveInt = Field(1, description="responses sampled to each prompt")
+    top_p: Annotated[UnitFloat, Field(gt=0)] = Field(1.0, description="nucleus; other than 1 needs the flag below")
+    top_k: NonNegativeInt = Field(0, description="candidates; other than 0 (all) needs the flag below")
+    allow_restricted_sampling: bool = Field(
+        False, description="train on top-p or top-k samples, whose log-probabilities the trainer cannot reproduce"
+    )
+
+    epochs: PositiveInt = Field(4, description="passes over each rollout; LMHP's default")
+    minibatches: PositiveInt = Field(1, description="optimiser steps an epoch")
+    micro_batch_tokens: PositiveInt = Field(16384, description="tokens at once on the device, padding included")
+    learning_rate: PositiveFloat = Field(3e-6, description="of the policy at the start; falls linearly to 0")
+    critic_learning_rate: PositiveFloat = Field(9e-6, description="of the critic at the start; falls linearly to 0")
+    warmup_fraction: UnitFloat = Field(0.0, description="share of the steps over which the learning rates rise")
+    adam_eps: PositiveFloat = Field(1e-5, description="Adam's epsilon; LMHP's")
+    weight_decay: NonNegativeFloat = Field(0.0, description="of matrices alone")
+    max_grad_norm: PositiveFloat = Field(1.0, description="each model's gradient is scaled down to this norm")
+    clip_range: ClipRange = Field(0.2, description="of the policy's ratio around 1")
+    value_clip_range: PositiveFloat = Field(0.2, description="of the value around the old one, in reward units")
+    value_coefficient: PositiveFloat = Field(0.1, description="of the value loss")
+    gamma: UnitFloat = Field(1.0, description="discount")
+    lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
+    whiten_rewards: bool = Field(False, description="scale the rewards to variance 1, keeping their mean")
+    whiten_advantages: bool = Field(True, description="shift and scale the advantages to mean 0 and variance 1")
+    correction: Literal["decoupled", "bypass"] = Field(
+        "decoupled",
+        description="how the difference between engine and trainer is corrected: truncated importance weights, or "
+        "the engine's log-probabilities as the old policy's",
+    )
+    importance_cap: PositiveFloat = Field(2.0, description="largest importance weight of decoupled")
+
+    kl: Literal["fixed", "adaptive"] = Field("fixed", description="whether the price of KL follows a target")
+    kl_beta: NonNegativeFloat = Field(0.05, description="price of a nat of KL, in reward; the first one of adaptive")
+    kl_target: PositiveFloat = Field(6.0, description="of adaptive: nats a response")
+    kl_horizon: PositiveFloat = Field(10_000.0, description="of adaptive: episodes over which the price follows")
+    normalise_reward: Literal["auto", "on", "off"] = Field(
+        "auto", description="by the mean and std kept with the reward model; auto: where it has them"
+    )
+    score_clip: PositiveFloat | None = Field(None, description="scores are kept within this of 0; MOSS's PPO-max: 10")
+    missing_eos: Literal["none", "subtract", "replace"] = Field(
+        "subtract", description="what happens to the score of a response that did not end by itself"
+    )
+    missing_eos_value: Finite = Field(1.0, description="by how much it falls, or what replaces it; in scores as used")
+    max_failed_fraction: UnitFloat = Field(
+        0.1,
+        description="share of a rollout's samples that may fail (they are dropped and counted) before the run stops",
+    )
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
+    )
+    seed: NonNegativeInt = Field(0, description="of sampling, the order of prompts and minibatches, and new weights")
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: before and after alone")
+    save_every: NonNegativeInt = Field(
+        10, description="steps between checkpoints; 0: when stopped and at the end alone"
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    resume: bool = Field(
+        False, description="go on from the newest checkpoint in OUTPUT; from the start if none is there"
+    )
+
+    @property
+    def batch_size(self) -> int:
+        """Responses of one rollout."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def decisive(self) -> dict[str, object]:
+        """The settings that decide the result: a resumed run must have the same."""
+        free = {
+            "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "reference",
+            "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction",
+        }  # fmt: skip
+        return self.model_dump(mode="json", exclude=free)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.top_p != 1 or self.top_k != 0) and not self.allow_restricted_sampling:
+            raise ValueError(
+                f"--top-p is {self.top_p:g} and --top-k {self.top_k}: training samples from the whole distribution "
+                "(top-p 1, top-k 0), because the update recomputes log-probabilities of that one; "
+                "--allow-restricted-sampling overrides this"
+            )
+        if self.minibatches > self.batch_size:
+            raise ValueError(
+                f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
+            )
+        if self.missing_eos == "subtract" and self.missing_eos_value < 0:
+            raise ValueError(f"--missing-eos-value is {self.missing_eos_value:g}: subtracted, it must be at least 0")
+        if self.kl == "adaptive" and self.kl_beta == 0:
+            raise ValueError("--kl-beta is 0: an adaptive price is multiplied, so it must start above 0")
+        if self.kl == "adaptive" and 0.2 * self.batch_size >= self.kl_horizon:
+            raise ValueError(
+                f"--kl-horizon is {self.kl_horizon:g}: it must be above .2 times the {self.batch_size} responses of a "
+                "rollout, or one step could bring the price to 0"
+            )
+        return self
+
+
+class EvaluateSettings(ServiceAddresses, SamplingSettings):
+    """Evaluates the weights that the policy service serves now on held-out prompts: reward, KL, length, diversity."""
+
+    command: ClassVar[str] = "quartet-train evaluate"
+
+    model: str = Field(description="folder or hub id of the policy's tokenizer")
+    prompts: tuple[str, ...] = Field(description="files or hub names of prompts", min_length=1)
+    max_prompts: PositiveInt = Field(256, description="the first so many are used")
+    output: Path = Field(description="JSON file to write")
+    against: Path | None = Field(None, description="an earlier evaluation of the same prompts to compare with")
+    seed: NonNegativeInt = Field(0, description="of sampling")

@@ -1,0 +1,363 @@
+"""Everything of a PPO run that is not the algorithm: folder, models, prompts, services, evaluations, checkpoints."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.optim import Optimizer
+
+from quartet.client import QuartetError
+from quartet.client.reward import Normalisation
+from quartet.model_folder import ModelFolderError, find_model
+from trainer.batching import RowStream
+from trainer.checkpoint import Restored, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
+from trainer.encoding import Encoder
+from trainer.errors import CheckpointError, ModelError, OutputError, ServicesError
+from trainer.evaluate import Evaluation, difference, evaluate, longest_prompt, make_tasks
+from trainer.files import replace_file
+from trainer.kl import AdaptiveKlController, FixedKlController
+from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
+from trainer.optimisation import choose_device
+from trainer.ppo_config import PPOSettings
+from trainer.publishing import Weights
+from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
+from trainer.tracking import METRICS_FILE
+
+_BEFORE = "evaluation_before.json"
+_AFTER = "evaluation_after.json"
+_SETTINGS = "settings.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """What a checkpoint keeps of the learner."""
+
+    modules: Mapping[str, nn.Module]
+    optimisers: Mapping[str, Optimizer]
+    kl: FixedKlController | AdaptiveKlController
+
+
+class PPORun:
+    """One run in one folder, from its settings to its report. Use it as a context manager.
+
+    ``step`` counts the steps done, ``episodes`` the responses learned from.
+    """
+
+    def __init__(self, settings: PPOSettings, loop: asyncio.Runner) -> None:
+        """
+        Raises:
+            TrainerError, ModelFolderError: a file, a folder or a setting can't be used; the message says what.
+        """
+        self.settings = settings
+        self.step = 0
+        self.episodes = 0
+        self._loop = loop
+        self._started_s = time.monotonic()
+        self._checkpoint = _open_folder(settings)
+        self.resumed_step = None if self._checkpoint is None else self._checkpoint.step
+        self._saved_step = self.resumed_step or 0
+        # What is quick to refuse comes before what takes long to load, and both before waiting for services.
+        folder = find_model(settings.model)
+        rows, held_out = _read_prompts(settings)
+        self.device = choose_device()
+        self.tokenizer = load_tokenizer(folder)
+        self.policy = load_policy(folder, self.tokenizer)
+        self._services = loop.run(_open_services(settings, self.tokenizer))
+        try:
+            self._info = self._connect()
+            self.normalisation = _normalisation(settings, self._info)
+            self.critic = self._load_critic(folder)
+            self._encode(rows, held_out)
+        except BaseException:
+            self.close()
+            raise
+        self._stream = RowStream(len(self._tasks), seed=settings.seed)
+        _write_settings(settings, self._info)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._loop.run(self._services.__aexit__())
+
+    @property
+    def newest_checkpoint(self) -> Path:
+        """Folder of the newest checkpoint, or of the run when there is none."""
+        return latest_checkpoint(self.settings.output) or self.settings.output
+
+    # Services ------------------------------------------------------------------------------------------------------
+
+    def _connect(self) -> ServiceInfo:
+        settings = self.settings
+        sys.stderr.write(
+            f"waiting for policy {settings.policy}, reward {settings.reward}, reference {settings.reference}\n"
+        )
+        try:
+            return self._loop.run(self._services.connect())
+        except QuartetError as error:
+            raise ServicesError(str(error)) from error
+
+    def publish(self, weights: Weights) -> None:
+        """Makes every policy replica serve ``weights``."""
+        self._loop.run(self._services.publish(weights))
+
+    def collect(self) -> Rollout:
+        """The next rollout.
+
+        Raises:
+            ServicesError: too many samples failed.
+            QuartetError: a service stayed away.
+        """
+        settings = self.settings
+        drawn = [self._tasks[row] for row in self._stream.draw(settings.prompts_per_step)]
+        tasks = [
+            PromptTask(prompt=task.prompt, ids=task.ids, seed=prompt_seed(settings.seed, "rollout", self.step, p, s))
+            for p, task in enumerate(drawn)
+            for s in range(settings.samples_per_prompt)
+        ]
+        rollout = self._loop.run(self._services.collect(tasks, settings, top_p=settings.top_p, top_k=settings.top_k))
+        failed = len(rollout.failures)
+        if failed > settings.max_failed_fraction * len(tasks) or len(rollout.samples) < 2:
+            raise ServicesError(
+                f"{failed} of the {len(tasks)} samples of step {self.step + 1} failed, more than "
+                f"--max-failed-fraction {settings.max_failed_fraction:g}; the first: {rollout.failures[0]}"
+            )
+        return rollout
+
+    def interrupted(self, error: Exception, trained: Trained) -> ServicesError:
+        """Saves what is done and returns the error to raise: what went wrong, and how to go on."""
+        if self.step > 0:
+            # Prompts drawn for the broken step are drawn again.
+            self._stream.position = self.step * self.settings.prompts_per_step
+            self.save(trained)
+        return ServicesError(
+            f"{error}\nstopped after step {self.step} of {self.settings.steps}"
+            + (f"; saved in {self.newest_checkpoint}" if self.step else "")
+            + ". When the services are well, give the same command again with --resume"
+        )
+
+    # Models and prompts --------------------------------------------------------------------------------------------
+
+    def _load_critic(self, policy_folder: Path) -> Critic:
+        settings = self.settings
+        if settings.critic == "policy":
+            return Critic.from_policy(policy_folder, self.tokenizer, head=settings.critic_head, seed=settings.seed)
+        named = settings.critic
+        if named == "reward":
+            named = self._info.reward.served_by.model_id
+            if not self._info.reward_takes_tokens:
+                raise ModelError(
+                    f"--critic is reward, but the reward model {named!r} reads other tokens than the policy writes: "
+                    "choose --critic policy"
+                )
+        try:
+            return Critic.from_reward_model(named, self.tokenizer, head=settings.critic_head, seed=settings.seed)
+        except ModelFolderError as error:
+            raise ModelError(
+                f"--critic is {settings.critic}: the critic starts from the reward model, which can't be loaded here "
+                f"({error}); name a folder that is here, or choose --critic policy"
+            ) from error
+
+    def _encode(self, rows: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> None:
+        settings = self.settings
+        own = (longest_sequence(self.policy), longest_sequence(self.critic.body))
+        limit = longest_prompt(self._info, settings.max_new_tokens, *own)
+        advice = f"or lower --max-new-tokens {settings.max_new_tokens}, which the models' longest sequence includes"
+        encoder = Encoder(self.tokenizer, max_tokens=limit, advice=advice)
+        self._tasks = [
+            PromptTask(prompt=row.prompt, ids=tuple(int(token) for token in ids), seed=0)
+            for row, ids in zip(rows, encoder.prompts(rows), strict=True)
+        ]
+        self._eval_tasks = make_tasks(held_out[: settings.max_eval_prompts], encoder, seed=settings.seed)
+
+    # Evaluation ----------------------------------------------------------------------------------------------------
+
+    def evaluate(self) -> Evaluation:
+        """The present policy on the held-out prompts."""
+        return self._loop.run(evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer))
+
+    def evaluate_before(self) -> None:
+        """The SFT policy, once in a run's life."""
+        path = self.settings.output / _BEFORE
+        if self.step == 0 and not path.exists():
+            evaluation = self.evaluate()
+            evaluation.write(path)
+            sys.stdout.write(f"before: {evaluation.line()}\n")
+            sys.stdout.flush()
+
+    def evaluate_between(self) -> dict[str, float]:
+        """Figures for the log, at the steps that ask for them."""
+        every = self.settings.eval_every
+        if not every or self.step % every or self.step == self.settings.steps:
+            return {}
+        found = self.evaluate()
+        return {
+            "eval/score_mean": found.score_mean,
+            "eval/score_ci95": found.score_ci95,
+            "eval/kl_sequence_mean": found.kl_sequence_mean,
+            "eval/unique_share": found.unique_share,
+        }
+
+    def evaluate_after(self) -> None:
+        """The trained policy."""
+        evaluation = self.evaluate()
+        evaluation.write(self.settings.output / _AFTER)
+        sys.stdout.write(f"after:  {evaluation.line()}\n")
+
+    def finish(self) -> None:
+        """Exports the model, writes the report, and says where everything is."""
+        output = self.settings.output
+        save_model(self.policy, self.tokenizer, output / "model")
+        from trainer.report import write_report
+
+        before, after = Evaluation.read(output / _BEFORE), Evaluation.read(output / _AFTER)
+        report = write_report(output)
+        sys.stdout.write(
+            f"held-out reward: before {before.score}, after {after.score} (95 %), {difference(before, after)} more\n"
+            f"KL to the SFT policy: {after.kl_sequence_mean:.2f} nats a response\n"
+            f"generation: {after.tokens_per_s:,.0f} tokens/s in the last evaluation\n"
+            f"model: {output / 'model'}\n"
+            f"report: {report}\n"
+        )
+
+    # Progress and checkpoints --------------------------------------------------------------------------------------
+
+    def advance(self, rollout: Rollout) -> None:
+        """One more step is done."""
+        self.step += 1
+        self.episodes += len(rollout.samples)
+
+    def progress(self) -> dict[str, float]:
+        return {"episodes": self.episodes, "elapsed_s": self._elapsed_s()}
+
+    def _elapsed_s(self) -> float:
+        before = 0.0 if self._checkpoint is None else float(self._checkpoint.state["elapsed_s"])
+        return before + time.monotonic() - self._started_s
+
+    def restore(self, trained: Trained) -> None:
+        """Brings everything to where the newest checkpoint left it, when the run is a resumed one."""
+        path = latest_checkpoint(self.settings.output) if self._checkpoint is not None else None
+        if path is None:
+            return
+        restored = load_checkpoint(path, modules=trained.modules, optimisers=trained.optimisers)
+        try:
+            trained.kl.load_state_dict(restored.state["kl"])
+        except ValueError as error:
+            raise CheckpointError(f"{path}: {error}") from error
+        self.step, self.episodes = restored.step, int(restored.state["episodes"])
+        self._stream.position = int(restored.state["prompts_drawn"])
+
+    def save(self, trained: Trained) -> float:
+        """Writes a checkpoint unless this step has one; returns the seconds it took."""
+        if self.step == self._saved_step:
+            return 0.0
+        start_s = time.perf_counter()
+        save_checkpoint(
+            self.settings.output,
+            step=self.step,
+            modules=trained.modules,
+            optimisers=trained.optimisers,
+            state={
+                "settings": self.settings.decisive,
+                "episodes": self.episodes,
+                "elapsed_s": self._elapsed_s(),
+                "prompts_drawn": self._stream.position,
+                "kl": trained.kl.state_dict(),
+            },
+            keep=self.settings.keep_checkpoints,
+        )
+        self._saved_step = self.step
+        return time.perf_counter() - start_s
+
+    def save_when_due(self, trained: Trained) -> float:
+        """``save`` at the steps that ask for it; returns the seconds it took."""
+        every = self.settings.save_every
+        return self.save(trained) if every and self.step % every == 0 else 0.0
+
+
+async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
+    # gRPC's channels belong to the loop they are made in.
+    return Services(settings, tokenizer)
+
+
+def _open_folder(settings: PPOSettings) -> Restored | None:
+    """The checkpoint to go on from, None for a fresh start.
+
+    Raises:
+        OutputError: a fresh run would go into a folder that holds one.
+        CheckpointError: the run was started with other settings.
+    """
+    output = settings.output
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"--output is {str(output)!r}: it is a file; name a folder")
+    newest = latest_checkpoint(output)
+    if not settings.resume:
+        if newest is not None or (output / METRICS_FILE).exists():
+            raise OutputError(
+                f"--output is {str(output)!r}: it already holds a run; go on with it by --resume, or choose another"
+            )
+        return None
+    if newest is None:
+        # A run that ended before its first checkpoint starts again, with nothing of it in the way.
+        for name in (METRICS_FILE, _BEFORE, _AFTER):
+            (output / name).unlink(missing_ok=True)
+        return None
+    restored = read_state(newest)
+    saved, present = restored.state["settings"], settings.decisive
+    other = [name for name in present if saved.get(name) != present[name]]
+    if other:
+        named = "; ".join(f"--{n.replace('_', '-')} was {saved.get(n)!r}, is {present[n]!r}" for n in other)
+        raise CheckpointError(f"{newest} was written under other settings: {named}")
+    return restored
+
+
+def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:
+    """Settings and what answered, for the report and for people."""
+    hosted = {
+        name: {
+            "model": model.served_by.model_id,
+            "weights": model.served_by.weights_fingerprint,
+            "engine": model.engine,
+            "dtype": model.dtype,
+        }
+        for name, model in (("policy", info.policy), ("reward", info.reward), ("reference", info.reference))
+    }
+    content = settings.model_dump(mode="json") | {"services": hosted, "torch": torch.__version__}
+    replace_file(settings.output / _SETTINGS, json.dumps(content, indent=1) + "\n")
+
+
+def _read_prompts(settings: PPOSettings) -> tuple[list[PromptRow], list[PromptRow]]:
+    rows = load_prompts(settings.prompts)
+    if not settings.eval_prompts:
+        return split_held_out(rows, settings.held_out_fraction, seed=settings.seed)
+    held_out = load_prompts(settings.eval_prompts)
+    if shared := shared_groups(rows, held_out):
+        sys.stderr.write(f"warning: {shared} of the {len(held_out)} held-out prompts are also trained on\n")
+    return rows, held_out
+
+
+def _normalisation(settings: PPOSettings, info: ServiceInfo) -> Normalisation | None:
+    """The statistics that scores are normalised by, None for raw scores.
+
+    Raises:
+        ServicesError: they are asked for, and none are kept with the reward model.
+    """
+    if settings.normalise_reward == "on" and info.normalisation is None:
+        raise ServicesError(
+            f"--normalise-reward is on, but no mean and std are kept with the reward model "
+            f"{info.reward.served_by.model_id!r}; train it with --calibrate-on, or choose off"
+        )
+    return None if settings.normalise_reward == "off" else info.normalisation

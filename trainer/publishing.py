@@ -1,0 +1,107 @@
+"""Bringing the trainer's weights to every replica of the policy service."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quartet.client import CallPolicy, ServedBy, WeightsClient
+from quartet.client.policy import WireTensor
+from quartet.fingerprint import TensorDigest, weights_fingerprint
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weights:
+    """A whole checkpoint as it goes over the wire, and its fingerprint."""
+
+    tensors: tuple[WireTensor, ...]
+    fingerprint: str
+
+    @classmethod
+    def of(cls, tensors: Sequence[tuple[str, Tensor]]) -> Weights:
+        """A snapshot: later changes of the tensors don't reach it.
+
+        Args:
+            tensors: by checkpoint name, as ``trainer.models.export_tensors`` gives them.
+        """
+        wire, digests = [], []
+        for name, tensor in tensors:
+            data = tensor.detach().to("cpu", copy=True).contiguous()
+            content = memoryview(data.view(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+            dtype, shape = str(data.dtype).removeprefix("torch."), tuple(data.shape)
+            wire.append(WireTensor(name=name, dtype=dtype, shape=shape, data=content))
+            sha256 = hashlib.sha256(content).hexdigest()
+            digests.append(TensorDigest(name=name, dtype=dtype, shape=shape, sha256=sha256))
+        return cls(tensors=tuple(wire), fingerprint=weights_fingerprint(digests))
+
+
+class Publisher:
+    """Keeps every replica at the weights published last, under one version."""
+
+    def __init__(self, addresses: Sequence[str], call_policy: CallPolicy, ready_timeout_s: float) -> None:
+        """``addresses``: admin address of each replica."""
+        self._clients = [WeightsClient(address, policy=call_policy) for address in addresses]
+        self._ready_timeout_s = ready_timeout_s
+        self._weights: Weights | None = None
+        self.version = 0
+        # Whether ``version`` is already that of ``_weights``.
+        self._numbered = False
+
+    @property
+    def fingerprint(self) -> str:
+        """Of the weights published last; empty before the first."""
+        return self._weights.fingerprint if self._weights else ""
+
+    async def close(self) -> None:
+        for client in self._clients:
+            await client.close()
+
+    async def wait_ready(self) -> None:
+        """
+        Raises:
+            NotReadyError: a replica did not become ready in time; names its address.
+        """
+        await asyncio.gather(*(client.wait_ready(self._ready_timeout_s) for client in self._clients))
+
+    async def publish(self, weights: Weights) -> int:
+        """Makes every replica serve ``weights`` and returns their version.
+
+        Raises:
+            QuartetError: a replica refused them or stayed away.
+        """
+        self._weights, self._numbered = weights, False
+        await self.ensure()
+        return self.version
+
+    async def ensure(self) -> None:
+        """Brings replicas that serve something else, such as one that was restarted, to the weights published last.
+
+        Raises:
+            QuartetError: as ``publish``.
+        """
+        if self._weights is None:
+            return
+        await self.wait_ready()
+        served = await asyncio.gather(*(client.get_info() for client in self._clients))
+        stale = [info for info in served if not self._is_current(info)]
+        if not self._numbered and len({info.weights_version for info in served}) == 1 and not stale:
+            self.version = served[0].weights_version  # They were started with these very weights.
+        elif not self._numbered or any(info.weights_version >= self.version for info in stale):
+            # Versions only rise: above all that any replica has had.
+            self.version = max(self.version, *(info.weights_version for info in served)) + 1
+        self._numbered = True
+        await asyncio.gather(*(self._update(client, info) for client, info in zip(self._clients, served, strict=True)))
+
+    def _is_current(self, served: ServedBy) -> bool:
+        same = served.weights_fingerprint == self.fingerprint
+        return same and (not self._numbered or served.weights_version == self.version)
+
+    async def _update(self, client: WeightsClient, served: ServedBy) -> None:
+        if self._weights is None or self._is_current(served):
+            return
+        await client.update(self._weights.tensors, weights_version=self.version, fingerprint=self._weights.fingerprint)

@@ -1,0 +1,411 @@
+"""A rollout: what the services make of a batch of prompts.
+
+Completions stream in from the policy service; as each arrives, the reward and the reference service are asked for it,
+so that all three work at the same time. What a service could not do is a failure with a reason, never a number.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Self, TypeVar
+
+from quartet.client import (
+    CallPolicy,
+    Completion,
+    FailedCompletion,
+    FinishReason,
+    ItemFailure,
+    ModelInfo,
+    NotReadyError,
+    PolicyClient,
+    ReferenceClient,
+    RewardClient,
+    Sampling,
+    ScoreItem,
+    ServedBy,
+    TokenSequence,
+    UnavailableError,
+)
+from quartet.client.reward import Normalisation
+from quartet.client.types import WorkInterval
+from quartet.fingerprint import derive_seed, tokenizer_fingerprint
+from trainer.data import Prompt
+from trainer.errors import ServicesError
+from trainer.ppo_config import SamplingSettings, ServiceAddresses
+from trainer.publishing import Publisher, Weights
+
+T = TypeVar("T")
+
+# So often is a service asked about an item that failed for a passing reason.
+_ITEM_TRIES = 3
+# So often in a row may the policy service go away without having finished a single completion.
+_FRUITLESS_TRIES = 5
+
+
+@dataclass(frozen=True, kw_only=True)
+class PromptTask:
+    """One response to sample: the prompt as the caller has it and as token ids, and the seed of the draw."""
+
+    prompt: Prompt
+    ids: tuple[int, ...]
+    seed: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sample:
+    """One response and what was said about it. T response tokens, the end token among them when there is one."""
+
+    index: int
+    """Of its task."""
+    prompt_ids: tuple[int, ...]
+    response_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    """T natural-log probabilities under the distribution that sampled."""
+    ref_logprobs: tuple[float, ...]
+    """T of the reference, at the same temperature."""
+    score: float
+    """As the reward model gives it, neither normalised nor penalised."""
+    finished: bool
+    """Whether a stop token ended it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rollout:
+    """The samples in the order of their tasks, and how they came about."""
+
+    samples: tuple[Sample, ...]
+    failures: tuple[str, ...]
+    """Why each missing sample is missing."""
+    weights_version: int
+    duration_s: float
+    service_work_s: float
+    """Time in which at least one service had our work; the rest of ``duration_s`` is transport and bookkeeping."""
+
+    @property
+    def generated_tokens(self) -> int:
+        return sum(len(sample.response_ids) for sample in self.samples)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServiceInfo:
+    """What the services host, as they said when they were first asked."""
+
+    policy: ModelInfo
+    reward: ModelInfo
+    reference: ModelInfo
+    normalisation: Normalisation | None
+
+    @property
+    def reward_takes_tokens(self) -> bool:
+        """Whether the reward model reads the policy's token ids; else text goes over the wire."""
+        return self.reward.served_by.tokenizer_fingerprint == self.policy.served_by.tokenizer_fingerprint
+
+
+class Services:
+    """The three services as the trainer uses them. Use it as an async context manager."""
+
+    def __init__(self, addresses: ServiceAddresses, tokenizer: Any) -> None:
+        """
+        Args:
+            addresses: of the services, and how long to wait for them.
+            tokenizer: the policy's.
+        """
+        call_policy = CallPolicy(deadline_s=addresses.call_deadline_s, patience_s=addresses.ready_timeout_s)
+        self._ready_timeout_s = addresses.ready_timeout_s
+        self.tokenizer = tokenizer
+        self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
+        self.policy = PolicyClient(addresses.policy, policy=call_policy)
+        self.reward = RewardClient(addresses.reward, policy=call_policy)
+        self.reference = ReferenceClient(addresses.reference, policy=call_policy)
+        self._publisher = Publisher(addresses.policy_admin, call_policy, addresses.ready_timeout_s)
+        self._info: ServiceInfo | None = None
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        await self._publisher.close()
+        for client in (self.policy, self.reward, self.reference):
+            await client.close()
+
+    @property
+    def info(self) -> ServiceInfo:
+        if self._info is None:
+            raise RuntimeError("the services were not connected to")
+        return self._info
+
+    async def connect(self) -> ServiceInfo:
+        """Waits until all services are ready and checks that they fit together.
+
+        Raises:
+            NotReadyError: one did not become ready in time; names it.
+            ServicesError: a tokenizer is another one than the trainer's.
+        """
+        clients = (self.policy, self.reward, self.reference)
+        await asyncio.gather(*(client.wait_ready(self._ready_timeout_s) for client in clients))
+        await self._publisher.wait_ready()
+        policy = await self.policy.get_model_info()
+        reward, normalisation = await self.reward.get_model_info()
+        reference = await self.reference.get_model_info()
+        for name, info in (("policy", policy), ("reference", reference)):
+            if info.served_by.tokenizer_fingerprint != self.tokenizer_fingerprint:
+                raise ServicesError(
+                    f"the {name} service hosts {info.served_by.model_id!r}, whose tokenizer is another one than that "
+                    "of --model: token ids would mean something else there; start it with a model of that tokenizer"
+                )
+        self._info = ServiceInfo(policy=policy, reward=reward, reference=reference, normalisation=normalisation)
+        return self._info
+
+    async def publish(self, weights: Weights) -> int:
+        """Makes every policy replica serve ``weights``; returns their version. Nothing is sent to one that has them."""
+        return await self._publisher.publish(weights)
+
+    async def collect(
+        self, tasks: Sequence[PromptTask], settings: SamplingSettings, *, top_p: float = 1.0, top_k: int = 0
+    ) -> Rollout:
+        """Samples, scores and references every task with the weights published last.
+
+        Raises:
+            QuartetError: a service stayed away or refused the request as a whole.
+            ServicesError: a service answers with other weights than it should.
+        """
+        start_s, start_ns = time.perf_counter(), time.time_ns()
+        await self._publisher.ensure()
+        judge = _Judge(self, tasks, settings)
+        sampling = Sampling(
+            max_new_tokens=settings.max_new_tokens,
+            temperature=settings.temperature,
+            top_p=top_p,
+            top_k=top_k,
+            stop_token_ids=settings.stop_token_ids,
+        )
+        try:
+            async with asyncio.TaskGroup() as group:
+                judge.start(group)
+                try:
+                    await self._generate(tasks, sampling, judge)
+                finally:
+                    judge.no_more()
+        except BaseExceptionGroup as failures_of_tasks:
+            raise _first(failures_of_tasks) from failures_of_tasks
+        samples, failures = judge.results()
+        return Rollout(
+            samples=samples,
+            failures=failures,
+            weights_version=self._publisher.version,
+            duration_s=time.perf_counter() - start_s,
+            service_work_s=covered_s(judge.work, start_ns, time.time_ns()),
+        )
+
+    async def _generate(self, tasks: Sequence[PromptTask], sampling: Sampling, judge: _Judge) -> None:
+        """Streams completions to the judge; what a policy service that went away has not finished is asked again."""
+        missing = dict.fromkeys(range(len(tasks)))
+        fruitless = 0
+        while missing:
+            asked = list(missing)
+            before = len(missing)
+            try:
+                async with contextlib.aclosing(self._stream([tasks[i] for i in asked], sampling)) as stream:
+                    async for item in stream:
+                        index = asked[item.prompt_index]
+                        if isinstance(item, Completion) and not self._is_current(item):
+                            # It came back between two calls, with the weights it was started with.
+                            raise UnavailableError(
+                                "it serves other weights than were published", service="policy service"
+                            )
+                        del missing[index]
+                        judge.put(index, item)
+            except UnavailableError as error:
+                fruitless = fruitless + 1 if len(missing) == before else 0
+                if fruitless == _FRUITLESS_TRIES:
+                    raise NotReadyError(
+                        f"went away {fruitless} times in a row without finishing anything, at last: {error.message}",
+                        service="policy service",
+                    ) from error
+                await self.policy.wait_ready(self._ready_timeout_s)
+                await self._publisher.ensure()
+
+    def _stream(
+        self, tasks: Sequence[PromptTask], sampling: Sampling
+    ) -> AsyncGenerator[Completion | FailedCompletion, None]:
+        return self.policy.generate(
+            [task.ids for task in tasks],
+            sampling,
+            tokenizer_fingerprint=self.tokenizer_fingerprint,
+            prompt_seeds=[task.seed for task in tasks],
+        )
+
+    def _is_current(self, completion: Completion) -> bool:
+        version = self._publisher.version
+        return all(span_version == version for span_version, _ in completion.version_spans) and (
+            completion.served_by.weights_fingerprint == self._publisher.fingerprint
+        )
+
+
+_Item = tuple[int, Completion]
+_Ask = Callable[[Sequence[_Item]], Awaitable[Sequence[T | ItemFailure]]]
+
+
+class _Judge:
+    """Asks the reward and the reference service about completions while others are still being generated."""
+
+    def __init__(self, services: Services, tasks: Sequence[PromptTask], settings: SamplingSettings) -> None:
+        self._services = services
+        self._tasks = tasks
+        self._temperature = settings.temperature
+        self._stop_ids = frozenset((*services.info.policy.eos_token_ids, *settings.stop_token_ids))
+        self._arrived: asyncio.Queue[tuple[int, Completion] | None] = asyncio.Queue()
+        self._responses: dict[int, Completion] = {}
+        self._scores: dict[int, float] = {}
+        self._references: dict[int, tuple[float, ...]] = {}
+        self._failures: dict[int, str] = {}
+        self.work: list[WorkInterval] = []
+
+    def start(self, group: asyncio.TaskGroup) -> None:
+        group.create_task(self._run(group))
+
+    def put(self, index: int, item: Completion | FailedCompletion) -> None:
+        """Takes what became of a task."""
+        if isinstance(item, FailedCompletion):
+            self._failures[index] = f"policy service: {item.failure.reason}"
+        elif item.finish_reason is FinishReason.ABORTED or not item.token_ids:
+            self._failures[index] = f"policy service: a response of {len(item.token_ids)} tokens, {item.finish_reason}"
+        else:
+            completion = cut_at_stop(item, self._stop_ids)
+            self.work.append(item.work)
+            self._responses[index] = completion
+            self._arrived.put_nowait((index, completion))
+
+    def no_more(self) -> None:
+        self._arrived.put_nowait(None)
+
+    async def _run(self, group: asyncio.TaskGroup) -> None:
+        open_ = True
+        while open_:
+            # Without a timer: whatever came while the last batch was sent goes together.
+            batch = [await self._arrived.get()]
+            while not self._arrived.empty():
+                batch.append(self._arrived.get_nowait())
+            open_ = None not in batch
+            items = [item for item in batch if item is not None]
+            if items:
+                group.create_task(self._settle("reward service", items, self._score, self._scores))
+                group.create_task(self._settle("reference service", items, self._reference, self._references))
+
+    async def _settle(self, name: str, items: Sequence[_Item], ask: _Ask[T], into: dict[int, T]) -> None:
+        """Asks about ``items`` until each has a result or a failure; passing failures are tried again."""
+        for tries_left in reversed(range(_ITEM_TRIES)):
+            again: list[_Item] = []
+            for item, result in zip(items, await ask(items), strict=True):
+                if not isinstance(result, ItemFailure):
+                    into[item[0]] = result
+                elif result.retryable and tries_left:
+                    again.append(item)
+                else:
+                    self._failures.setdefault(item[0], f"{name}: {result.reason}")
+            if not again:
+                return
+            items = again
+
+    async def _score(self, items: Sequence[_Item]) -> list[float | ItemFailure]:
+        services = self._services
+        takes_tokens = services.info.reward_takes_tokens
+        scores = await services.reward.score(
+            [self._score_item(index, completion, takes_tokens) for index, completion in items],
+            tokenizer_fingerprint=services.tokenizer_fingerprint if takes_tokens else "",
+        )
+        require_same_weights("reward", scores.served_by, services.info.reward.served_by)
+        self.work.append(scores.work)
+        return [result if isinstance(result, ItemFailure) else result.score for result in scores.results]
+
+    def _score_item(self, index: int, completion: Completion, takes_tokens: bool) -> ScoreItem:
+        if takes_tokens:
+            return ScoreItem(prompt=self._tasks[index].ids, response=completion.token_ids)
+        finished = completion.token_ids[-1] in self._stop_ids
+        text_ids = completion.token_ids[:-1] if finished else completion.token_ids
+        text = self._services.tokenizer.decode(text_ids, skip_special_tokens=True)
+        return ScoreItem(prompt=self._tasks[index].prompt, response=text, finished=finished)
+
+    async def _reference(self, items: Sequence[_Item]) -> list[tuple[float, ...] | ItemFailure]:
+        services = self._services
+        sequences = [
+            TokenSequence(
+                token_ids=(*self._tasks[index].ids, *completion.token_ids), response_start=len(self._tasks[index].ids)
+            )
+            for index, completion in items
+        ]
+        batch = await services.reference.logprobs(
+            sequences, tokenizer_fingerprint=services.tokenizer_fingerprint, temperature=self._temperature
+        )
+        require_same_weights("reference", batch.served_by, services.info.reference.served_by)
+        self.work.append(batch.work)
+        return [result if isinstance(result, ItemFailure) else result.logprobs for result in batch.results]
+
+    def results(self) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
+        """Samples and failures in the order of the tasks, whatever order they arrived in."""
+        samples = [
+            Sample(
+                index=index,
+                prompt_ids=self._tasks[index].ids,
+                response_ids=completion.token_ids,
+                logprobs=completion.logprobs,
+                ref_logprobs=self._references[index],
+                score=self._scores[index],
+                finished=completion.token_ids[-1] in self._stop_ids,
+            )
+            for index, completion in sorted(self._responses.items())
+            if index not in self._failures
+        ]
+        return tuple(samples), tuple(reason for _, reason in sorted(self._failures.items()))
+
+
+def prompt_seed(seed: int, purpose: str, step: int, prompt: int, sample: int) -> int:
+    """The seed of one draw: the same in a resumed run, another for every step, prompt and sample."""
+    return derive_seed(purpose, seed, step, prompt, sample)
+
+
+def cut_at_stop(completion: Completion, stop_ids: frozenset[int]) -> Completion:
+    """Up to and including the first stop token, so that the reward model sees what a reader would."""
+    end = next((i for i, token in enumerate(completion.token_ids) if token in stop_ids), None)
+    if end is None or end + 1 == len(completion.token_ids):
+        return completion
+    values = completion.__dict__ | {
+        "token_ids": completion.token_ids[: end + 1],
+        "logprobs": completion.logprobs[: end + 1],
+    }
+    return Completion(**values)
+
+
+def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
+    error = group.exceptions[0]
+    return _first(error) if isinstance(error, BaseExceptionGroup) else error
+
+
+def require_same_weights(name: str, answered: ServedBy, expected: ServedBy) -> None:
+    """The reward and the reference model are frozen for a run.
+
+    Raises:
+        ServicesError: another model answers under the same address.
+    """
+    if answered.weights_fingerprint != expected.weights_fingerprint:
+        raise ServicesError(
+            f"the {name} service now serves {answered.model_id!r} with weights {answered.weights_fingerprint[:12]}..., "
+            f"at the start of the run it was {expected.model_id!r} with {expected.weights_fingerprint[:12]}...: "
+            "figures of the two can't be compared; start it with the former model and resume the run"
+        )
+
+
+def covered_s(intervals: Sequence[WorkInterval], start_ns: int, end_ns: int) -> float:
+    """Seconds of [start_ns, end_ns] that lie in at least one interval."""
+    covered = 0
+    reached = start_ns
+    for interval in sorted(intervals, key=lambda interval: interval.start_unix_ns):
+        first, last = max(reached, interval.start_unix_ns), min(end_ns, interval.end_unix_ns)
+        if last > first:
+            covered += last - first
+            reached = last
+    return covered / 1e9
