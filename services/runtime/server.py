@@ -133,8 +133,8 @@ class ServiceRuntime:
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._stop.set)
         await self.set_serving(True)
-        ports = {f"{listener.name}_port": listener.port for listener in self.listeners}
-        log.info("ready", service=self.name, host=self.settings.host, **ports)
+        ports = {listener.name: listener.port for listener in self.listeners}
+        log.info("ready", service=self.name, host=self.settings.host, ports=ports)
         await self._stop.wait()
         log.info("draining", service=self.name, grace_s=self.settings.grace_s, failure=self._failure)
         await self.close(grace_s=0.0 if self._failure else self.settings.grace_s)
