@@ -41,6 +41,8 @@ _PORTS = (
     "reference_port",
     "reference_metrics_port",
 )
+# Exit codes after which nobody looks for logs: success, and an end that was asked for.
+_PEACEFUL = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 _UNDERSTOOD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -179,7 +181,7 @@ class Launcher:
             code = self._wait_ready() or (self._run_command() if self.command else self._serve())
         finally:
             self._end_services()
-            if self.settings.logs is None and code == 0:
+            if self.settings.logs is None and code in _PEACEFUL:
                 shutil.rmtree(self.logs, ignore_errors=True)
             elif self.settings.logs is None:
                 _say(f"the services' logs are in {self.logs}")
