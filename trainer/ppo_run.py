@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -19,23 +18,21 @@ from quartet.client import QuartetError
 from quartet.client.reward import Normalisation
 from quartet.model_folder import ModelFolderError, find_model
 from trainer.batching import RowStream
-from trainer.checkpoint import Restored, latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.encoding import Encoder
-from trainer.errors import CheckpointError, ModelError, OutputError, ServicesError
+from trainer.errors import CheckpointError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, evaluate, longest_prompt, make_tasks
-from trainer.files import replace_file
 from trainer.kl import AdaptiveKlController, FixedKlController
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings
 from trainer.publishing import Weights
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
-from trainer.tracking import METRICS_FILE
+from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, open_output, write_json
 
 _BEFORE = "evaluation_before.json"
 _AFTER = "evaluation_after.json"
-_SETTINGS = "settings.json"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,7 +60,9 @@ class PPORun:
         self.episodes = 0
         self._loop = loop
         self._started_s = time.monotonic()
-        self._checkpoint = _open_folder(settings)
+        self._checkpoint = open_output(
+            settings.output, resume=settings.resume, decisive=settings.decisive, leftovers=(_BEFORE, _AFTER)
+        )
         self.resumed_step = None if self._checkpoint is None else self._checkpoint.step
         self._saved_step = self.resumed_step or 0
         # What is quick to refuse comes before what takes long to load, and both before waiting for services.
@@ -220,7 +219,7 @@ class PPORun:
     def finish(self) -> None:
         """Exports the model, writes the report, and says where everything is."""
         output = self.settings.output
-        save_model(self.policy, self.tokenizer, output / "model")
+        save_model(self.policy, self.tokenizer, output / MODEL_FOLDER)
         from trainer.report import write_report
 
         before, after = Evaluation.read(output / _BEFORE), Evaluation.read(output / _AFTER)
@@ -293,37 +292,6 @@ async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
     return Services(settings, tokenizer)
 
 
-def _open_folder(settings: PPOSettings) -> Restored | None:
-    """The checkpoint to go on from, None for a fresh start.
-
-    Raises:
-        OutputError: a fresh run would go into a folder that holds one.
-        CheckpointError: the run was started with other settings.
-    """
-    output = settings.output
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output is {str(output)!r}: it is a file; name a folder")
-    newest = latest_checkpoint(output)
-    if not settings.resume:
-        if newest is not None or (output / METRICS_FILE).exists():
-            raise OutputError(
-                f"--output is {str(output)!r}: it already holds a run; go on with it by --resume, or choose another"
-            )
-        return None
-    if newest is None:
-        # A run that ended before its first checkpoint starts again, with nothing of it in the way.
-        for name in (METRICS_FILE, _BEFORE, _AFTER):
-            (output / name).unlink(missing_ok=True)
-        return None
-    restored = read_state(newest)
-    saved, present = restored.state["settings"], settings.decisive
-    other = [name for name in present if saved.get(name) != present[name]]
-    if other:
-        named = "; ".join(f"--{n.replace('_', '-')} was {saved.get(n)!r}, is {present[n]!r}" for n in other)
-        raise CheckpointError(f"{newest} was written under other settings: {named}")
-    return restored
-
-
 def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:
     """Settings and what answered, for the report and for people."""
     hosted = {
@@ -336,7 +304,7 @@ def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:
         for name, model in (("policy", info.policy), ("reward", info.reward), ("reference", info.reference))
     }
     content = settings.model_dump(mode="json") | {"services": hosted, "torch": torch.__version__}
-    replace_file(settings.output / _SETTINGS, json.dumps(content, indent=1) + "\n")
+    write_json(settings.output / SETTINGS_FILE, content)
 
 
 def _read_prompts(settings: PPOSettings) -> tuple[list[PromptRow], list[PromptRow]]:

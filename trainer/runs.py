@@ -1,0 +1,189 @@
+"""What stages share around their algorithms: the run's folder, going on where it stopped, the supervised loop."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+
+from trainer.batching import BatchPlan
+from trainer.checkpoint import Restored, latest_checkpoint, load_checkpoint, read_state, save_checkpoint, stop_on_signal
+from trainer.config import TrainingSettings
+from trainer.data import Row, shared_groups, split_held_out
+from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
+from trainer.files import replace_file
+from trainer.models import longest_sequence, set_dropout
+from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
+from trainer.tracking import METRICS_FILE, RunTracker
+
+SETTINGS_FILE = "settings.json"
+EVALUATION_FILE = "evaluation.json"
+MODEL_FOLDER = "model"
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def open_output(
+    output: Path, *, resume: bool, decisive: dict[str, object], leftovers: Iterable[str] = ()
+) -> Restored | None:
+    """The state of the newest checkpoint to go on from; None for a start from the beginning.
+
+    Args:
+        output: folder of the run.
+        resume: whether to go on with what is in it. A run that stopped before its first checkpoint starts again.
+        decisive: settings that decide the result; they must be those that the checkpoint was written under.
+        leftovers: files besides the log that such a run leaves, removed before it starts again.
+
+    Raises:
+        OutputError: the folder holds a run and ``resume`` is not set, or it is none.
+        CheckpointError: the checkpoint was written under other settings.
+    """
+    if output.exists() and not output.is_dir():
+        raise OutputError(f"--output is {str(output)!r}: it is a file; name a folder")
+    newest = latest_checkpoint(output)
+    if not resume:
+        if newest is not None or (output / METRICS_FILE).exists():
+            raise OutputError(
+                f"--output is {str(output)!r}: it already holds a run; go on with it by --resume, or choose another"
+            )
+        return None
+    if newest is None:
+        for name in (METRICS_FILE, *leftovers):
+            (output / name).unlink(missing_ok=True)
+        return None
+    restored = read_state(newest)
+    saved = restored.state["settings"]
+    other = [name for name in decisive if saved.get(name) != decisive[name]]
+    if other:
+        named = "; ".join(f"--{n.replace('_', '-')} was {saved.get(n)!r}, is {decisive[n]!r}" for n in other)
+        raise CheckpointError(f"{newest} was written under other settings: {named}")
+    return restored
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Writes ``content`` whole or not at all."""
+    replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def train_and_held_out(settings: TrainingSettings, load: Callable[..., list[RowT]]) -> tuple[list[RowT], list[RowT]]:
+    """Rows to train on and rows to evaluate on; prompts (or the groups of --split-by) are in one of them alone.
+
+    Raises:
+        DataError: a row can't be used; names file, line and field.
+    """
+    rows = load(settings.data, split_by=settings.split_by)
+    if settings.eval_data:
+        held_out = load(settings.eval_data, split_by=settings.split_by)
+        if shared := shared_groups(rows, held_out):
+            sys.stderr.write(
+                f"warning: {shared} of {len(held_out)} held-out rows share their prompt with training rows\n"
+            )
+        return rows, held_out
+    return split_held_out(rows, settings.held_out_fraction, seed=settings.seed)
+
+
+def token_limit(settings: TrainingSettings, model: Any) -> int:
+    """Tokens of the longest sequence.
+
+    Raises:
+        DataError: --max-tokens is beyond what the model takes.
+    """
+    longest = longest_sequence(model)
+    if settings.max_tokens is not None and settings.max_tokens > longest:
+        raise DataError(
+            f"--max-tokens is {settings.max_tokens}, must be at most {longest}, the model's longest sequence"
+        )
+    return settings.max_tokens or longest
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What is particular to one supervised stage.
+
+    ``accumulate`` takes the rows of one optimiser step, adds their gradients and returns the figures of the step, a
+    ``tokens`` count among them; ``evaluate`` returns figures on held-out rows; ``after_step`` may touch the weights.
+    """
+
+    name: str
+    model: Any
+    lengths: Sequence[int]
+    accumulate: Callable[[list[int]], dict[str, float]]
+    evaluate: Callable[[], dict[str, float]]
+    watch: Sequence[str]
+    after_step: Callable[[], None] | None = None
+
+
+def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -> None:
+    """The loop of every supervised stage: batches in a seeded order, AdamW, a linear schedule, checkpoints.
+
+    Raises:
+        StoppedError: someone asked it to stop; it has saved itself.
+        DivergedError: a loss or gradient is not finite.
+        CheckpointError: it can't be saved or continued.
+    """
+    plan = BatchPlan(stage.lengths, settings.batch_size, seed=settings.seed)
+    steps = settings.epochs * plan.steps_per_epoch
+    steps = min(steps, settings.max_steps) if settings.max_steps else steps
+    optimiser = make_adamw(stage.model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    torch.manual_seed(settings.seed)
+    done = 0
+    if checkpoint is not None and (path := latest_checkpoint(settings.output)) is not None:
+        load_checkpoint(path, modules={"model": stage.model}, optimisers={"adamw": optimiser})
+        done = checkpoint.step
+
+    def save() -> Path:
+        state = {"settings": settings.decisive}
+        return save_checkpoint(
+            settings.output,
+            step=done,
+            modules={"model": stage.model},
+            optimisers={"adamw": optimiser},
+            state=state,
+            keep=settings.keep_checkpoints,
+        )
+
+    tracker = RunTracker(settings.output, steps, stage.watch, stage.name, None if checkpoint is None else done)
+    with stop_on_signal() as stop, tracker:
+        while done < steps:
+            start_s = time.perf_counter()
+            rate = settings.learning_rate * linear_schedule(done, steps, settings.warmup_fraction)
+            set_learning_rate(optimiser, rate)
+            with training_mode(stage.model, settings.dropout):
+                metrics = stage.accumulate(plan.rows(done))
+            if metrics["loss"] != metrics["loss"]:
+                raise DivergedError(f"the loss is NaN at step {done + 1}: training diverged; lower --learning-rate")
+            metrics["grad_norm"] = apply_gradients(optimiser, settings.max_grad_norm)
+            if stage.after_step is not None:
+                stage.after_step()
+            done += 1
+            metrics |= {
+                "learning_rate": rate,
+                "epoch": done / plan.steps_per_epoch,
+                "tokens_per_s": metrics.pop("tokens") / (time.perf_counter() - start_s),
+            }
+            if settings.eval_every and done % settings.eval_every == 0 and done < steps:
+                metrics |= stage.evaluate()
+            tracker.log(done, metrics)
+            if stop.requested and done < steps:
+                raise stop.stopped(step=done, total_steps=steps, checkpoint=save())
+            if settings.save_every and done % settings.save_every == 0:
+                save()
+
+
+@contextlib.contextmanager
+def training_mode(model: Any, dropout: float) -> Any:
+    """Train mode with ``dropout`` inside; evaluation mode without any outside."""
+    set_dropout(model, dropout)
+    model.train()
+    try:
+        yield
+    finally:
+        set_dropout(model, 0.0)
+        model.eval()
