@@ -61,7 +61,7 @@ def commands() -> list[list[str]]:
 
 def test_every_file_of_the_tree_exists():
     paths = tree()
-    assert len(paths) > 40
+    assert len(paths) > 30
     missing = [path for path in paths if "<" not in path and not (ROOT / path).exists()]
     assert missing == []
 
