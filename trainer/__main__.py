@@ -54,6 +54,11 @@ COMMANDS = {
         settings="trainer.ppo_config:EvaluateSettings",
         main="trainer.evaluate:main",
     ),
+    "report": Command(
+        summary="write the report of a run, finished or not: one HTML file, and the same figures as JSON",
+        settings="trainer.report_settings:ReportSettings",
+        main="trainer.report:main",
+    ),
 }
 
 
