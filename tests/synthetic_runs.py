@@ -1,7 +1,4 @@
-"""Folders of runs that look like real ones, from known curves and a seed: what the report's tests read.
-
-Loaded by path (``runpy.run_path``), since test folders are no packages.
-"""
+"""Folders of runs that look like real ones, from known curves and a seed: what the report's tests read."""
 
 from __future__ import annotations
 
@@ -154,3 +151,78 @@ def write_run(
     }
     (folder / "settings.json").write_text(json.dumps(chosen if settings is None else settings))
     return records
+
+
+def write_sft_run(folder: Path, *, steps: int = 60, finished: bool = True, seed: int = 0) -> list[dict[str, float]]:
+    """Writes an SFT run's folder: a falling loss, evaluated every tenth step, before and after."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for step in range(1, steps + 1):
+        loss = 1.2 + 4.0 * math.exp(-5 * step / steps) + 0.05 * rng.normal()
+        record: dict[str, float] = {
+            "step": step,
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            "grad_norm": 0.8 + 0.1 * rng.random(),
+            "learning_rate": 1e-3 * (1 - (step - 1) / steps),
+            "epoch": step / steps,
+            "tokens_per_s": 5200 + 200 * rng.normal(),
+        }
+        if step % 10 == 0 and step < steps:
+            record |= {"eval_loss": loss + 0.1, "eval_perplexity": math.exp(loss + 0.1), "eval_tokens": 4100}
+        records.append(record)
+    evaluation = {
+        "held_out_rows": 120,
+        "before": {"eval_loss": 5.31, "eval_perplexity": math.exp(5.31), "eval_tokens": 4100},
+        "after": {"eval_loss": 1.27, "eval_perplexity": math.exp(1.27), "eval_tokens": 4100},
+    }
+    _write_supervised(folder, records, evaluation if finished else None, {"model": "models/base", "seed": seed})
+    return records
+
+
+def write_reward_run(folder: Path, *, steps: int = 50, seed: int = 0) -> list[dict[str, float]]:
+    """Writes a reward model's folder: rising accuracy and margin, and an evaluation beside its baselines."""
+    rng = np.random.default_rng(seed)
+    records = []
+    for step in range(1, steps + 1):
+        done = step / steps
+        records.append(
+            {
+                "step": step,
+                "loss": 0.25 + 0.44 * math.exp(-4 * done) + 0.02 * rng.normal(),
+                "accuracy": min(1.0, 0.93 - 0.4 * math.exp(-4 * done) + 0.02 * rng.normal()),
+                "margin_mean": 2.2 * (1 - math.exp(-3 * done)) + 0.05 * rng.normal(),
+                "grad_norm": 1.1 + 0.1 * rng.random(),
+                "learning_rate": 3e-4 * (1 - (step - 1) / steps),
+                "epoch": done,
+                "tokens_per_s": 4700 + 200 * rng.normal(),
+            }
+        )
+    evaluation = {
+        "held_out_pairs": 342,
+        "eval_loss": 0.241,
+        "eval_accuracy": 0.9123,
+        "eval_brier": 0.071,
+        "eval_ece": 0.031,
+        "eval_margin_mean": 2.31,
+        "eval_margin_ci95": 0.16,
+        "eval_score_std": 1.4,
+        "accuracy": {"value": 0.9123, "low": 0.8776, "high": 0.9379, "count": 342},
+        "baselines": {
+            "TF-IDF logistic": {"value": 0.85, "low": 0.8084, "high": 0.8840, "count": 342},
+            "length alone": {"value": 0.52, "low": 0.4671, "high": 0.5725, "count": 342},
+        },
+        "normalisation": {"mean": 0.42, "std": 1.3, "count": 1500},
+    }
+    _write_supervised(folder, records, evaluation, {"model": "runs/sft/model", "seed": seed})
+    return records
+
+
+def _write_supervised(
+    folder: Path, records: list[dict[str, float]], evaluation: dict[str, Any] | None, settings: dict[str, Any]
+) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    (folder / "settings.json").write_text(json.dumps(settings))
+    if evaluation is not None:
+        (folder / "evaluation.json").write_text(json.dumps(evaluation))

@@ -17,7 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, NoReturn, Self
+from typing import BinaryIO, Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
@@ -234,7 +234,7 @@ def _parse(path: Path, raw: bytes) -> list[dict[str, float]]:
             break  # What follows the final newline.
         where = f"{path}, line {index + 1}"
         try:
-            record = json.loads(line, parse_constant=_refuse_constant)
+            record = json.loads(line)
         except ValueError as error:
             if last:
                 break  # Torn: it has no newline, and half an object never parses.
@@ -252,10 +252,6 @@ def _check_record(where: str, record: object, last_step: float | None) -> dict[s
     if last_step is not None and record["step"] <= last_step:
         raise TrackingError(f"{where}: step is {record['step']}: it must be above the one before, {last_step}")
     return record
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no number")
 
 
 class _Pace:

@@ -160,7 +160,7 @@ def _check_rpc(header: Header) -> Sequence[Alarm]:
     """On the whole run's share: a single step's, the first above all, says little."""
     if header.rpc_share is None or header.rpc_share <= _RPC_SHARE:
         return ()
-    text = f"RPC took {percent(header.rpc_share)} of the steps' time, above {percent(_RPC_SHARE)}: see where it went."
+    text = f"RPC took {percent(header.rpc_share)} of the steps' time, above {100 * _RPC_SHARE:g} %: see where it went."
     return (Alarm(key="time/rpc_s", step=None, value=header.rpc_share, bound=_RPC_SHARE, text=text),)
 
 

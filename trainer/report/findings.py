@@ -213,20 +213,17 @@ def _held_out_verdict(header: Header, before: float, after: float) -> Verdict:
     old, new = (with_interval(mean, width, *widths) for mean, width in zip((before, after), widths, strict=True))
     old_mean, new_mean = (text.partition(" (")[0] for text in (old, new))
     sentence = f"On {header.held_out_prompts:,d} held-out prompts the mean reward went from {old} to {new}. "
+    change, change_width = header.reward_change, header.reward_change_ci95
+    paired = change is not None and change_width is not None and abs(change) > change_width
     kind: Literal["improved", "worsened", "unclear"] = "unclear"
     headline = f"No clear change in held-out reward: {old_mean} before, {new_mean} after"
-    if header.intervals_disjoint is None:
-        sentence += "Without intervals that says little."
-    elif header.intervals_disjoint:
+    if header.intervals_disjoint or paired:
         kind = "improved" if after > before else "worsened"
         headline = f"Held-out reward {'rose' if after > before else 'fell'} from {old_mean} to {new_mean}"
-        sentence += "The 95 % intervals are disjoint."
-    else:
-        sentence += "The 95 % intervals overlap."
-        if header.reward_change is not None:
-            sentence += (
-                f" Prompt by prompt the change is {with_interval(header.reward_change, header.reward_change_ci95)}."
-            )
+    if header.intervals_disjoint is not None:
+        sentence += f"The 95 % intervals {'are disjoint' if header.intervals_disjoint else 'overlap'}."
+    if not header.intervals_disjoint and change is not None:
+        sentence += f" Prompt by prompt the change is {with_interval(change, change_width)}."
     return Verdict(kind=kind, headline=headline, sentences=(sentence, *_cost_sentence(header)))
 
 

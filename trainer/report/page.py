@@ -31,7 +31,6 @@ from trainer.report.findings import (
     signed,
     split_time,
     time_sentence,
-    with_interval,
 )
 from trainer.report.plots import draw_intervals, draw_panels, draw_time
 from trainer.report_settings import KL_BUDGET, ReportSettings
@@ -271,8 +270,8 @@ def _evaluation_rows(run: Run, header: Header) -> list[dict[str, Any]]:
         if any(cell is not None for cell in cells):
             rows.append({"key": key, "label": label, "cells": cells})
         if key == "score_mean" and header.reward_change is not None:
-            text = typeset(with_interval(header.reward_change, header.reward_change_ci95))
-            rows.append({"label": "change, paired by prompt", "change": text, "value": header.reward_change})
+            change = _estimate(header.reward_change, header.reward_change_ci95, number)
+            rows.append({"key": "score_change", "label": "change, paired by prompt", "cells": [None, change]})
     return rows
 
 
@@ -282,7 +281,10 @@ def _cell(
     value = getattr(evaluation, key) if evaluation is not None else None
     if value is None:
         return None
-    half_width = getattr(evaluation, half_width_key) if half_width_key else None
+    return _estimate(value, getattr(evaluation, half_width_key) if half_width_key else None, written)
+
+
+def _estimate(value: float, half_width: float | None, written: Callable[[Any], str]) -> Mapping[str, Any]:
     if half_width is None:
         return {"value": value, "text": typeset(written(value)), "interval": ""}
     text = fixed(value, decimals_of_intervals(half_width))

@@ -249,7 +249,7 @@ def _finish_steps(ax: Any, run: Run) -> None:
         ax.set_xticks([first])
     else:
         ax.set_xlim(first, last)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, integer=True, steps=[1, 2, 5, 10]))
     ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.0f}"))
     ax.annotate(
         "step",
@@ -328,7 +328,7 @@ def draw_intervals(what: str, estimates: Sequence[Estimate]) -> str:
         ax.set_ylim(0.6 - len(estimates) - 0.2, 0.6)
         ax.set_yticks([-row for row in range(len(estimates))], [estimate.name for estimate in estimates])
         ax.margins(x=0.06)
-        ax.xaxis.set_major_locator(MaxNLocator(nbins=6))
+        ax.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 5, 10]))
         ax.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}".replace("-", "\N{MINUS SIGN}")))
         words = "; ".join(
             f"{estimate.name} {number(estimate.value)}, 95 % interval {number(estimate.low)} to {number(estimate.high)}"

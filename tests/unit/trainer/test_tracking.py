@@ -212,7 +212,7 @@ def test_a_run_killed_with_sigkill_keeps_every_logged_step(tmp_path):
         ('{"step": 2.0}', "line 2: not a record"),
         ('{"step": 1}', "line 2: step is 1: it must be above the one before, 1"),
         ('{"step": 2, "loss": "low"}', "line 2: loss is 'low'"),
-        ('{"step": 2, "loss": NaN}', "line 2: not JSON .NaN is no number"),
+        ('{"step": 2, "loss": NaN}', "line 2: loss is nan: it must be a finite number"),
         ('{"step": 2, "loss": 1e999}', "line 2: loss is inf"),
         ('{"step": 2, "loss": true}', "line 2: loss is True"),
         ('{"step": 2, "loss": null}', "line 2: loss is None"),
