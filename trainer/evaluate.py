@@ -204,7 +204,7 @@ def main(settings: EvaluateSettings) -> None:
             info = await services.connect()
             limit = longest_prompt(info, settings.max_new_tokens)
             encoder = Encoder(
-                tokenizer, max_tokens=limit, advice=f"--max-new-tokens {settings.max_new_tokens} is counted"
+                tokenizer, max_tokens=limit, advice=f"or lower --max-new-tokens {settings.max_new_tokens}"
             )
             return await evaluate(services, make_tasks(rows, encoder, seed=settings.seed), settings, tokenizer)
 

@@ -64,6 +64,9 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
     held_out_fraction: Annotated[UnitFloat, Field(gt=0, lt=1)] = Field(
         0.1, description="share of the prompts that is set apart where no --eval-prompts are named"
     )
+    truncation: Literal["refuse", "left"] = Field(
+        "refuse", description="of prompts that leave no room for a response: refuse them or cut their beginning"
+    )
     max_eval_prompts: PositiveInt = Field(256, description="held-out prompts evaluated on: the first so many")
     output: Path = Field(description="folder of the run: model, checkpoints, metrics.jsonl, evaluations, report.html")
 

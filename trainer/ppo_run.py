@@ -174,8 +174,11 @@ class PPORun:
         settings = self.settings
         own = (longest_sequence(self.policy), longest_sequence(self.critic.body))
         limit = longest_prompt(self._info, settings.max_new_tokens, *own)
-        advice = f"or lower --max-new-tokens {settings.max_new_tokens}, which the models' longest sequence includes"
-        encoder = Encoder(self.tokenizer, max_tokens=limit, advice=advice)
+        advice = (
+            f"lower --max-new-tokens {settings.max_new_tokens}, which the models' longest sequence includes; or choose "
+            "--truncation left"
+        )
+        encoder = Encoder(self.tokenizer, max_tokens=limit, truncation=settings.truncation, advice=advice)
         self._tasks = [
             PromptTask(prompt=row.prompt, ids=tuple(int(token) for token in ids), seed=0)
             for row, ids in zip(rows, encoder.prompts(rows), strict=True)

@@ -61,6 +61,10 @@ class VllmEngine:
         options: dict[str, Any] = {}
         if settings.max_sequence_tokens:
             options["max_model_len"] = settings.max_sequence_tokens
+        if on_cpu:
+            # vLLM 0.32 takes back the draw of a prompt that was prefilled in part, which a CPU's generator can't do,
+            # and dies: so prompts are prefilled whole.
+            options |= {"enable_chunked_prefill": False}
         if settings.deterministic:
             # Alone in every batch, its whole prompt in one piece, nothing reused: the same sums in the same order.
             options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}

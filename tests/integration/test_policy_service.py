@@ -189,6 +189,16 @@ async def test_the_same_seed_gives_the_same_tokens_in_any_company(service, finge
         assert [c.token_ids for c in whole[5:]] == [c.token_ids for c in part]
 
 
+async def test_many_long_seeded_prompts_at_once_are_all_answered(service, fingerprint):
+    prompts = [[3 + (i * 7 + j) % 290 for j in range(100)] for i in range(120)]
+    async with PolicyClient(service.address) as client:
+        sampling = Sampling(max_new_tokens=5, min_new_tokens=5)
+        found = await collect(client, prompts, sampling, prompt_seeds=range(120), tokenizer_fingerprint=fingerprint)
+        assert [len(c.token_ids) for c in found] == [5] * 120
+        again = await collect(client, prompts[7:8], sampling, prompt_seeds=[7], tokenizer_fingerprint=fingerprint)
+    assert again[0].token_ids == found[7].token_ids
+
+
 async def test_stop_tokens_end_a_response_and_are_its_last_token(service, fingerprint):
     async with PolicyClient(service.address) as client:
         (free,) = await collect(
