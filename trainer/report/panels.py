@@ -85,8 +85,8 @@ PANELS = (
             Row(
                 unit="share of pairs",
                 lines=(
-                    Line(key="accuracy", label="training pairs"),
-                    Line(key="eval_accuracy", label="held-out pairs"),
+                    Line(key="accuracy", label="training accuracy"),
+                    Line(key="eval_accuracy", label="held-out accuracy"),
                 ),
                 share=True,
                 whole=True,
