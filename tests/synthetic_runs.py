@@ -29,6 +29,7 @@ def ppo_record(step: int, steps: int, rng: np.random.Generator, overrides: dict[
         "reward/score_mean": reward,
         "reward/score_std": 0.9 - 0.2 * done,
         "reward/score_ci95": 1.96 * (0.9 - 0.2 * done) / math.sqrt(128),
+        "reward/final_mean": reward - 0.1 * (1 - done),
         "reward/missing_eos_share": 0.1 * (1 - done),
         "kl/sequence_mean": kl,
         "kl/token_mean": kl / length,

@@ -34,11 +34,11 @@ def fixed(value: float, decimals: int) -> str:
 
 
 def decimals_of_intervals(*half_widths: float) -> int:
-    """Decimals at which the narrowest interval still shows two digits, so that means and bounds are written alike."""
+    """Decimals, at most 4, at which the narrowest interval shows two digits, so that means and bounds are alike."""
     widths = [width for width in half_widths if width > 0]
     if not widths:
         return 3
-    return min(6, max(0, 1 - math.floor(math.log10(min(widths)))))
+    return min(4, max(0, 1 - math.floor(math.log10(min(widths)))))
 
 
 def percent(share: float) -> str:

@@ -75,6 +75,13 @@ def _training_rules(run: Run, header: Header) -> list[_Rule]:
             advice="the reward model may be over-optimised: read the samples, raise beta",
         ),
         _Rule(
+            key="reward/final_mean",
+            what="The mean score as PPO uses it",
+            low=-10.0,
+            high=10.0,
+            advice="it should start near 0: check what the reward model was calibrated on, or clip the scores",
+        ),
+        _Rule(
             key="response/finished_share",
             what="The share of finished responses",
             low=0.5,

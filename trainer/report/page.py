@@ -166,6 +166,7 @@ def _render(report: Report) -> str:
         "brief": lambda value: typeset(brief(value)),
         "percent": lambda value: typeset(percent(value)),
         "signed": lambda value: typeset(signed(value)),
+        "nats": lambda value: typeset(fixed(value, 2)),
         "typeset": typeset,
         "duration": duration,
         "visible": visible,

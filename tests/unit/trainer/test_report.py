@@ -21,6 +21,7 @@ from scipy import stats
 from tests.synthetic_runs import write_reward_run, write_run, write_sft_run
 from trainer.errors import TrainerError
 from trainer.report import write_report
+from trainer.report.findings import with_interval
 from trainer.report.page import typeset
 from trainer.report.plots import grouped
 
@@ -479,6 +480,7 @@ def test_a_healthy_run_raises_no_alarm(healthy):
         ("policy/first_ratio_max_abs_log", 0.02, 0.01),
         ("kl/sequence_mean", 20.5, 20.0),
         ("response/finished_share", 0.49, 0.5),
+        ("reward/final_mean", -56.0, -10.0),
     ],
 )
 def test_a_figure_out_of_bounds_raises_one_alarm_at_its_step(tmp_path, key, value, bound):
@@ -581,6 +583,13 @@ def test_the_same_run_gives_the_same_report_byte_for_byte(healthy):
     folder, _ = healthy
     first = [path.read_bytes() for path in (write_report(folder).page, write_report(folder).figures)]
     assert [path.read_bytes() for path in (write_report(folder).page, write_report(folder).figures)] == first
+
+
+def test_means_are_written_to_the_decimals_that_their_interval_carries():
+    assert with_interval(1.4567, 0.19) == "1.46 (95 % interval 1.27 to 1.65)"
+    assert with_interval(-12.34, 3.4) == "-12.3 (95 % interval -15.7 to -8.9)"
+    assert with_interval(-1e-9, 4e-8) == "0.0000 (95 % interval 0.0000 to 0.0000)"
+    assert with_interval(0.5, None) == "0.500"
 
 
 def test_figures_are_typeset_and_names_are_not():
