@@ -54,7 +54,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", help="preferences to use instead of the corpus that the demo makes")
     parser.add_argument("--model", help="model to start from instead of a small one with random weights")
     parser.add_argument("--output", type=Path, help="folder for everything; default runs/demo, or the next free one")
-    parser.add_argument("--steps", default="40", help="steps of PPO")
+    parser.add_argument("--steps", default="24", help="steps of PPO")
     options = parser.parse_args(argv)
     folder = options.output or next_folder(Path("runs"))
     start_s = time.monotonic()

@@ -153,7 +153,10 @@ def free_port() -> int:
 
 @pytest.fixture(scope="session")
 def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # type: ignore[no-untyped-def]
-    """start_service("reward", model, "--flag", ...) starts it on free ports and waits until it is SERVING."""
+    """start_service("reward", model, "--flag", ...) starts it and waits until it is SERVING.
+
+    On free ports, or on those of ``like``, a service that ended.
+    """
     from services.runtime.probe import probe
 
     started: list[LiveService] = []
@@ -163,8 +166,13 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
         "reference": "quartet.reference.v1.ReferenceService",
     }
 
-    def start(name: str, model: Path, *flags: str, timeout_s: float = 120.0) -> LiveService:
+    def start(
+        name: str, model: Path, *flags: str, timeout_s: float = 120.0, like: LiveService | None = None
+    ) -> LiveService:
         port, metrics_port, admin_port = free_port(), free_port(), free_port()
+        if like is not None:
+            addresses = (like.address, like.metrics_address, like.admin_address)
+            port, metrics_port, admin_port = (int(address.rpartition(":")[2]) for address in addresses)
         log = tmp_path_factory.mktemp(name) / "log"
         command = [sys.executable, "-m", f"services.{name}", "--model", str(model), *flags]
         command += ["--port", str(port), "--metrics-port", str(metrics_port)]

@@ -166,14 +166,16 @@ def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
 
 
 def difference(before: Evaluation, after: Evaluation) -> Interval:
-    """Mean difference of the scores, after less before, paired by prompt where both have the same ones.
+    """Mean difference of the scores, after less before, paired by prompt; a sample that failed in one is left out.
 
     Raises:
-        DataError: they are of other prompts.
+        DataError: they have fewer than 2 prompts in common.
     """
-    if [sample.prompt for sample in before.samples] != [sample.prompt for sample in after.samples]:
-        raise DataError("the two evaluations are of different prompts, so they can't be compared sample by sample")
-    return mean_interval([b.score - a.score for a, b in zip(before.samples, after.samples, strict=True)])
+    earlier = {sample.prompt: sample.score for sample in before.samples}
+    changes = [sample.score - earlier[sample.prompt] for sample in after.samples if sample.prompt in earlier]
+    if len(changes) < 2:
+        raise DataError(f"the two evaluations have {len(changes)} prompts in common: at least 2 are needed to compare")
+    return mean_interval(changes)
 
 
 def longest_prompt(info: ServiceInfo, max_new_tokens: int, *own_limits: int) -> int:

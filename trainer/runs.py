@@ -150,6 +150,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         )
 
     tracker = RunTracker(settings.output, steps, stage.watch, stage.name, None if checkpoint is None else done)
+    started_s = time.monotonic()
     with stop_on_signal() as stop, tracker:
         while done < steps:
             start_s = time.perf_counter()
@@ -166,6 +167,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
             metrics |= {
                 "learning_rate": rate,
                 "epoch": done / plan.steps_per_epoch,
+                "elapsed_s": time.monotonic() - started_s,
                 "tokens_per_s": metrics.pop("tokens") / (time.perf_counter() - start_s),
             }
             if settings.eval_every and done % settings.eval_every == 0 and done < steps:

@@ -1,0 +1,291 @@
+"""PPO runs against live services, through the commands a user types: killed, resumed, refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from quartet.client import RewardClient, ScoreItem, WeightsClient
+from quartet.fingerprint import safetensors_fingerprint
+from quartet.model_folder import write_metadata
+from tests.conftest import WORDS, LiveService, free_port, train_tokenizer
+from trainer.tracking import read_metrics
+
+TRAIN = [sys.executable, "-m", "trainer"]
+
+
+@pytest.fixture(scope="module")
+def folders(make_policy, make_reward_model):
+    """Policy and reward model of one tokenizer."""
+    reward = make_reward_model()
+    write_metadata(reward, kind="reward", append_eos=True, normalisation={"mean": 0.0, "std": 1.0, "count": 10})
+    return make_policy(scale=0.5), reward
+
+
+@pytest.fixture(scope="module")
+def prompts(tmp_path_factory):
+    """100 short prompts."""
+    path = tmp_path_factory.mktemp("prompts") / "prompts.jsonl"
+    texts = [" ".join(WORDS[(i * 7 + j * 3) % len(WORDS)] for j in range(3 + i % 4)) + f" {i}" for i in range(100)]
+    path.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture
+def start_three(start_service, folders):
+    """start_three("--deterministic") starts policy (transformers engine), reward and reference."""
+
+    def start(*flags: str, engine: str = "transformers") -> tuple[LiveService, LiveService, LiveService]:
+        policy, reward = folders
+        return (
+            start_service("policy", policy, "--engine", engine, *flags, timeout_s=240),
+            start_service("reward", reward, *flags),
+            start_service("reference", policy, *flags),
+        )
+
+    return start
+
+
+def addresses(policy: LiveService, reward: LiveService, reference: LiveService) -> list[str]:
+    return [
+        *("--policy", policy.address, "--policy-admin", policy.admin_address),
+        *("--reward", reward.address, "--reference", reference.address),
+    ]
+
+
+def ppo(model: Path, prompts: Path, output: Path, services: list[str], *flags: str) -> list[str]:
+    small = ["--steps", "4", "--prompts-per-step", "16", "--max-new-tokens", "16", "--minibatches", "2"]
+    rates = ["--learning-rate", "1e-3", "--critic-learning-rate", "1e-3"]
+    command = [*TRAIN, "ppo", "--model", str(model), "--prompts", str(prompts), "--output", str(output)]
+    return [*command, *services, *small, *rates, *flags]
+
+
+def run(command: list[str], timeout_s: float = 240) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s)
+
+
+def start_in_background(command: list[str], log: Path) -> subprocess.Popen[str]:
+    with log.open("w") as sink:
+        return subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not condition():
+        assert process.poll() is None, "the run ended too early"
+        assert time.monotonic() < end, "it did not happen in time"
+        time.sleep(0.002)
+
+
+def calls_in_flight(service: LiveService, name: str) -> float:
+    with urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=5) as reply:
+        for line in reply.read().decode().splitlines():
+            if line.startswith(f"quartet_{name}_calls_in_flight "):
+                return float(line.split()[1])
+    raise AssertionError("the metric is gone")
+
+
+async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, prompts, tmp_path):
+    model, _ = folders
+    services = start_three()
+    before = {folder: safetensors_fingerprint(folder) for folder in folders}
+    done = run(ppo(model, prompts, tmp_path / "run", addresses(*services)))
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    # Row 12: at the first forward pass the ratio is 1, with a live engine's and the trainer's own log-probabilities.
+    assert max(record["policy/first_ratio_max_abs_log"] for record in records) < 1e-4
+    assert max(abs(record["rollout/importance_weight_mean"] - 1) for record in records) < 1e-4
+    assert min(record["rollout/ess"] for record in records) > 0.9999
+    assert records[0]["kl/sequence_mean"] == pytest.approx(0.0, abs=1e-4)  # The policy starts as its reference.
+    assert [record["episodes"] for record in records] == [16, 32, 48, 64]
+    assert [record["weights/version"] for record in records] == [0, 1, 2, 3]
+    assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
+    # 4 epochs of 2 minibatches.
+    assert {record["policy/optimiser_steps"] for record in records} == {8}
+    # Row 22, and what is exported is what serves.
+    assert {folder: safetensors_fingerprint(folder) for folder in folders} == before
+    async with WeightsClient(services[0].admin_address) as weights:
+        served = await weights.get_info()
+    assert served.weights_version == 4
+    assert served.weights_fingerprint == safetensors_fingerprint(tmp_path / "run" / "model") != before[model]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+    assert "held-out reward: before" in done.stdout
+    again = run(ppo(model, prompts, tmp_path / "run", addresses(*services)))
+    assert again.returncode == 2
+    assert "it already holds a run; go on with it by --resume, or choose another" in again.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["transformers", "vllm"])
+async def test_a_run_outlives_the_death_of_reward_and_policy_service(
+    engine, start_three, start_service, folders, prompts, tmp_path
+):
+    if engine == "vllm":
+        pytest.importorskip("vllm")
+    model, reward_folder = folders
+    policy, reward, reference = start_three("--log-level", "debug", engine=engine)
+    # Long responses, so that a step lasts long enough to be hit in its middle.
+    flags = ["--prompts-per-step", "64", "--max-new-tokens", "100", "--steps", "6", "--missing-eos", "none"]
+    command = ppo(model, prompts, tmp_path / "run", addresses(policy, reward, reference), *flags)
+    trainer = start_in_background(command, tmp_path / "log")
+
+    def steps() -> int:
+        return len(read_metrics(tmp_path / "run")) if (tmp_path / "run" / "metrics.jsonl").exists() else 0
+
+    wait_for(lambda: steps() >= 1, trainer)
+    wait_for(lambda: calls_in_flight(reward, "reward") > 0, trainer)
+    reward.process.kill()
+    reward.process.wait()
+    reward = start_service("reward", reward_folder, like=reward)
+    after_reward = steps()
+    wait_for(lambda: steps() > after_reward, trainer)
+    wait_for(lambda: calls_in_flight(policy, "policy") > 0, trainer)
+    policy.process.kill()
+    policy.process.wait()
+    killed_at = steps()
+    policy = start_service("policy", model, "--engine", engine, "--log-level", "debug", like=policy, timeout_s=240)
+    assert trainer.wait(timeout=240) == 0, (tmp_path / "log").read_text()[-3000:]
+
+    records = read_metrics(tmp_path / "run")
+    assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
+    assert all(math.isfinite(value) for record in records for value in record.values())
+    # Nothing failed, nothing was made up: every step learned from all 64 responses, of the right version.
+    assert [record["episodes"] for record in records] == [64 * step for step in range(1, 7)]
+    assert {record["samples/failed"] for record in records} == {0}
+    assert all(record["rollout/ess"] > 0.9999 for record in records)
+    assert killed_at < 6
+    # The restarted policy got the current weights before it generated anything for the run.
+    events = [json.loads(line) for line in policy.log.read_text().splitlines() if line.startswith("{")]
+    what = [e["event"] if e["event"] == "weights_updated" else e.get("method") for e in events]
+    assert "weights_updated" in what
+    assert what.index("weights_updated") < what.index("Generate")
+    async with WeightsClient(policy.admin_address) as weights:
+        served = await weights.get_info()
+    assert served.weights_fingerprint == safetensors_fingerprint(tmp_path / "run" / "model")
+    assert served.weights_version >= 6
+
+
+@pytest.mark.slow
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(start_three, folders, prompts, tmp_path):
+    model, _ = folders
+    services = addresses(*start_three("--deterministic"))
+    flags = ["--steps", "5", "--kl", "adaptive", "--save-every", "1"]
+    whole = run(ppo(model, prompts, tmp_path / "whole", services, *flags))
+    assert whole.returncode == 0, whole.stderr
+    trainer = start_in_background(ppo(model, prompts, tmp_path / "broken", services, *flags), tmp_path / "log")
+    wait_for(lambda: (tmp_path / "broken" / "checkpoint-000002" / "state.json").exists(), trainer)
+    trainer.kill()
+    trainer.wait()
+    assert not (tmp_path / "broken" / "model").exists()
+    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume", "--lam", "0.9"))
+    assert other.returncode == 2
+    assert "--lam was 0.95, is 0.9" in other.stderr
+    resumed = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
+    assert resumed.returncode == 0, resumed.stderr
+    for file in ("policy.safetensors", "critic.safetensors"):
+        ours = load_file(tmp_path / "broken" / "checkpoint-000005" / file)
+        theirs = load_file(tmp_path / "whole" / "checkpoint-000005" / file)
+        assert ours.keys() == theirs.keys()
+        assert all(ours[name].equal(theirs[name]) for name in ours)
+    kept = ("reward/score_mean", "kl/sequence_mean", "kl/beta", "policy/loss", "value/loss", "response/length_mean")
+    figures = [
+        [[record[name] for name in kept] for record in read_metrics(tmp_path / folder)]
+        for folder in ("whole", "broken")
+    ]
+    assert figures[0] == figures[1]
+    assert len({row[2] for row in figures[0]}) == 5  # The adaptive price moved in every step, and was restored.
+
+
+def test_ctrl_c_saves_and_says_how_to_go_on(start_three, folders, prompts, tmp_path):
+    model, _ = folders
+    services = addresses(*start_three())
+    command = ppo(model, prompts, tmp_path / "run", services, "--steps", "200", "--save-every", "0")
+    trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), trainer)
+    time.sleep(1.0)
+    trainer.send_signal(signal.SIGINT)
+    _, stderr = trainer.communicate(timeout=60)
+    assert trainer.returncode == 130
+    done = len(read_metrics(tmp_path / "run"))
+    assert f"stopped after step {done} of 200, as asked" in stderr
+    assert "give the same command again with --resume" in stderr
+    assert (tmp_path / "run" / f"checkpoint-{done:06d}" / "state.json").exists()
+
+
+async def test_text_goes_over_the_wire_where_the_reward_model_reads_other_tokens(
+    start_service, make_policy, make_reward_model, prompts, tmp_path
+):
+    other = train_tokenizer(270)  # Fewer merges: the same text, other ids.
+    policy_folder, reward_folder = make_policy(scale=0.5), make_reward_model(seed=5, save_tokenizer=other)
+    policy = start_service("policy", policy_folder, "--engine", "transformers")
+    reward, reference = start_service("reward", reward_folder), start_service("reference", policy_folder)
+    services = addresses(policy, reward, reference)
+    refused = run(ppo(policy_folder, prompts, tmp_path / "run", services))
+    assert refused.returncode == 2
+    assert "reads other tokens than the policy writes: choose --critic policy" in refused.stderr
+    flags = ["--critic", "policy", "--steps", "1", "--resume"]
+    done = run(ppo(policy_folder, prompts, tmp_path / "run", services, *flags))
+    assert done.returncode == 0, done.stderr
+    samples = json.loads((tmp_path / "run" / "evaluation_after.json").read_text())["samples"]
+    async with RewardClient(reward.address) as client:
+        reply = await client.score(
+            [ScoreItem(prompt=s["prompt"], response=s["response"], finished=s["finished"]) for s in samples]
+        )
+    assert [s["score"] for s in samples] == pytest.approx([r.score for r in reply.results], abs=1e-4)
+
+
+def test_a_service_that_never_comes_up_is_named_after_the_set_wait(folders, prompts, tmp_path, start_service):
+    model, _ = folders
+    policy = start_service("policy", model, "--engine", "transformers")
+    reference = start_service("reference", model)
+    nowhere = LiveService(policy.process, f"127.0.0.1:{free_port()}", "", "", policy.log)
+    start = time.monotonic()
+    services = addresses(policy, nowhere, reference)
+    done = run(ppo(model, prompts, tmp_path / "run", services, "--ready-timeout-s", "3"))
+    assert done.returncode == 2
+    assert f"reward service: not ready at {nowhere.address} after 3 s" in done.stderr
+    assert time.monotonic() - start < 40
+
+
+def test_prompts_that_leave_no_room_are_named(start_three, folders, tmp_path):
+    model, _ = folders
+    path = tmp_path / "long.jsonl"
+    rows = [{"prompt": f"hello {i}"} for i in range(20)] + [{"prompt": "hello please " * 200}]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    services = addresses(*start_three())
+    done = run(ppo(model, path, tmp_path / "run", services, "--seed", "1"))
+    assert done.returncode == 2
+    assert f"{path}, line 21" in done.stderr
+    assert "have more than 112 tokens of prompt" in done.stderr  # 128 of the model less 16 new ones.
+    done = run(ppo(model, path, tmp_path / "run", services, "--max-new-tokens", "128"))
+    assert "--max-new-tokens is 128, and the models take 128 tokens of prompt and response" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--kl-beta", "-0.1"], "--kl-beta is '-0.1': Input should be greater than or equal to 0"),
+        (["--learning-rate", "nan"], "--learning-rate is 'nan'"),
+        (["--top-k", "5"], "--top-p is 1 and --top-k 5: training samples from the whole distribution"),
+        (["--minibatches", "17"], "--minibatches is 17, a rollout has 16 responses: at most as many"),
+        (["--kl", "adaptive", "--kl-horizon", "3"], "--kl-horizon is 3: it must be above .2 times the 16 responses"),
+        (["--clip-range", "1"], "--clip-range is '1': Input should be less than 1"),
+    ],
+)
+def test_settings_are_refused_with_name_value_and_bound(flags, message, folders, prompts, tmp_path):
+    done = run(ppo(folders[0], prompts, tmp_path / "run", [], *flags))
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert os.listdir(tmp_path) == []
