@@ -1,0 +1,294 @@
+"""One step of PPO against the same step done naively in float64, and PPO against its closed form.
+
+Shapes: N samples, T response tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import math
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from transformers import LlamaForCausalLM
+
+from tests.conftest import llama_config
+from trainer.errors import TrainerError
+from trainer.experience import make_experience
+from trainer.models import Critic, disable_dropout
+from trainer.ppo import Learner, time_metrics
+from trainer.ppo_config import PPOSettings
+from trainer.rollout import Rollout, Sample
+
+PAD = 0
+
+
+def settings(**changes: Any) -> PPOSettings:
+    values = {"model": "m", "prompts": ("p",), "output": "o", "normalise_reward": "off", "missing_eos_value": 0.7}
+    return PPOSettings(**(values | changes))
+
+
+def make_learner(options: PPOSettings, *, seed: int = 0, normalisation: Any = None, **config: Any) -> Learner:
+    """A learner of a tiny Llama and a critic with a head that is not zero."""
+    torch.manual_seed(seed)
+    policy = LlamaForCausalLM(llama_config(**config))
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    body = copy.deepcopy(policy.model)
+    critic = Critic(body, nn.Linear(policy.config.hidden_size, 1))
+    for model in (policy, critic):
+        disable_dropout(model)
+        model.train()
+    run = SimpleNamespace(
+        settings=options,
+        device=torch.device("cpu"),
+        tokenizer=SimpleNamespace(pad_token_id=PAD),
+        normalisation=normalisation,
+        policy=policy,
+        critic=critic,
+    )
+    return Learner(run)  # type: ignore[arg-type]
+
+
+def make_samples(count: int = 6, seed: int = 1) -> tuple[Sample, ...]:
+    """Samples of uneven length, with log-probabilities that are near the policy's only by chance."""
+    random = np.random.default_rng(seed)
+    samples = []
+    for index in range(count):
+        prompt, response = random.integers(3, 300, 2 + index % 3), random.integers(3, 300, 1 + 3 * (index % 4))
+        finished = index % 2 == 0
+        if finished:
+            response[-1] = 1
+        samples.append(
+            Sample(
+                index=index,
+                prompt_ids=tuple(prompt.tolist()),
+                response_ids=tuple(response.tolist()),
+                logprobs=tuple(random.normal(-6, 1.5, len(response)).tolist()),
+                ref_logprobs=tuple(random.normal(-6, 1.5, len(response)).tolist()),
+                score=float(random.normal()),
+                finished=finished,
+            )
+        )
+    return tuple(samples)
+
+
+def naive_gradients(learner: Learner, samples: tuple[Sample, ...], options: PPOSettings) -> tuple[dict, dict, dict]:
+    """The first update's gradients and figures: one sequence at a time, float64, loops, the formulas as written."""
+    policy, critic = copy.deepcopy(learner.policy).double(), copy.deepcopy(learner.critic).double()
+    logprobs, values = [], []
+    for sample in samples:
+        ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
+        table = (policy(ids).logits[0] / options.temperature).log_softmax(-1)
+        hidden = critic.body(ids).last_hidden_state[0]
+        value = hidden @ critic.head.weight.double()[0] + critic.head.bias.double()
+        start = len(sample.prompt_ids)
+        logprobs.append([table[start + t - 1, token] for t, token in enumerate(sample.response_ids)])
+        values.append([value[start + t - 1] for t in range(len(sample.response_ids))])
+    advantages, returns, kls = [], [], []
+    for sample, logps, vals in zip(samples, logprobs, values, strict=True):
+        score = sample.score - (0.0 if sample.finished else options.missing_eos_value)
+        kl = [a.item() - b for a, b in zip(logps, sample.ref_logprobs, strict=True)]
+        rewards = [-options.kl_beta * k for k in kl]
+        rewards[-1] += score
+        advantage, tail = [0.0] * len(kl), 0.0
+        for t in reversed(range(len(kl))):
+            following = float(vals[t + 1]) if t + 1 < len(kl) else 0.0
+            tail = rewards[t] + following - float(vals[t]) + options.lam * tail
+            advantage[t] = tail
+        advantages.append(advantage)
+        returns.append([a + float(v) for a, v in zip(advantage, vals, strict=True)])
+        kls.append(sum(kl))
+    flat = np.array([a for row in advantages for a in row])
+    mean, std = flat.mean(), flat.std(ddof=1)
+    tokens = len(flat)
+    loss_policy, loss_value = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for sample, logps, vals, advantage, ret in zip(samples, logprobs, values, advantages, returns, strict=True):
+        for logp, value, a, r, rollout in zip(logps, vals, advantage, ret, sample.logprobs, strict=True):
+            weight = min(math.exp(float(logp) - rollout), options.importance_cap)
+            # At the old policy the ratio is 1, so clipping does nothing and the gradient is that of -A log pi.
+            ratio = (logp - logp.detach()).exp()
+            loss_policy = loss_policy - weight * (a - mean) / std * ratio / tokens
+            loss_value = loss_value + 0.5 * (value - r) ** 2 / tokens
+    loss_policy.backward()
+    (options.value_coefficient * loss_value).backward()
+    figures = {"kl/sequence_mean": np.mean(kls), "value/loss": float(loss_value), "policy/loss": float(loss_policy)}
+    return (
+        {name: p.grad for name, p in policy.named_parameters()},
+        {name: p.grad for name, p in critic.named_parameters()},
+        figures,
+    )
+
+
+def accumulated(learner: Learner, samples: tuple[Sample, ...]) -> tuple[dict, dict, dict[str, float]]:
+    """The learner's own gradients of the first minibatch, the whole rollout."""
+    experience = make_experience(samples, learner.device)
+    targets, metrics = learner.shape(experience, learner.evaluate(experience))
+    from trainer.batching import micro_batches
+
+    tokens = float(experience.mask_NT.sum())
+    sums: dict[str, float] = {}
+    for rows in micro_batches(experience.lengths, learner.settings.micro_batch_tokens):
+        figures, ratio = learner.accumulate(experience, targets, rows, tokens)
+        assert ratio < 1e-5
+        sums = {name: sums.get(name, 0.0) + value for name, value in figures.items()}
+    return (
+        {name: p.grad for name, p in learner.policy.named_parameters()},
+        {name: p.grad for name, p in learner.critic.named_parameters()},
+        metrics | sums,
+    )
+
+
+def assert_close(ours: dict, theirs: dict, tolerance: float) -> None:
+    scale = max(float(grad.abs().max()) for grad in theirs.values() if grad is not None)
+    assert scale > 1e-4
+    for name, grad in theirs.items():
+        if grad is None:
+            assert ours[name] is None or not ours[name].any()
+        else:
+            assert float((ours[name].double() - grad.double()).abs().max()) < tolerance * scale, name
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_gradients_and_figures_of_a_step_equal_the_naive_ones(temperature: float) -> None:
+    options = settings(temperature=temperature, kl_beta=0.1)
+    learner = make_learner(options)
+    samples = make_samples()
+    policy_naive, critic_naive, figures = naive_gradients(learner, samples, options)
+    policy_ours, critic_ours, metrics = accumulated(learner, samples)
+    assert_close(policy_ours, policy_naive, 1e-4)
+    assert_close(critic_ours, critic_naive, 1e-4)
+    for name, value in figures.items():
+        assert metrics[name] == pytest.approx(value, rel=1e-4)
+
+
+@pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])
+def test_gradients_do_not_depend_on_how_a_minibatch_is_cut(micro_batch_tokens: int) -> None:
+    samples = make_samples(8)
+    reference = accumulated(make_learner(settings(micro_batch_tokens=40)), samples)
+    ours = accumulated(make_learner(settings(micro_batch_tokens=micro_batch_tokens)), samples)
+    for index in (0, 1):
+        assert_close(ours[index], reference[index], 1e-5)
+
+
+def test_a_step_goes_over_every_sample_once_an_epoch_and_takes_a_fresh_order() -> None:
+    learner = make_learner(settings(minibatches=3, epochs=4))
+    batches = list(learner.minibatches(10, step=5))
+    assert [len(batch) for batch in batches] == [4, 3, 3] * 4
+    epochs = [[*itertools.chain(*batches[i : i + 3])] for i in range(0, 12, 3)]
+    assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4
+    assert batches == list(learner.minibatches(10, step=5)) != list(learner.minibatches(10, step=6))
+
+
+def test_scores_are_normalised_then_clipped_then_penalised() -> None:
+    stats = SimpleNamespace(mean=2.0, std=0.5)
+    samples = make_samples(4)
+    raw = [sample.score for sample in samples]
+    for mode, value, expected in (
+        ("none", 0.7, lambda x, done: x),
+        ("subtract", 0.7, lambda x, done: x if done else x - 0.7),
+        ("replace", -5.0, lambda x, done: x if done else -5.0),
+    ):
+        learner = make_learner(settings(missing_eos=mode, missing_eos_value=value, score_clip=3.0), normalisation=stats)
+        final = learner.final_scores(make_experience(samples, learner.device)).tolist()
+        clipped = [min(max((score - 2.0) / 0.5, -3.0), 3.0) for score in raw]
+        assert final == pytest.approx([expected(x, s.finished) for x, s in zip(clipped, samples, strict=True)])
+
+
+def test_bypass_takes_the_engines_log_probabilities_as_the_old_ones() -> None:
+    samples = make_samples()
+    learner = make_learner(settings(correction="bypass"))
+    experience = make_experience(samples, learner.device)
+    targets, metrics = learner.shape(experience, learner.evaluate(experience))
+    assert targets.weights is None
+    assert "rollout/ess" not in metrics
+    assert torch.equal(targets.old_logprobs_NT, experience.rollout_logprobs_NT)
+
+
+def test_a_step_lowers_its_own_loss_and_steers_the_price_of_kl_after_using_it() -> None:
+    options = settings(kl="adaptive", kl_beta=0.15, learning_rate=1e-3, critic_learning_rate=1e-3, steps=10)
+    learner = make_learner(options)
+    rollout = Rollout(samples=make_samples(16), failures=(), weights_version=0, duration_s=2.0, service_work_s=1.5)
+    metrics = learner.step(rollout, 0)
+    assert metrics["kl/beta"] == 0.15
+    kl = metrics["kl/sequence_mean"]
+    assert learner.kl.beta == pytest.approx(0.15 * (1 + max(-0.2, min(0.2, kl / 6 - 1)) * 16 / 10_000))
+    assert metrics["policy/first_ratio_max_abs_log"] < 1e-5
+    assert metrics["policy/optimiser_steps"] == 4
+    assert learner.step(rollout, 1)["value/loss"] < metrics["value/loss"]
+
+
+def test_the_time_of_a_step_adds_up() -> None:
+    rollout = Rollout(samples=make_samples(4), failures=("x",), weights_version=3, duration_s=2.0, service_work_s=1.5)
+    found = time_metrics(rollout, {"time/forward_s": 0.5, "time/update_s": 1.0}, publish_s=0.25, step_s=4.0)
+    assert found["time/other_s"] == pytest.approx(0.25)
+    assert found["time/rpc_s"] == pytest.approx(0.75)
+    assert found["throughput/generated_tokens_per_s"] == rollout.generated_tokens / 2.0
+    assert found["samples/failed"] == 1
+
+
+def test_ppo_reaches_the_closed_form_optimum() -> None:
+    """pi*(y) = ref(y) exp(r(y) / beta) / Z has the value beta log Z; all 36 responses of two tokens are enumerated."""
+    beta, tokens = 0.3, 6
+    options = settings(
+        kl_beta=beta, learning_rate=4e-3, critic_learning_rate=4e-3, missing_eos="none", steps=200, minibatches=2,
+        correction="bypass",
+    )  # fmt: skip
+    learner = make_learner(options, seed=3, vocab_size=tokens, num_hidden_layers=1, hidden_size=32)
+    policy = learner.policy
+    reference = copy.deepcopy(policy)
+    responses = list(itertools.product(range(tokens), repeat=2))
+    reward_of = dict(zip(responses, np.random.default_rng(0).normal(size=len(responses)).tolist(), strict=True))
+    prompt = (2,)
+
+    @torch.no_grad()
+    def distribution(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """(36, 2) log-probabilities of both tokens of every response, and (36,) of the response."""
+        ids = torch.tensor([[*prompt, *response] for response in responses])
+        table = model(ids).logits.double().log_softmax(-1)
+        logp = torch.stack([table[:, t].gather(1, ids[:, t + 1 : t + 2])[:, 0] for t in range(2)], dim=1)
+        return logp, logp.sum(dim=1)
+
+    ref_tokens, ref = distribution(reference)
+    r = torch.tensor([reward_of[response] for response in responses], dtype=torch.float64)
+    optimum = float(beta * torch.logsumexp(ref + r / beta, dim=0))
+
+    def value() -> float:
+        logp = distribution(policy)[1]
+        return float((logp.exp() * (r - beta * (logp - ref))).sum())
+
+    assert value() < 0.5 * optimum
+    random = np.random.default_rng(1)
+    for step in range(options.steps):
+        logp_tokens, logp = distribution(policy)
+        drawn = random.choice(len(responses), size=512, p=logp.exp().numpy() / logp.exp().sum().item())
+        samples = tuple(
+            Sample(
+                index=i,
+                prompt_ids=prompt,
+                response_ids=responses[y],
+                logprobs=tuple(logp_tokens[y].tolist()),
+                ref_logprobs=tuple(ref_tokens[y].tolist()),
+                score=reward_of[responses[y]],
+                finished=True,
+            )
+            for i, y in enumerate(drawn)
+        )
+        learner.step(Rollout(samples=samples, failures=(), weights_version=0, duration_s=1, service_work_s=1), step)
+    assert value() == pytest.approx(optimum, rel=0.02)
+    assert value() <= optimum + 1e-9
+
+
+def test_one_sample_has_no_interval_and_is_refused() -> None:
+    learner = make_learner(settings())
+    rollout = Rollout(samples=make_samples(1), failures=(), weights_version=0, duration_s=1.0, service_work_s=1.0)
+    with pytest.raises((ValueError, TrainerError)):
+        learner.step(rollout, 0)

@@ -1,0 +1,321 @@
+"""Rollouts against scripted services: real gRPC servers on loopback that fail on cue."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from typing import Any
+
+import grpc
+import pytest
+import torch
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from quartet.client import Completion, NotReadyError
+from quartet.client.policy import UPDATE_ACCEPTED, FinishReason
+from quartet.client.types import ServedBy, WorkInterval
+from quartet.common.v1 import common_pb2
+from quartet.fingerprint import tokenizer_fingerprint
+from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
+from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
+from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
+from trainer.errors import ServicesError
+from trainer.ppo_config import SamplingSettings, ServiceAddresses
+from trainer.publishing import Weights
+from trainer.rollout import PromptTask, Services, covered_s, cut_at_stop, prompt_seed
+
+OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
+END = 1
+
+
+class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.WeightsServiceServicer):
+    """Answers prompt p with the tokens (p, p, END) at log-probability -p; ``script`` may break a call."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.model = common_pb2.ModelInfo(
+            served_by=common_pb2.ServedBy(model_id="p", weights_fingerprint="start", tokenizer_fingerprint=fingerprint),
+            vocab_size=1000,
+            max_sequence_tokens=100,
+            eos_token_ids=[END],
+        )
+        self.script: list[Callable[[int], None]] = []
+        self.asked: list[list[int]] = []
+        self.updates: list[int] = []
+        self.reason = ""
+
+    async def GetModelInfo(self, request: Any, context: Any) -> policy_pb2.GetModelInfoResponse:
+        return policy_pb2.GetModelInfoResponse(model=self.model)
+
+    async def Generate(self, request: Any, context: Any) -> AsyncIterator[policy_pb2.GenerateResponse]:
+        first_ids = [prompt.token_ids.ids[0] for prompt in request.prompts]
+        self.asked.append(first_ids)
+        on_answer = self.script.pop(0) if self.script else None
+        for index, first in enumerate(first_ids):
+            if on_answer is not None:
+                try:
+                    on_answer(index)
+                except ConnectionError:
+                    await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+            reply = policy_pb2.GenerateResponse(prompt_index=index, status=OK, served_by=self.model.served_by)
+            if first == 999:
+                reply.status.CopyFrom(
+                    common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_INVALID, reason="prompt is bad")
+                )
+            else:
+                reply.completion.token_ids.extend([first, first, END])
+                reply.completion.logprobs.extend([-float(first)] * 3)
+                reply.completion.finish_reason = policy_pb2.FINISH_REASON_STOP
+                version = self.model.served_by.weights_version
+                reply.completion.version_spans.add(weights_version=version, token_count=3)
+            yield reply
+
+    async def GetWeightsInfo(self, request: Any, context: Any) -> weights_pb2.GetWeightsInfoResponse:
+        return weights_pb2.GetWeightsInfoResponse(served_by=self.model.served_by)
+
+    async def UpdateWeights(self, steps: Any, context: Any) -> weights_pb2.UpdateWeightsResponse:
+        async for step in steps:
+            if step.WhichOneof("step") == "begin":
+                version = step.begin.weights_version
+                await context.send_initial_metadata(((UPDATE_ACCEPTED, "1"),))
+            elif step.WhichOneof("step") == "commit":
+                self.updates.append(version)
+                self.model.served_by.weights_version = version
+                self.model.served_by.weights_fingerprint = step.commit.weights_fingerprint
+        return weights_pb2.UpdateWeightsResponse(served_by=self.model.served_by)
+
+    def restart(self) -> None:
+        """As a new process: the weights of its folder, version 0."""
+        self.model.served_by.weights_version = 0
+        self.model.served_by.weights_fingerprint = "start"
+
+
+class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
+    """The score is the first token's id; ids in ``failing`` fail that often, ids in ``refused`` always."""
+
+    def __init__(self, fingerprint: str) -> None:
+        served_by = common_pb2.ServedBy(model_id="r", weights_fingerprint="r0", tokenizer_fingerprint=fingerprint)
+        self.model = common_pb2.ModelInfo(served_by=served_by, max_sequence_tokens=100)
+        self.failing: dict[int, int] = {}
+        self.refused: set[int] = set()
+
+    async def GetModelInfo(self, request: Any, context: Any) -> reward_pb2.GetModelInfoResponse:
+        return reward_pb2.GetModelInfoResponse(model=self.model)
+
+    async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
+        reply = reward_pb2.ScoreResponse(served_by=self.model.served_by)
+        for item in request.items:
+            first = item.prompt.token_ids.ids[0]
+            if self.failing.get(first, 0) > 0:
+                self.failing[first] -= 1
+                status = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_RETRYABLE, reason="busy")
+                reply.results.add(status=status)
+            elif first in self.refused:
+                status = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_INVALID, reason="too long for me")
+                reply.results.add(status=status)
+            else:
+                reply.results.add(status=OK, score=float(first), token_count=3)
+        return reply
+
+
+class ScriptedReference(reference_pb2_grpc.ReferenceServiceServicer):
+    """Log-probabilities -1, -2, -3, ... times the temperature."""
+
+    def __init__(self, fingerprint: str) -> None:
+        served_by = common_pb2.ServedBy(model_id="f", weights_fingerprint="f0", tokenizer_fingerprint=fingerprint)
+        self.model = common_pb2.ModelInfo(served_by=served_by, max_sequence_tokens=100)
+
+    async def GetModelInfo(self, request: Any, context: Any) -> reference_pb2.GetModelInfoResponse:
+        return reference_pb2.GetModelInfoResponse(model=self.model)
+
+    async def LogProbs(self, request: Any, context: Any) -> reference_pb2.LogProbsResponse:
+        reply = reference_pb2.LogProbsResponse(served_by=self.model.served_by)
+        for item in request.items:
+            count = len(item.token_ids) - item.response_start
+            logprobs = [-(i + 1.0) * request.temperature for i in range(count)]
+            reply.results.add(status=OK, logprobs=logprobs)
+        return reply
+
+
+@contextlib.asynccontextmanager
+async def scripted(tokenizer: Any) -> AsyncIterator[tuple[ScriptedPolicy, ScriptedReward, ScriptedReference, Services]]:
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    policy, reward, reference = (kind(fingerprint) for kind in (ScriptedPolicy, ScriptedReward, ScriptedReference))
+    server = grpc.aio.server()
+    health = HealthServicer()
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy, server)
+    weights_pb2_grpc.add_WeightsServiceServicer_to_server(policy, server)
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(reward, server)
+    reference_pb2_grpc.add_ReferenceServiceServicer_to_server(reference, server)
+    health_pb2_grpc.add_HealthServicer_to_server(health, server)
+    for name in ("policy.v1.PolicyService", "policy.v1.WeightsService", "reward.v1.RewardService"):
+        await health.set(f"quartet.{name}", health_pb2.HealthCheckResponse.SERVING)
+    await health.set("quartet.reference.v1.ReferenceService", health_pb2.HealthCheckResponse.SERVING)
+    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    await server.start()
+    where = ServiceAddresses(
+        policy=address, policy_admin=(address,), reward=address, reference=address, ready_timeout_s=5.0
+    )
+    try:
+        async with Services(where, tokenizer) as services:
+            await services.connect()
+            yield policy, reward, reference, services
+    finally:
+        await server.stop(None)
+
+
+def tasks(*firsts: int) -> list[PromptTask]:
+    return [PromptTask(prompt=f"prompt {first}", ids=(first, 7), seed=first) for first in firsts]
+
+
+SAMPLING = SamplingSettings(max_new_tokens=10, temperature=0.5)
+WEIGHTS = Weights.of([("w", torch.arange(6.0).view(2, 3))])
+
+
+async def test_every_sample_carries_what_was_said_about_it_in_the_order_of_the_tasks(tokenizer):
+    async with scripted(tokenizer) as (_, _, _, services):
+        await services.publish(WEIGHTS)
+        rollout = await services.collect(tasks(5, 3, 9), SAMPLING)
+    assert [sample.prompt_ids for sample in rollout.samples] == [(5, 7), (3, 7), (9, 7)]
+    assert [sample.response_ids for sample in rollout.samples] == [(5, 5, END), (3, 3, END), (9, 9, END)]
+    assert [sample.score for sample in rollout.samples] == [5.0, 3.0, 9.0]
+    assert rollout.samples[0].logprobs == (-5.0, -5.0, -5.0)
+    assert rollout.samples[0].ref_logprobs == (-0.5, -1.0, -1.5)
+    assert all(sample.finished for sample in rollout.samples)
+    assert rollout.weights_version == 1
+    assert rollout.failures == ()
+
+
+async def test_a_passing_failure_is_asked_again_and_a_lasting_one_is_dropped_and_named(tokenizer):
+    async with scripted(tokenizer) as (_, reward, _, services):
+        await services.publish(WEIGHTS)
+        reward.failing, reward.refused = {3: 2, 4: 99}, {5}
+        rollout = await services.collect(tasks(2, 3, 4, 5, 999), SAMPLING)
+    assert [sample.score for sample in rollout.samples] == [2.0, 3.0]
+    assert rollout.failures == (
+        "reward service: busy",
+        "reward service: too long for me",
+        "policy service: prompt is bad",
+    )
+
+
+async def test_only_what_a_dead_policy_service_did_not_finish_is_asked_again_and_not_before_it_is_current(tokenizer):
+    async with scripted(tokenizer) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+
+        def die_at_third(index: int) -> None:
+            if index == 2:
+                policy.restart()
+                raise ConnectionError
+
+        policy.script = [die_at_third]
+        rollout = await services.collect(tasks(2, 3, 4, 5), SAMPLING)
+    assert policy.asked == [[2, 3, 4, 5], [4, 5]]
+    assert policy.updates == [1, 1]  # The same version again, for the same weights.
+    assert [sample.score for sample in rollout.samples] == [2.0, 3.0, 4.0, 5.0]
+
+
+async def test_completions_of_other_weights_are_never_used(tokenizer):
+    async with scripted(tokenizer) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+        # It is back between two calls, so fast that no call ever failed.
+        policy.script = [lambda index: policy.restart() if index == 1 else None]
+        rollout = await services.collect(tasks(2, 3, 4), SAMPLING)
+        assert policy.asked == [[2, 3, 4], [3, 4]]
+        assert policy.updates == [1, 1]
+        policy.restart()  # Between two rollouts.
+        again = await services.collect(tasks(2, 3), SAMPLING)
+    assert policy.updates == [1, 1, 1]
+    assert len(rollout.samples) == 3
+    assert len(again.samples) == 2
+
+
+async def test_a_service_that_dies_again_and_again_ends_the_wait(tokenizer):
+    async with scripted(tokenizer) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+
+        def die(index: int) -> None:
+            raise ConnectionError
+
+        policy.script = [die] * 50
+        with pytest.raises(NotReadyError, match="policy service: went away 5 times in a row without finishing"):
+            await services.collect(tasks(2, 3), SAMPLING)
+    assert len(policy.asked) == 5
+
+
+async def test_a_reward_model_that_was_exchanged_stops_the_run(tokenizer):
+    async with scripted(tokenizer) as (_, reward, _, services):
+        await services.publish(WEIGHTS)
+        reward.model.served_by.weights_fingerprint = "another"
+        with pytest.raises(ServicesError, match="the reward service now serves 'r' with weights another"):
+            await services.collect(tasks(2), SAMPLING)
+
+
+async def test_another_tokenizer_behind_policy_or_reference_is_refused(tokenizer):
+    for name in ("policy", "reference"):
+        async with scripted(tokenizer) as (policy, _, reference, services):
+            {"policy": policy, "reference": reference}[name].model.served_by.tokenizer_fingerprint = "0" * 64
+            with pytest.raises(ServicesError, match=f"the {name} service hosts .* another one than that of --model"):
+                await services.connect()
+
+
+async def test_weights_that_serve_already_are_not_sent_and_new_ones_get_a_higher_version(tokenizer):
+    other = Weights.of([("w", torch.zeros(2, 3))])
+    async with scripted(tokenizer) as (policy, _, _, services):
+        policy.model.served_by.weights_fingerprint = WEIGHTS.fingerprint
+        policy.model.served_by.weights_version = 7
+        assert await services.publish(WEIGHTS) == 7
+        assert policy.updates == []
+        assert await services.publish(other) == 8
+        assert await services.publish(other) == 8
+        assert policy.updates == [8]
+
+
+def test_weights_are_a_snapshot_with_the_fingerprint_of_the_saved_file(make_policy):
+    from quartet.fingerprint import safetensors_fingerprint
+    from trainer.models import export_tensors, load_policy, load_tokenizer
+
+    for tied in (False, True):
+        folder = make_policy(seed=2, tied=tied)
+        policy = load_policy(folder, load_tokenizer(folder))
+        weights = Weights.of(export_tensors(policy))
+        assert weights.fingerprint == safetensors_fingerprint(folder)
+        before = bytes(weights.tensors[0].data)
+        with torch.no_grad():
+            for parameter in policy.parameters():
+                parameter.add_(1.0)
+        assert bytes(weights.tensors[0].data) == before
+        assert Weights.of(export_tensors(policy)).fingerprint != weights.fingerprint
+
+
+def test_covered_time_is_the_union_of_the_intervals_inside_the_window():
+    def interval(start: float, end: float) -> WorkInterval:
+        return WorkInterval(start_unix_ns=int(start * 1e9), end_unix_ns=int(end * 1e9))
+
+    intervals = [interval(3, 5), interval(0, 2), interval(1, 2.5), interval(3.5, 4), interval(9, 12)]
+    assert covered_s(intervals, int(0.5e9), int(10e9)) == pytest.approx(2.0 + 2.0 + 1.0)
+    assert covered_s([], 0, 10) == 0.0
+
+
+def test_a_response_ends_with_its_first_stop_token():
+    served = ServedBy(model_id="", weights_version=0, weights_fingerprint="", tokenizer_fingerprint="")
+    completion = Completion(
+        prompt_index=0, sample_index=0, token_ids=(5, 1, 6, 1), logprobs=(-1.0, -2.0, -3.0, -4.0),
+        finish_reason=FinishReason.LENGTH, version_spans=((0, 4),), text="", prompt_token_ids=(), served_by=served,
+        work=WorkInterval(start_unix_ns=0, end_unix_ns=1),
+    )  # fmt: skip
+    cut = cut_at_stop(completion, frozenset({1}))
+    assert (cut.token_ids, cut.logprobs) == ((5, 1), (-1.0, -2.0))
+    assert cut_at_stop(completion, frozenset({9})) is completion
+
+
+def test_seeds_differ_by_purpose_step_prompt_and_sample():
+    seeds = {
+        prompt_seed(0, purpose, step, prompt, sample)
+        for purpose in ("rollout", "evaluation")
+        for step in range(5)
+        for prompt in range(5)
+        for sample in range(5)
+    }
+    assert len(seeds) == 250
+    assert prompt_seed(0, "rollout", 1, 2, 3) == prompt_seed(0, "rollout", 1, 2, 3)
