@@ -9,6 +9,8 @@ from typing import Any
 import pytest
 import yaml
 
+from trainer.ppo_config import PPOSettings
+
 ROOT = Path(__file__).resolve().parents[3]
 GIVEN = {"QUARTET_MODELS": "/srv/models"}
 
@@ -111,15 +113,14 @@ def test_images_are_targets_of_the_dockerfile(compose):
 
 
 def test_the_trainer_waits_for_ready_services_and_goes_on_from_its_last_checkpoint(compose, services, read_settings):
-    ppo_config = pytest.importorskip("trainer.ppo_config")
     trainer = compose["services"]["trainer"]
     assert trainer["depends_on"] == {name: {"condition": "service_healthy"} for name in services}
     assert trainer["command"][0] == "ppo"
-    settings = read_settings(ppo_config.PPOSettings, trainer["environment"], trainer["command"][1:])
+    settings = read_settings(PPOSettings, trainer["environment"], trainer["command"][1:])
     assert settings.resume is True
     addresses = {name: f"{name}:{service.port('port')}" for name, service in services.items()}
     assert {name: getattr(settings, name) for name in addresses} == addresses
-    assert settings.policy_admin == f"policy:{services['policy'].port('admin_port')}"
+    assert settings.policy_admin == (f"policy:{services['policy'].port('admin_port')}",)
     policy, reference = (compose["services"][name]["environment"] for name in ("policy", "reference"))
     # PPO starts from the weights that the policy service has loaded, and is held near those of the reference.
     assert settings.model == policy["QUARTET_POLICY_MODEL"] == reference["QUARTET_REFERENCE_MODEL"]

@@ -14,6 +14,8 @@ import kubernetes_validate
 import pytest
 import yaml
 
+from trainer.ppo_config import PPOSettings
+
 ROOT = Path(__file__).resolve().parents[3]
 OVERLAYS = ["base", "overlays/local", "overlays/gpu"]
 ADMIN_PORT = 50061
@@ -299,23 +301,28 @@ def test_with_gpus_an_update_needs_no_spare_one_and_vllm_is_required(services, r
     assert read_settings(services["policy"].settings, environment).engine == "vllm"
 
 
-def test_the_trainer_goes_on_after_each_new_start(rendered):
+def test_the_trainer_waits_for_services_and_goes_on_after_each_new_start(rendered, read_settings):
     job = workload_of(rendered, "trainer")
     assert job["spec"]["backoffLimit"] >= 1
     assert pod_of(job)["restartPolicy"] == "OnFailure"
-    assert "--resume" in container_of(job)["args"]
+    settings = read_settings(PPOSettings, {}, container_of(job)["args"][1:])
+    assert settings.resume is True
+    for component in ("policy", "reward", "reference"):
+        probe = container_of(workload_of(rendered, component))["startupProbe"]
+        # It waits as long as a service that starts beside it may take to load.
+        assert settings.ready_timeout_s >= probe["periodSeconds"] * probe["failureThreshold"]
 
 
 def test_the_trainer_is_given_services_that_exist_and_folders_that_are_mounted(rendered, read_settings):
-    ppo_config = pytest.importorskip("trainer.ppo_config")
-
     job = workload_of(rendered, "trainer")
     arguments = container_of(job)["args"]
     assert arguments[0] == "ppo"
-    settings = read_settings(ppo_config.PPOSettings, rendered.environment(job), arguments[1:])
+    settings = read_settings(PPOSettings, rendered.environment(job), arguments[1:])
+    # As many admin addresses as the policy has replicas.
+    (policy_admin,) = settings.policy_admin
     for address, name in (
         (settings.policy, "quartet-policy"),
-        (settings.policy_admin, "quartet-policy-admin"),
+        (policy_admin, "quartet-policy-admin"),
         (settings.reward, "quartet-reward"),
         (settings.reference, "quartet-reference"),
     ):
