@@ -29,7 +29,7 @@ class PolicySettings(ServiceSettings):
     max_sequence_tokens: NonNegativeInt = Field(
         0, description="longest sequence, prompt and response; 0: what the model's configuration says"
     )
-    kv_cache_gib: PositiveFloat = Field(2.0, description="memory for keys and values on a CPU, GiB")
+    kv_cache_gib: PositiveInt = Field(2, description="memory for keys and values on a CPU, whole GiB")
     gpu_memory_share: UnitFloat = Field(0.9, description="share of the GPU's memory that vLLM may take")
     tensor_parallel: PositiveInt = Field(1, description="GPUs that one replica is spread over")
     compile: bool = Field(False, description="compile the model (vLLM): slower to start, faster to run")

@@ -158,6 +158,7 @@ class VllmEngine:
         if self._llm is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.to_thread(self._llm.shutdown)
+            self._llm = None  # Collected now: at the interpreter's end its __del__ would complain.
 
     def _require_alive(self) -> None:
         if self._failure is not None:
@@ -173,11 +174,14 @@ def _set_environment(settings: PolicySettings) -> None:
         "VLLM_NO_USAGE_STATS": "1",
         "DO_NOT_TRACK": "1",
         "VLLM_LOGGING_LEVEL": "DEBUG" if settings.log_level == "debug" else "WARNING",
-        "VLLM_CPU_KVCACHE_SPACE": f"{settings.kv_cache_gib:g}",
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.kv_cache_gib),
         # By default one core of two is left to the rest, which costs half the speed.
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "TOKENIZERS_PARALLELISM": "false",
     }
+    if not settings.compile:
+        # vLLM compiles a function or two even in eager mode, and would need a C++ compiler for it.
+        defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
         os.environ.setdefault(name, value)
 

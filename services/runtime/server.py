@@ -7,6 +7,7 @@ model is loaded, health says NOT_SERVING while it loads, and SERVING after the w
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import socket
 import sys
@@ -58,9 +59,21 @@ class ServiceRuntime:
         self.listeners: list[Listener] = []
         self._stop = asyncio.Event()
         self._failure: str | None = None
+        self._ready = False
 
     async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            # Also while the model loads: the first process of a container has no default handler to end it.
+            loop.add_signal_handler(number, self._on_signal, number)
         return self
+
+    def _on_signal(self, number: int) -> None:
+        if not self._ready:
+            # Nothing is in hand, and a thread that loads can't be told to stop.
+            log.info("stopped_while_loading", service=self.name)
+            os._exit(128 + number)
+        self._stop.set()
 
     async def __aexit__(self, *exception: object) -> None:
         await self.close(grace_s=0.0)
@@ -129,9 +142,7 @@ class ServiceRuntime:
 
     async def run(self) -> int:
         """Serves until a signal or ``stop``; drains; returns the exit code."""
-        loop = asyncio.get_running_loop()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._stop.set)
+        self._ready = True
         await self.set_serving(True)
         ports = {listener.name: listener.port for listener in self.listeners}
         log.info("ready", service=self.name, host=self.settings.host, ports=ports)

@@ -1,0 +1,67 @@
+"""Models to measure with: small enough for two cores, from fixed seeds, in plain Hugging Face folders."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 4096
+_SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai", "ou")]
+
+
+def sentence(draw: random.Random, words: int) -> str:
+    """Words that mean nothing, of the lengths that words have."""
+    return " ".join("".join(draw.choices(_SYLLABLES, k=draw.randint(1, 3))) for _ in range(words))
+
+
+def make_models(folder: Path) -> tuple[Path, Path]:
+    """A Llama of 5 M parameters and a reward model of the same size; returns both folders."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+
+    tokenizer = _tokenizer()
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        num_labels=1,
+    )
+    torch.manual_seed(0)
+    for name, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        kind(config).save_pretrained(folder / name)
+        tokenizer.save_pretrained(folder / name)
+    return folder / "policy", folder / "reward"
+
+
+def write_prompts(path: Path, count: int, words: int) -> None:
+    """JSON Lines of prompts of ``words`` words."""
+    draw = random.Random(1)
+    path.write_text("".join(json.dumps({"prompt": sentence(draw, words)}) + "\n" for _ in range(count)))
+
+
+def _tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<eos>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    draw = random.Random(0)
+    bpe.train_from_iterator([sentence(draw, 50) for _ in range(400)], trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", model_max_length=512)
