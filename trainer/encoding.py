@@ -135,7 +135,9 @@ class Encoder:
     def _encode(self, texts: Sequence[str]) -> list[Ids]:
         if not texts:
             return []
-        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False)["input_ids"]
+        encoded = self._tokenizer(list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False)[
+            "input_ids"
+        ]
         return [np.array(ids, dtype=np.int32) for ids in encoded]
 
     def _prompt_text(self, prompt: Prompt, where: str) -> str:

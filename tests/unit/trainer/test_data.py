@@ -1,0 +1,170 @@
+"""Rows of every shape, and every way in which a row can be wrong."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from trainer.data import load_demonstrations, load_preferences, load_prompts, split_held_out
+from trainer.encoding import Encoder
+from trainer.errors import DataError
+
+USER = {"role": "user", "content": "Hi"}
+ASSISTANT = {"role": "assistant", "content": "Hello!"}
+
+
+@pytest.fixture
+def write(tmp_path):
+    """write(*rows) makes a JSON Lines file of rows, or of raw lines where they are text."""
+
+    def make(*rows: object, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
+        path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+        return str(path)
+
+    return make
+
+
+def test_json_parquet_and_json_lines_hold_the_same_rows(tmp_path, write):
+    import pyarrow
+    import pyarrow.parquet
+
+    rows = [{"prompt": f"p{i}", "completion": f"c{i}"} for i in range(5)]
+    array = tmp_path / "rows.json"
+    array.write_text(json.dumps(rows))
+    parquet = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), parquet)
+    expected = [(row["prompt"], row["completion"]) for row in rows]
+    for source in (write(*rows), str(array), str(parquet)):
+        assert [(row.prompt, row.completion) for row in load_demonstrations([source])] == expected
+    both = load_demonstrations([write(*rows), str(array)])
+    assert len(both) == 10
+    assert both[7].where == f"{array}, row 3"
+
+
+@pytest.mark.parametrize(
+    ("load", "row", "message"),
+    [
+        (load_demonstrations, {"prompt": "a"}, "field 'completion' is missing (the answer); the row has 'prompt'"),
+        (load_demonstrations, {"prompt": "a", "completion": 5}, "field 'completion' must be text or a list"),
+        (load_demonstrations, {"prompt": "a", "completion": " "}, "field 'completion' is empty"),
+        (load_demonstrations, {"instruction": "a"}, "field 'output' is missing"),
+        (load_demonstrations, {"question": "a"}, "a demonstration needs prompt and completion, messages"),
+        (load_demonstrations, {"messages": [USER]}, "field 'messages' must end with the assistant's, ends with user's"),
+        (load_demonstrations, {"messages": [{"role": "user"}]}, "field 'messages', message 1: field 'content' must be"),
+        (load_preferences, {"prompt": "a", "chosen": "b"}, "field 'rejected' is missing"),
+        (load_preferences, {"prompt": "a", "chosen": "b", "rejected": ""}, "field 'rejected' is empty"),
+        (load_preferences, {"prompt": "a"}, "a preference needs chosen and rejected"),
+        (
+            load_preferences,
+            {"chosen": [USER, ASSISTANT], "rejected": [{"role": "user", "content": "Bye"}, ASSISTANT]},
+            "fields 'chosen' and 'rejected' differ before their last message",
+        ),
+        (load_prompts, {"prompt": ""}, "field 'prompt' is empty: there is nothing to answer"),
+        (load_prompts, {"text": "a"}, "a prompt needs prompt, instruction or messages"),
+        (load_prompts, "not json", "not valid JSON"),
+        (load_prompts, "[1]", "must be a JSON object, is a list"),
+    ],
+)
+def test_a_bad_row_is_refused_with_file_line_and_field(load, row, message, write):
+    good = {"prompt": "a", "completion": "b", "chosen": "c", "rejected": "d"}
+    source = write(good, good, row)
+    with pytest.raises(DataError) as refused:
+        load([source])
+    assert f"{source}, line 3: " in str(refused.value)
+    assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("absent.jsonl", "absent.jsonl: there is no such file"),
+        ("./absent", "./absent: there is no such file"),
+        ("somebody/some-data", "somebody/some-data: there is no such file, and the hub gave: "),
+    ],
+)
+def test_a_source_that_is_not_there_is_named(source, message):
+    with pytest.raises(DataError) as refused:
+        load_prompts([source])
+    assert str(refused.value).startswith(message)
+
+
+def test_empty_files_folders_and_unknown_kinds_are_refused(tmp_path, write):
+    for source, message in (
+        (write(), "holds no rows"),
+        (str(tmp_path), "is a folder; name the file in it"),
+        (write("a", name="rows.csv"), "files must end in one of .jsonl, .ndjson, .json, .parquet"),
+    ):
+        with pytest.raises(DataError) as refused:
+            load_prompts([source])
+        assert message in str(refused.value)
+
+
+def test_a_split_keeps_prompts_apart_and_depends_on_the_seed_alone(write):
+    rows = load_preferences(
+        [write(*({"prompt": f"p{i % 40}", "chosen": f"c{i}", "rejected": "r"} for i in range(200)))]
+    )
+    train, held_out = split_held_out(rows, 0.25, seed=3)
+    assert {row.prompt for row in train} & {row.prompt for row in held_out} == set()
+    assert len(train) + len(held_out) == 200
+    assert len(held_out) == 50
+    again_train, again_held_out = split_held_out(list(reversed(rows)), 0.25, seed=3)
+    assert {row.prompt for row in again_held_out} == {row.prompt for row in held_out}
+    assert len(again_train) == len(train)
+    other = split_held_out(rows, 0.25, seed=4)[1]
+    assert {row.prompt for row in other} != {row.prompt for row in held_out}
+
+
+def test_a_field_can_keep_rows_together(write):
+    source = write(*({"chosen": f"c{i}", "rejected": f"r{i}", "twin": i // 2} for i in range(40)))
+    rows = load_preferences([source], split_by="twin")
+    train, held_out = split_held_out(rows, 0.3, seed=0)
+    assert {row.group for row in train} & {row.group for row in held_out} == set()
+    with pytest.raises(DataError, match=r"line 1: field 'family' is missing \(the field named by --split-by\)"):
+        load_preferences([source], split_by="family")
+
+
+def test_prompt_and_response_are_encoded_apart_and_closed_by_the_end_token(write, tokenizer):
+    rows = load_demonstrations([write({"prompt": "hello", "completion": " thanks"}, {"text": "good"})])
+    first, second = Encoder(tokenizer, max_tokens=20).demonstrations(rows)
+    prompt, response = (tokenizer(text, add_special_tokens=False).input_ids for text in ("hello", " thanks"))
+    assert first.ids.tolist() == [*prompt, *response, tokenizer.eos_token_id]
+    assert first.prompt_tokens == len(prompt)
+    assert second.prompt_tokens == 0
+    assert not first.truncated
+
+
+def test_long_rows_are_refused_by_name_or_cut_at_the_end_that_is_asked_for(write, tokenizer):
+    source = write({"prompt": "hi", "completion": " no"}, {"prompt": "please help", "completion": " thanks" * 30})
+    rows = load_demonstrations([source])
+    with pytest.raises(DataError, match=r"1 of 2 rows have more than 12 tokens of prompt and completion: .*, line 2 "):
+        Encoder(tokenizer, max_tokens=12).demonstrations(rows)
+    whole = Encoder(tokenizer, max_tokens=1000).demonstrations(rows)[1]
+    right = Encoder(tokenizer, max_tokens=12, truncation="right").demonstrations(rows)[1]
+    left = Encoder(tokenizer, max_tokens=12, truncation="left").demonstrations(rows)[1]
+    assert right.ids.tolist() == whole.ids[:12].tolist()
+    assert left.ids.tolist() == whole.ids[-12:].tolist()
+    assert (right.truncated, left.truncated) == (True, True)
+    assert (right.prompt_tokens, left.prompt_tokens) == (whole.prompt_tokens, 0)
+
+
+def test_messages_need_a_chat_template(write, tokenizer):
+    rows = load_demonstrations([write({"messages": [USER, ASSISTANT]})])
+    (encoded,) = Encoder(tokenizer, max_tokens=100).demonstrations(rows)
+    rendered = tokenizer.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+    assert encoded.ids[: encoded.prompt_tokens].tolist() == tokenizer(rendered, add_special_tokens=False).input_ids
+    bare = type(tokenizer)(tokenizer_object=tokenizer.backend_tokenizer, eos_token="<eos>", pad_token="<pad>")
+    with pytest.raises(DataError, match=r"line 1: the prompt is chat messages, but the model's tokenizer has no chat"):
+        Encoder(bare, max_tokens=100).demonstrations(rows)
+
+
+def test_real_texts_load_in_the_shapes_that_are_promised(data_folder: Path):
+    harmless = load_preferences([str(data_folder / "pref_hh_harmless_dev.jsonl")])
+    instructions = load_demonstrations([str(data_folder / "sft_instruct_dev.jsonl")])
+    assert len(harmless) == 1710
+    assert harmless[0].prompt.startswith("\n\nHuman: ")
+    assert len(instructions) == 915
+    with pytest.raises(DataError, match=r"sft_gsm8k_train2500\.jsonl, line 1: a demonstration needs"):
+        load_demonstrations([str(data_folder / "sft_gsm8k_train2500.jsonl")])
