@@ -1,0 +1,297 @@
+"""SFT and reward training: against naive computations, interrupted, refused.
+
+Shapes: B sequences, S tokens.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from sklearn.metrics import brier_score_loss
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from quartet.model_folder import read_metadata
+from tests.conftest import WORDS
+from trainer.config import RewardSettings, SftSettings
+from trainer.data import load_demonstrations, load_preferences
+from trainer.encoding import Encoder
+from trainer.errors import CollapsedError
+from trainer.models import load_policy, load_reward_model, load_tokenizer
+from trainer.reward_model import (
+    RewardTrainer,
+    baselines,
+    expected_calibration_error,
+    pair_figures,
+    refuse_collapsed,
+)
+from trainer.reward_model import main as train_reward
+from trainer.sft import SftTrainer
+from trainer.sft import main as train_sft
+from trainer.tracking import read_metrics
+
+KIND, RUDE = ("thanks please sorry help we can good great", "awful bad not no do it today close")
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory):
+    """Demonstrations and preferences over one small vocabulary: the preferred answers are kind."""
+    draw = random.Random(0)
+    folder = tmp_path_factory.mktemp("rows")
+
+    def words(text: str, count: int) -> str:
+        return " " + " ".join(draw.choices(text.split(), k=count))
+
+    pairs = [
+        {
+            "prompt": " ".join(draw.choices(WORDS, k=3)) + f" {i}",
+            "chosen": words(KIND, draw.randint(2, 6)),
+            "rejected": words(RUDE, draw.randint(2, 6)),
+        }
+        for i in range(240)
+    ]
+    files = {}
+    for name, content in (
+        ("preferences", pairs),
+        ("demonstrations", [{"prompt": p["prompt"], "completion": p["chosen"]} for p in pairs]),
+    ):
+        files[name] = str(folder / f"{name}.jsonl")
+        Path(files[name]).write_text("".join(json.dumps(row) + "\n" for row in content))
+    return files
+
+
+def sft_settings(model: Path, rows: dict[str, str], output: Path, **changes: Any) -> SftSettings:
+    values = {"model": str(model), "data": (rows["demonstrations"],), "output": output, "learning_rate": 3e-3}
+    return SftSettings(**(values | {"batch_size": 16} | changes))
+
+
+def reward_settings(model: Path, rows: dict[str, str], output: Path, **changes: Any) -> RewardSettings:
+    values = {"model": str(model), "data": (rows["preferences"],), "output": output, "learning_rate": 1e-3}
+    return RewardSettings(**(values | {"batch_size": 16, "held_out_fraction": 0.2} | changes))
+
+
+def assert_same_gradients(first: Any, second: Any, tolerance: float) -> None:
+    scale = max(float(p.grad.abs().max()) for p in second.parameters() if p.grad is not None)
+    for ours, theirs in zip(first.parameters(), second.parameters(), strict=True):
+        if theirs.grad is not None:
+            assert float((ours.grad.double() - theirs.grad.double()).abs().max()) < tolerance * scale
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_sft_gradients_are_those_of_the_mean_over_all_response_tokens(tied, make_policy, rows, tmp_path):
+    folder = make_policy(seed=3, tied=tied)
+    tokenizer = load_tokenizer(folder)
+    batch = Encoder(tokenizer, max_tokens=128).demonstrations(load_demonstrations([rows["demonstrations"]])[:8])
+    naive = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
+    tokens = sum(len(row) - row.prompt_tokens for row in batch)
+    loss = torch.zeros((), dtype=torch.float64)
+    for row in batch:
+        ids = torch.tensor(row.ids.tolist())
+        table = naive(ids[None]).logits[0].log_softmax(-1)
+        loss = loss - sum(table[t - 1, ids[t]] for t in range(row.prompt_tokens, len(ids))) / tokens
+    loss.backward()
+    for micro_batch_tokens in (1, 60, 10_000):
+        policy = load_policy(folder, tokenizer)
+        settings = sft_settings(folder, rows, tmp_path, micro_batch_tokens=micro_batch_tokens)
+        figures = SftTrainer(policy, tokenizer, settings).accumulate(batch)
+        assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same_gradients(policy, naive, 1e-4)
+    found = SftTrainer(policy, tokenizer, settings).evaluate(batch)
+    assert found["eval_perplexity"] == pytest.approx(math.exp(loss.item()), rel=1e-5)
+    assert found["eval_tokens"] == tokens
+
+
+def test_sft_learns_and_its_model_ends_by_itself(make_policy, rows, tmp_path, capsys):
+    folder = make_policy(seed=4, scale=0.3)
+    train_sft(sft_settings(folder, rows, tmp_path / "run", epochs=8, learning_rate=5e-3))
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["after"]["eval_perplexity"] < 0.2 * evaluation["before"]["eval_perplexity"]
+    tokenizer = load_tokenizer(tmp_path / "run" / "model")
+    policy = AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    prompt = torch.tensor([tokenizer("hello please 7", add_special_tokens=False).input_ids])
+    torch.manual_seed(0)
+    answers = policy.generate(prompt.repeat(16, 1), max_new_tokens=60, do_sample=True, top_k=0)[:, prompt.shape[1] :]
+    assert sum(tokenizer.eos_token_id in answer for answer in answers) >= 14
+    assert len(read_metrics(tmp_path / "run")) == 8 * math.ceil(228 / 16)
+    assert "held-out perplexity: before" in capsys.readouterr().out
+
+
+def test_a_killed_sft_run_resumes_to_the_same_bits_and_refuses_other_settings(make_policy, rows, tmp_path):
+    folder = make_policy(seed=4)
+    flags = ["--data", rows["demonstrations"], "--model", str(folder), "--dropout", "0.1", "--epochs", "6"]
+    flags += ["--batch-size", "16", "--save-every", "10", "--learning-rate", "0.003"]
+    command = [sys.executable, "-m", "trainer", "sft", *flags, "--output"]
+    assert subprocess.run([*command, str(tmp_path / "whole")], capture_output=True).returncode == 0
+    for number, code in ((signal.SIGKILL, -9), (signal.SIGTERM, 130)):
+        output = tmp_path / number.name
+        process = subprocess.Popen([*command, str(output)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while not (output / "checkpoint-000010" / "state.json").exists():
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(number)
+        assert process.wait() == code
+        taken = subprocess.run([*command, str(output)], capture_output=True, text=True)
+        assert taken.returncode == 2
+        assert "it already holds a run; go on with it by --resume" in taken.stderr
+        other = subprocess.run([*command, str(output), "--resume", "--seed", "5"], capture_output=True, text=True)
+        assert other.returncode == 2
+        assert "--seed was 0, is 5" in other.stderr
+        resumed = subprocess.run([*command, str(output), "--resume"], capture_output=True, text=True)
+        assert resumed.returncode == 0, resumed.stderr
+        ours, theirs = (load_file(tmp_path / name / "model" / "model.safetensors") for name in (number.name, "whole"))
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
+        assert [r["loss"] for r in read_metrics(output)] == [r["loss"] for r in read_metrics(tmp_path / "whole")]
+
+
+def test_reward_gradients_are_those_of_the_mean_bradley_terry_loss(make_policy, rows, tmp_path):
+    folder = make_policy(seed=5)
+    tokenizer = load_tokenizer(folder)
+    pairs = Encoder(tokenizer, max_tokens=128).preferences(load_preferences([rows["preferences"]])[:8])
+    naive = load_reward_model(folder, tokenizer, new_head_seed=1).double()
+    loss = torch.zeros((), dtype=torch.float64)
+    for pair in pairs:
+        scores = [naive(torch.tensor([x.ids.tolist()])).logits[0, 0] for x in (pair.chosen, pair.rejected)]
+        loss = loss - torch.nn.functional.logsigmoid(scores[0] - scores[1]) / len(pairs)
+    loss.backward()
+    for micro_batch_tokens in (1, 100, 10_000):
+        model = load_reward_model(folder, tokenizer, new_head_seed=1)
+        settings = reward_settings(folder, rows, tmp_path, micro_batch_tokens=micro_batch_tokens)
+        figures = RewardTrainer(model, tokenizer, settings).accumulate(pairs)
+        assert figures["loss"] == pytest.approx(loss.item(), rel=1e-5)
+        assert_same_gradients(model, naive, 1e-4)
+
+
+def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make_policy, rows, tmp_path, capsys):
+    folder = make_policy(seed=6, scale=0.5)
+    train_reward(reward_settings(folder, rows, tmp_path / "run", epochs=2))
+    evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
+    assert evaluation["eval_accuracy"] >= 0.95
+    assert evaluation["accuracy"]["low"] > 0.5
+    assert evaluation["baselines"]["TF-IDF logistic"]["value"] >= 0.95
+    printed = capsys.readouterr().out
+    assert "this reward model" in printed
+    assert "length alone" in printed
+    exported = tmp_path / "run" / "model"
+    metadata = read_metadata(exported)
+    assert (metadata["kind"], metadata["append_eos"]) == ("reward", True)
+    # Row 17, computed anew: transformers' own classifier on the calibration set, end token appended.
+    model = AutoModelForSequenceClassification.from_pretrained(exported).eval()
+    tokenizer = load_tokenizer(exported)
+    calibration = json.loads((tmp_path / "run" / "settings.json").read_text())
+    assert calibration["calibrate_on"] == "chosen"
+    kept = metadata["normalisation"]
+    from trainer.data import split_held_out
+
+    train, _ = split_held_out(load_preferences([rows["preferences"]]), 0.2, seed=0)
+    scores = []
+    with torch.inference_mode():
+        for row in train:
+            ids = [
+                *tokenizer(row.prompt, add_special_tokens=False).input_ids,
+                *tokenizer(row.chosen, add_special_tokens=False).input_ids,
+                tokenizer.eos_token_id,
+            ]
+            scores.append(model(torch.tensor([ids])).logits[0, 0].item())
+    normalised = (np.array(scores) - kept["mean"]) / kept["std"]
+    assert abs(normalised.mean()) < 0.01
+    assert normalised.std(ddof=1) == pytest.approx(1.0, abs=1e-3)
+    assert kept["count"] == len(train)
+
+
+def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_path):
+    with pytest.raises(CollapsedError, match="the reward model has collapsed"):
+        train_reward(reward_settings(make_policy(seed=6), rows, tmp_path / "run", weight_clip=1e-6, baselines=False))
+    assert not (tmp_path / "run" / "model").exists()
+    refuse_collapsed({"eval_loss": 0.5, "eval_score_std": 1.0})
+
+
+def test_pair_figures_are_those_of_independent_libraries():
+    random_ = np.random.default_rng(0)
+    chosen, rejected = random_.normal(0.5, 1, 500), random_.normal(0, 1, 500)
+    chosen[:10] = rejected[:10]
+    found = pair_figures(chosen, rejected)
+    probability = 1 / (1 + np.exp(rejected - chosen))
+    assert found["eval_accuracy"] == pytest.approx(((chosen > rejected).sum() + 5) / 500)
+    assert found["eval_loss"] == pytest.approx(-np.log(probability).mean())
+    assert found["eval_brier"] == pytest.approx(brier_score_loss(np.ones(500), probability, pos_label=1))
+    # Two bins by hand: confidences .6 (right half the time) and .9 (always right).
+    assert expected_calibration_error(np.array([0.6, 0.4, 0.9, 0.9])) == pytest.approx(0.5 * 0.1 + 0.5 * 0.1)
+
+
+def test_baselines_see_what_is_there_and_nothing_in_noise(rows):
+    pairs = load_preferences([rows["preferences"]])
+    found = baselines(pairs[:180], pairs[180:])
+    assert found["TF-IDF logistic"].value == 1.0
+    draw = random.Random(1)
+    shuffled = [
+        type(p)(prompt=p.prompt, chosen=c, rejected=r)
+        for p in pairs
+        for c, r in [draw.sample([p.chosen, p.rejected], 2)]
+    ]
+    noise = baselines(shuffled[:180], shuffled[180:])
+    assert noise["TF-IDF logistic"].low < 0.5 < noise["TF-IDF logistic"].high
+
+
+@pytest.mark.parametrize(
+    ("arguments", "messages"),
+    [
+        (["nothing"], ["there is no command 'nothing'; there are helpdesk, init, sft, reward, ppo, evaluate"]),
+        (["sft"], ["--model is required", "--data is required", "--output is required"]),
+        (
+            ["sft", "--model", "m", "--data", "d", "--output", "o", "--learning-rate", "-1"],
+            ["--learning-rate is '-1': Input should be greater than 0"],
+        ),
+        (
+            ["reward", "--model", "m", "--data", "d", "--output", "o", "--learning-rate", "nan"],
+            ["--learning-rate is 'nan'"],
+        ),
+        (
+            ["reward", "--model", "m", "--data", "d", "--output", "o", "--label-smoothing", "0.5"],
+            ["--label-smoothing is '0.5': Input should be less than 0.5"],
+        ),
+        (["sft", "--model", "absent", "--data", "absent.jsonl", "--output", "o"], ["absent.jsonl: there is no such"]),
+    ],
+)
+def test_what_is_wrong_on_the_command_line_is_said_in_one_line_each(arguments, messages, tmp_path):
+    done = subprocess.run([sys.executable, "-m", "trainer", *arguments], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    for message in messages:
+        assert message in done.stderr
+
+
+def test_help_lists_every_setting_and_loads_no_torch():
+    code = (
+        "import sys\nfrom trainer.__main__ import COMMANDS, main\n"
+        "for name in COMMANDS:\n"
+        "    try:\n        main([name, '--help'])\n    except SystemExit as end:\n        assert end.code == 0\n"
+        "assert 'torch' not in sys.modules and 'transformers' not in sys.modules\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "--kl-beta" in done.stdout
+    assert "price of a nat of KL" in " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("folder", "there is no such folder"), ("tokenizer", "the folder has no tokenizer")],
+)
+def test_a_model_that_cannot_be_used_is_refused(flag, message, make_policy, rows, tmp_path):
+    model = tmp_path / "absent" if flag == "folder" else make_policy(with_tokenizer=False)
+    command = [sys.executable, "-m", "trainer", "sft", "--model", str(model), "--data", rows["demonstrations"]]
+    done = subprocess.run([*command, "--output", str(tmp_path / "run")], capture_output=True, text=True)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not (tmp_path / "run").exists()
