@@ -165,6 +165,7 @@ async def test_a_run_outlives_the_death_of_reward_and_policy_service(
     assert [record["episodes"] for record in records] == [64 * step for step in range(1, 7)]
     assert {record["samples/failed"] for record in records} == {0}
     assert all(record["rollout/ess"] > 0.9999 for record in records)
+    assert all(record["policy/first_ratio_max_abs_log"] < 1e-4 for record in records)
     assert killed_at < 6
     # The restarted policy got the current weights before it generated anything for the run.
     events = [json.loads(line) for line in policy.log.read_text().splitlines() if line.startswith("{")]

@@ -1,0 +1,92 @@
+"""Checkpoints: whole or not there, and everything comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from trainer.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from trainer.errors import CheckpointError
+from trainer.files import replace_file, replace_folder
+
+
+def make(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    return model, torch.optim.AdamW(model.parameters(), lr=0.1)
+
+
+def step(model: nn.Module, optimiser: torch.optim.Optimizer) -> None:
+    model(torch.randn(8, 4)).square().sum().backward()
+    optimiser.step()
+    optimiser.zero_grad()
+
+
+def test_weights_buffers_optimiser_and_random_numbers_come_back_bit_for_bit(tmp_path):
+    model, optimiser = make()
+    step(model, optimiser)
+    save_checkpoint(tmp_path, step=1, modules={"m": model}, optimisers={"o": optimiser}, state={"a": [1, "b"]})
+    draws = (random.random(), np.random.rand(), torch.rand(1).item())
+    step(model, optimiser)
+    expected = [value.clone() for value in model.state_dict().values()]
+
+    other, other_optimiser = make(seed=9)
+    restored = load_checkpoint(latest_checkpoint(tmp_path), modules={"m": other}, optimisers={"o": other_optimiser})
+    assert (restored.step, restored.state) == (1, {"a": [1, "b"]})
+    assert (random.random(), np.random.rand(), torch.rand(1).item()) == draws
+    step(other, other_optimiser)
+    assert all(ours.equal(theirs) for ours, theirs in zip(other.state_dict().values(), expected, strict=True))
+
+
+def test_only_whole_checkpoints_count_and_the_newest_stay(tmp_path, capsys):
+    model, optimiser = make()
+    for number in (1, 2, 3):
+        save_checkpoint(tmp_path, step=number, modules={"m": model}, optimisers={"o": optimiser}, state={}, keep=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000002", "checkpoint-000003"]
+    file = tmp_path / "checkpoint-000003" / "m.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-000002"
+    assert "passing over" in capsys.readouterr().err
+    with pytest.raises(CheckpointError, match=r"m\.safetensors is missing or not of its \d+ bytes"):
+        read_state(tmp_path / "checkpoint-000003")
+
+
+def test_a_write_that_breaks_off_leaves_the_older_one(tmp_path, monkeypatch):
+    model, optimiser = make()
+    save_checkpoint(tmp_path, step=1, modules={"m": model}, optimisers={"o": optimiser}, state={})
+
+    def full(*arguments: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(CheckpointError, match=r"checkpoint-000002 can't be written: .*No space left"):
+        save_checkpoint(tmp_path, step=2, modules={"m": model}, optimisers={"o": optimiser}, state={})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def test_another_model_is_refused(tmp_path):
+    model, optimiser = make()
+    path = save_checkpoint(tmp_path, step=1, modules={"m": model}, optimisers={"o": optimiser}, state={})
+    other = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
+    with pytest.raises(CheckpointError, match=r"0\.weight is \(3, 4\) torch\.float32, the model's is \(5, 4\)"):
+        load_checkpoint(path, modules={"m": other}, optimisers={})
+
+
+def test_folders_and_files_are_replaced_whole_or_not_at_all(tmp_path):
+    target = tmp_path / "folder"
+    with replace_folder(target) as partial:
+        (partial / "a").write_text("1")
+    with contextlib.suppress(RuntimeError), replace_folder(target) as partial:
+        (partial / "a").write_text("2")
+        raise RuntimeError
+    assert (target / "a").read_text() == "1"
+    replace_file(tmp_path / "file.json", json.dumps([1]))
+    replace_file(tmp_path / "file.json", json.dumps([2]))
+    assert json.loads((tmp_path / "file.json").read_text()) == [2]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file.json", "folder"]
