@@ -195,7 +195,7 @@ def test_killed_services_come_back_on_their_ports_and_the_command_goes_on(launch
         os.kill(pid, signal.SIGKILL)
     for name in before:
         service, address = HEALTH[name.upper()], addresses[name.upper()]
-        wait_for(lambda a=address, s=service: probe(a, s, 1.0) != "SERVING", 10, house.output.read_text)
+        wait_for(lambda n=name: f"{n} was ended by SIGKILL" in house.output.read_text(), 10, house.output.read_text)
         wait_for(lambda a=address, s=service: probe(a, s, 1.0) == "SERVING", 120, house.output.read_text)
         assert house.service_pid(name) != before[name]
     told = house.output.read_text()
