@@ -122,6 +122,13 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert served.weights_fingerprint == safetensors_fingerprint(tmp_path / "run" / "model") != before[model]
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert "held-out reward: before" in done.stdout
+    # The same weights, prompts and seeds give the same answers: paired, nothing has changed.
+    evaluation = [*TRAIN, "evaluate", "--model", str(model), "--prompts", str(prompts), *addresses(*services)]
+    for name, more in (("first", []), ("second", ["--against", str(tmp_path / "first.json")])):
+        found = run([*evaluation, "--max-new-tokens", "16", "--output", str(tmp_path / f"{name}.json"), *more])
+        assert found.returncode == 0, found.stderr
+    assert "weights version 4: reward" in found.stdout
+    assert "reward 0.000 [" in found.stdout
     again = run(ppo(model, prompts, tmp_path / "run", addresses(*services)))
     assert again.returncode == 2
     assert "it already holds a run; go on with it by --resume, or choose another" in again.stderr
