@@ -114,8 +114,9 @@ def test_a_killed_tether_takes_the_process_with_it(tmp_path):
 def test_signals_are_handed_on_and_the_process_inherits_no_mask_of_ours():
     code = (
         "import signal, time\n"
-        "print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True)\n"
-        "try: time.sleep(60)\n"
+        # A shell's background job ignores SIGINT, and hands that on.
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "try: print(signal.pthread_sigmask(signal.SIG_BLOCK, ()), flush=True); time.sleep(60)\n"
         "except KeyboardInterrupt: raise SystemExit(9)"
     )
     read, write = os.pipe()

@@ -100,11 +100,11 @@ def naive_gradients(learner: Learner, samples: tuple[Sample, ...], options: PPOS
         rewards[-1] += score
         advantage, tail = [0.0] * len(kl), 0.0
         for t in reversed(range(len(kl))):
-            following = float(vals[t + 1]) if t + 1 < len(kl) else 0.0
-            tail = rewards[t] + following - float(vals[t]) + options.lam * tail
+            following = vals[t + 1].item() if t + 1 < len(kl) else 0.0
+            tail = rewards[t] + following - vals[t].item() + options.lam * tail
             advantage[t] = tail
         advantages.append(advantage)
-        returns.append([a + float(v) for a, v in zip(advantage, vals, strict=True)])
+        returns.append([a + v.item() for a, v in zip(advantage, vals, strict=True)])
         kls.append(sum(kl))
     flat = np.array([a for row in advantages for a in row])
     mean, std = flat.mean(), flat.std(ddof=1)
@@ -112,14 +112,14 @@ def naive_gradients(learner: Learner, samples: tuple[Sample, ...], options: PPOS
     loss_policy, loss_value = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
     for sample, logps, vals, advantage, ret in zip(samples, logprobs, values, advantages, returns, strict=True):
         for logp, value, a, r, rollout in zip(logps, vals, advantage, ret, sample.logprobs, strict=True):
-            weight = min(math.exp(float(logp) - rollout), options.importance_cap)
+            weight = min(math.exp(logp.item() - rollout), options.importance_cap)
             # At the old policy the ratio is 1, so clipping does nothing and the gradient is that of -A log pi.
             ratio = (logp - logp.detach()).exp()
             loss_policy = loss_policy - weight * (a - mean) / std * ratio / tokens
             loss_value = loss_value + 0.5 * (value - r) ** 2 / tokens
     loss_policy.backward()
     (options.value_coefficient * loss_value).backward()
-    figures = {"kl/sequence_mean": np.mean(kls), "value/loss": float(loss_value), "policy/loss": float(loss_policy)}
+    figures = {"kl/sequence_mean": np.mean(kls), "value/loss": loss_value.item(), "policy/loss": loss_policy.item()}
     return (
         {name: p.grad for name, p in policy.named_parameters()},
         {name: p.grad for name, p in critic.named_parameters()},
