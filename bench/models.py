@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import Any
 
 VOCABULARY = 4096
+END = 1
+"""Id of the end token."""
 _SYLLABLES = [c + v for c in "bdfgklmnprstvz" for v in ("a", "e", "i", "o", "u", "ai", "ou")]
 
 
@@ -20,20 +22,22 @@ def make_models(folder: Path) -> tuple[Path, Path]:
     """A Llama of 5 M parameters and a reward model of the same size; returns both folders."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers.utils import logging
 
+    logging.disable_progress_bar()
     tokenizer = _tokenizer()
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=256,
         intermediate_size=1024,
         num_hidden_layers=4,
-        num_attention_heads=4,
+        num_attention_heads=4,  # 64 wide: on a CPU vLLM takes 32, 64, 80 and a few more.
         num_key_value_heads=4,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=0,
         bos_token_id=None,
-        eos_token_id=1,
+        eos_token_id=END,
         num_labels=1,
     )
     torch.manual_seed(0)

@@ -158,7 +158,9 @@ class VllmEngine:
         if self._llm is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.to_thread(self._llm.shutdown)
-            self._llm = None  # Collected now: at the interpreter's end its __del__ would complain.
+            # Its __del__ calls this again, at the interpreter's end, when the modules it needs are gone.
+            self._llm.shutdown = lambda timeout=None: None
+            self._llm = None
 
     def _require_alive(self) -> None:
         if self._failure is not None:
