@@ -27,8 +27,12 @@ _MAX_FAILED = 0.1
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedSample:
-    """One answer. ``kl`` is log pi - log ref summed over its tokens, at tokens sampled from pi: nats."""
+    """One answer to the prompt of place ``index``.
 
+    ``kl`` is log pi - log ref summed over its tokens, at tokens sampled from pi: nats.
+    """
+
+    index: int
     prompt: str
     response: str
     score: float
@@ -145,6 +149,7 @@ def summarise(rollout: Rollout, tokenizer: Any) -> Evaluation:
         tokens_per_s=rollout.generated_tokens / rollout.duration_s,
         samples=tuple(
             EvaluatedSample(
+                index=sample.index,
                 prompt=tokenizer.decode(sample.prompt_ids),
                 response=tokenizer.decode(sample.response_ids, skip_special_tokens=True),
                 score=sample.score,
@@ -171,8 +176,9 @@ def difference(before: Evaluation, after: Evaluation) -> Interval:
     Raises:
         DataError: they have fewer than 2 prompts in common.
     """
-    earlier = {sample.prompt: sample.score for sample in before.samples}
-    changes = [sample.score - earlier[sample.prompt] for sample in after.samples if sample.prompt in earlier]
+    earlier = {(sample.index, sample.prompt): sample.score for sample in before.samples}
+    later = {(sample.index, sample.prompt): sample.score for sample in after.samples}
+    changes = [score - earlier[place] for place, score in later.items() if place in earlier]
     if len(changes) < 2:
         raise DataError(f"the two evaluations have {len(changes)} prompts in common: at least 2 are needed to compare")
     return mean_interval(changes)

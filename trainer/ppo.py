@@ -80,8 +80,8 @@ def train(run: PPORun, stop: StopRequest) -> None:
                 start_s = time.perf_counter() - saving_s
                 rollout = run.collect()
                 metrics = learner.step(rollout, run.step)
+                run.advance(rollout)  # At once: what is saved after this belongs to the new step.
                 publish_s = publish(run, learner)
-                run.advance(rollout)
                 metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
                 tracker.log(run.step, metrics | run.progress() | run.evaluate_between())
                 saving_s = run.save_when_due(learner.trained)

@@ -154,6 +154,8 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
                 "(top-p 1, top-k 0), because the update recomputes log-probabilities of that one; "
                 "--allow-restricted-sampling overrides this"
             )
+        if self.batch_size < 2:
+            raise ValueError("--prompts-per-step is 1 and --samples-per-prompt 1: a rollout needs at least 2 responses")
         if self.minibatches > self.batch_size:
             raise ValueError(
                 f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"

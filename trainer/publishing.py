@@ -10,9 +10,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quartet.client import CallPolicy, ServedBy, WeightsClient
+from quartet.client import (
+    CallPolicy,
+    PreconditionError,
+    ServedBy,
+    ServiceFailedError,
+    UnavailableError,
+    WeightsClient,
+)
 from quartet.client.policy import WireTensor
 from quartet.fingerprint import TensorDigest, weights_fingerprint
+
+_PAUSE_S = 0.5
+# So often may a replica fail an update in another way than by going away, such as by another update under way.
+_TRIES = 4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,7 +97,23 @@ class Publisher:
         """
         if self._weights is None:
             return
-        await self.wait_ready()
+        failures = 0
+        while True:
+            await self.wait_ready()
+            try:
+                await self._bring_up_to_date()
+            except UnavailableError:
+                # It died on the way: whoever comes back in its place is asked what it has, and given the rest.
+                await asyncio.sleep(_PAUSE_S)
+            except (PreconditionError, ServiceFailedError):
+                failures += 1
+                if failures == _TRIES:
+                    raise
+                await asyncio.sleep(_PAUSE_S)
+            else:
+                return
+
+    async def _bring_up_to_date(self) -> None:
         served = await asyncio.gather(*(client.get_info() for client in self._clients))
         stale = [info for info in served if not self._is_current(info)]
         if not self._numbered and len({info.weights_version for info in served}) == 1 and not stale:

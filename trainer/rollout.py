@@ -196,7 +196,7 @@ class Services:
         return Rollout(
             samples=samples,
             failures=failures,
-            weights_version=self._publisher.version,
+            weights_version=self._expected[0],
             duration_s=time.perf_counter() - start_s,
             service_work_s=covered_s(judge.work, start_ns, time.time_ns()),
         )
@@ -239,10 +239,18 @@ class Services:
             prompt_seeds=[task.seed for task in tasks],
         )
 
+    @property
+    def _expected(self) -> tuple[int, str]:
+        """Version and fingerprint of the weights to sample with: those published, or else those found at the start."""
+        if self._publisher.fingerprint:
+            return self._publisher.version, self._publisher.fingerprint
+        found = self.info.policy.served_by
+        return found.weights_version, found.weights_fingerprint
+
     def _is_current(self, completion: Completion) -> bool:
-        version = self._publisher.version
+        version, fingerprint = self._expected
         return all(span_version == version for span_version, _ in completion.version_spans) and (
-            completion.served_by.weights_fingerprint == self._publisher.fingerprint
+            completion.served_by.weights_fingerprint == fingerprint
         )
 
 

@@ -45,6 +45,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         self.stop = stop
         self.hosted: HostedPolicy | None = None
         self._updating = False
+        self._applying: asyncio.Task[weights_pb2.UpdateWeightsResponse] | None = None
 
     def _hosted(self) -> HostedPolicy:
         if self.hosted is None:
@@ -66,7 +67,9 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         try:
             return await self._update(hosted, request_iterator, context)
         finally:
-            self._updating = False
+            # A client that left does not end an update that is being applied: the next one has to wait for it.
+            if self._applying is None or self._applying.done():
+                self._updating = False
 
     async def _update(
         self, hosted: HostedPolicy, steps: AsyncIterator[weights_pb2.UpdateWeightsRequest], context: Any
@@ -91,9 +94,10 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                 elif kind == "commit" and staged is not None and begin is not None:
                     fingerprint = await asyncio.to_thread(staged.finish, step.commit.weights_fingerprint)
                     # From here on it runs to its end, even when the client leaves: half an update would be no weights.
-                    applying = asyncio.ensure_future(self._apply(hosted, begin, staged, fingerprint))
+                    self._applying = asyncio.create_task(self._apply(hosted, begin, staged, fingerprint))
+                    self._applying.add_done_callback(self._applied)
                     staged = None  # Closed by _apply.
-                    return await asyncio.shield(applying)
+                    return await asyncio.shield(self._applying)
                 else:
                     raise InvalidArgumentError("step is not set: give begin, chunk or commit", field="step")
         except ServiceError:
@@ -106,6 +110,11 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             if staged is not None:
                 staged.__exit__()
         raise DataLossError("the stream ended before its commit; the old weights go on serving")
+
+    def _applied(self, task: asyncio.Task[weights_pb2.UpdateWeightsResponse]) -> None:
+        self._updating = False
+        if not task.cancelled() and (error := task.exception()) is not None:
+            log.error("update_failed", reason=str(error))
 
     def _open(self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate) -> StagedCheckpoint:
         current = hosted.model.served_by.weights_version
