@@ -244,7 +244,12 @@ def baselines(train: Sequence[Preference], held_out: Sequence[Preference]) -> di
     from sklearn.linear_model import LogisticRegression
 
     vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, lowercase=True)
-    vectorizer.fit([text for row in train for text in (row.chosen, row.rejected)])
+    try:
+        vectorizer.fit([text for row in train for text in (row.chosen, row.rejected)])
+    except ValueError as error:
+        # Too few words in common, or a script without blanks. The model that was trained is worth more than this.
+        sys.stderr.write(f"warning: no baselines: TF-IDF can't be fitted on these texts ({error})\n")
+        return {}
 
     def words(rows: Sequence[Preference]) -> Any:
         return vectorizer.transform([r.chosen for r in rows]) - vectorizer.transform([r.rejected for r in rows])

@@ -295,3 +295,11 @@ def test_a_model_that_cannot_be_used_is_refused(flag, message, make_policy, rows
     assert done.returncode == 2
     assert message in done.stderr
     assert not (tmp_path / "run").exists()
+
+
+def test_texts_without_common_words_cost_the_baselines_and_not_the_model(capsys):
+    from trainer.data import Preference
+
+    pairs = [Preference(prompt="", chosen=f"oui{i}", rejected=f"non{i}") for i in range(4)]
+    assert baselines(pairs, pairs) == {}
+    assert "no baselines: TF-IDF can't be fitted on these texts" in capsys.readouterr().err
