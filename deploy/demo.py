@@ -169,7 +169,8 @@ def conclude(output: Path, seconds: float) -> None:
             f"{name:>11}: held-out mean reward {figures['score_mean']:.3f} [{low:.3f}, {high:.3f}] (95 %), "
             f"KL {figures['kl_sequence_mean']:.2f} nats a response, {figures['tokens_per_s']:,.0f} tokens/s\n"
         )
-    for old, new in list(zip(before["samples"], after["samples"], strict=True))[:3]:
+    later = {sample["index"]: sample for sample in after["samples"]}
+    for old, new in [(old, later[old["index"]]) for old in before["samples"] if old["index"] in later][:3]:
         for name, text in (("asked", old["prompt"]), ("before", old["response"]), ("after", new["response"])):
             sys.stdout.write(f"{name:>11}: {' '.join(text.split())}"[:width] + "\n")
     sys.stdout.write(f"{'report':>11}: {output / 'report.html'}\n")

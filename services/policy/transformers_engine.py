@@ -12,11 +12,12 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import shutil
+import sys
 import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -173,14 +174,15 @@ class TransformersEngine:
             with torch.inference_mode():
                 while self._wait_for_work():
                     self._step()
-            self._fail("the engine was stopped")
-        except _POSSIBLE_ERRORS as error:
-            self._fail(f"generation failed: {type(error).__name__}: {error}")
+        finally:
+            # Whatever ended the thread, nobody may wait for it for ever, and health must not stay green.
+            error = sys.exc_info()[1]
+            self._fail("the engine was stopped" if error is None else f"generation failed: {error!r}")
 
     def _fail(self, reason: str) -> None:
         """Answers everybody who waits, so that nobody waits for ever."""
         with self._changed:
-            self._failure = reason
+            self._failure = self._failure or reason
             waiting: list[Future[Any]] = [row.future for row in self._waiting]
             if self._batch is not None:
                 waiting += [row.future for row in self._batch.rows]
@@ -319,6 +321,8 @@ class TransformersEngine:
             assert update.path.name == WEIGHTS_FILE
             model = self._read_model(update.path.parent)
         except _POSSIBLE_ERRORS as error:
+            with self._changed:
+                self._waiting.extend(running)  # Answered with the others.
             self._fail(f"the update to version {update.version} failed: {error}")
             raise
         self._model, self.version = model, update.version
@@ -336,7 +340,7 @@ def _finish_of(row: _Row) -> Finish | None:
 
 
 def _answer(row: _Row, finish: Finish) -> None:
-    with contextlib.suppress(asyncio.InvalidStateError):
+    with contextlib.suppress(InvalidStateError):  # Cancelled since.
         if row.future.done():
             return
         row.future.set_result(
