@@ -1,8 +1,8 @@
 """Log-probabilities of response tokens without the full logits.
 
 The hidden states of the response positions alone are projected on the vocabulary, in chunks sized by bytes: the tensor
-[B, T, V] never exists. Shapes: B sequences, S tokens, N response positions of the batch, C of a chunk, D hidden size,
-V vocabulary.
+[B, T, V] never exists. Shapes: B sequences, N response positions of the batch, M tokens of the batch, C positions of a
+chunk, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -17,7 +17,8 @@ import transformers
 from torch import Tensor
 from torch.nn import functional as F
 
-from services.hosting.model import Hosting, longest_sequence, pad_right
+from services.hosting.model import Hosting, longest_sequence
+from services.hosting.packed import HiddenStates, PackedLinear, can_prepack
 from services.runtime.errors import StartError
 
 # Largest difference to the model's own logits that the check at start lets pass, by precision.
@@ -67,6 +68,7 @@ class ReferenceModel:
         self.vocab_size = int(self.head.weight.shape[0])
         self.max_sequence_tokens = longest_sequence(model.config, tokenizer)
         self.pad_id = int(tokenizer.pad_token_id or 0)
+        self._packed_head: PackedLinear | None = None
         # float32 logits, and as much again for the log-sum-exp over them.
         self.chunk_positions = max(1, chunk_bytes // (2 * 4 * self.vocab_size))
         text_config = model.config.get_text_config()
@@ -75,20 +77,25 @@ class ReferenceModel:
         divisor = getattr(text_config, "logits_scaling", None)
         self.logit_scale = float(multiplier) if multiplier else 1.0 / float(divisor) if divisor else 1.0
         self._check(folder)
+        self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
+        if hosting.device.type == "cpu" and can_prepack(hosting.dtype):
+            self._packed_head = PackedLinear(self.head.weight, getattr(self.head, "bias", None))
+            model.set_output_embeddings(
+                self._packed_head
+            )  # Unless the embedding is tied to it, the plain one is freed.
+            self.head = self._packed_head
 
     @torch.inference_mode()
     def logprobs(self, items: Sequence[ReferenceItem]) -> list[ReferenceResult]:
         """Results of a batch, in order."""
-        ids_BS, mask_BS = pad_right([item.token_ids for item in items], self.pad_id, self.hosting.device)
-        hidden_BSD = self.model.base_model(input_ids=ids_BS, attention_mask=mask_BS.long()).last_hidden_state
+        hidden_MD, places = self.hidden_states([item.token_ids for item in items])
         # Position t predicts token t + 1.
-        starts_B = [item.response_start for item in items]
-        ends_B = [len(item.token_ids) for item in items]
-        hidden_ND = torch.cat(
-            [hidden_BSD[b, start - 1 : end - 1] for b, (start, end) in enumerate(zip(starts_B, ends_B, strict=True))]
-        )
-        targets_N = torch.cat([ids_BS[b, s:e] for b, (s, e) in enumerate(zip(starts_B, ends_B, strict=True))])
-        counts = [end - start for start, end in zip(starts_B, ends_B, strict=True)]
+        hidden_ND = hidden_MD[
+            torch.cat([place[item.response_start - 1 : -1] for item, place in zip(items, places, strict=True)])
+        ]
+        targets_N = torch.tensor([token for item in items for token in item.token_ids[item.response_start :]])
+        targets_N = targets_N.to(hidden_ND.device)
+        counts = [len(item.token_ids) - item.response_start for item in items]
         temperature_N = torch.repeat_interleave(
             torch.tensor([item.temperature for item in items]), torch.tensor(counts)
         ).to(hidden_ND.device)
@@ -119,8 +126,11 @@ class ReferenceModel:
 
     def _logits(self, hidden_CD: Tensor) -> Tensor:
         """float32 logits of some positions, as the model itself would give them."""
-        bias = getattr(self.head, "bias", None)
-        logits_CV = F.linear(hidden_CD, self.head.weight, bias).float()
+        logits_CV: Tensor
+        if self._packed_head is not None:
+            logits_CV = self._packed_head(hidden_CD).float()
+        else:
+            logits_CV = F.linear(hidden_CD, self.head.weight, getattr(self.head, "bias", None)).float()
         if self.logit_scale != 1.0:
             logits_CV = logits_CV * self.logit_scale
         if self.softcap:

@@ -1,6 +1,6 @@
 """A reward model behind a small interface: token ids in, raw scores out.
 
-Shapes: B sequences, S tokens, D hidden size.
+Shapes: B sequences, S tokens, N tokens of all sequences, D hidden size.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch.nn import functional as F
 
 from quartet.model_folder import METADATA_FILE, read_metadata
 from services.hosting.model import Hosting, longest_sequence, pad_right
+from services.hosting.packed import HiddenStates, prepack
 from services.runtime.errors import StartError
 
 
@@ -47,8 +48,8 @@ class Encoding:
 class TransformersScorer:
     """A sequence-classification model with one label, of any architecture that transformers loads.
 
-    Decoders are run without their dead positions: the float32 head sees only the last real token. Encoders are called
-    as they are.
+    Decoders are run packed, without padding, and the float32 head sees only the last token. Encoders are called as
+    they are, padded.
     """
 
     def __init__(self, folder: Path, *, hosting: Hosting, tokenizer: Any) -> None:
@@ -78,6 +79,10 @@ class TransformersScorer:
         pad_id = model.config.pad_token_id
         self.pad_id = int(pad_id if pad_id is not None else tokenizer.pad_token_id or 0)
         self.is_decoder = isinstance(self.head, torch.nn.Linear)
+        if self.is_decoder:
+            self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
+        elif hosting.device.type == "cpu":
+            prepack(self.model.base_model)
 
     def encoding(self, folder: Path, tokenizer: Any) -> Encoding:
         """How this model was trained to see text: quartet.json's word, else the custom of its architecture.
@@ -98,19 +103,18 @@ class TransformersScorer:
 
     @torch.inference_mode()
     def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        ids_BS, mask_BS = pad_right(sequences, self.pad_id, self.hosting.device)
-        scores_B = self._decoder(ids_BS, mask_BS) if self.is_decoder else self._encoder(ids_BS, mask_BS)
+        scores_B = self._decoder(sequences) if self.is_decoder else self._encoder(sequences)
         scores: list[float] = scores_B.tolist()
         return scores
 
-    def _decoder(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        hidden_BSD = self.model.base_model(input_ids=ids_BS, attention_mask=mask_BS.long()).last_hidden_state
-        last_B = mask_BS.sum(1) - 1
-        hidden_BD = hidden_BSD[torch.arange(len(ids_BS), device=ids_BS.device), last_B]
+    def _decoder(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        hidden_ND, places = self.hidden_states(sequences)
+        hidden_BD = hidden_ND[torch.stack([place[-1] for place in places])]
         assert self.head is not None
         bias = self.head.bias.float() if self.head.bias is not None else None
         return F.linear(hidden_BD.float(), self.head.weight.float(), bias).squeeze(1)
 
-    def _encoder(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    def _encoder(self, sequences: Sequence[Sequence[int]]) -> Tensor:
+        ids_BS, mask_BS = pad_right(sequences, self.pad_id, self.hosting.device)
         logits_B1: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_BS.long()).logits
         return logits_B1.float().squeeze(1)

@@ -1,0 +1,387 @@
+"""Forward passes of decoders without padding, over weights laid out for the processor.
+
+A batch is one row of tokens, sequence after sequence: linear layers, which are most of the work, never see padding, and
+attention goes sequence by sequence. Sequences that begin with the same tokens (responses to one prompt, a chosen and a
+rejected answer) share them: the prefix is computed once, and each tail attends to it and to itself. What comes out are
+the hidden states that each sequence would have alone, up to rounding.
+
+It works with every decoder of transformers whose attention goes through its attention interface and needs nothing but
+queries, keys and values; whether a model is one of them is found out by comparing with the plain forward pass.
+
+Shapes: N tokens of the row, H heads, K key-value heads, E head width, D hidden size, S tokens of one sequence.
+"""
+
+from __future__ import annotations
+
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+import transformers
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.masking_utils import AttentionMaskInterface
+
+# Name under which transformers finds our attention.
+ATTENTION = "quartet_packed"
+# Fewer common tokens are not worth a piece of their own.
+_MIN_SHARED = 16
+# On a processor: so many tokens at a time stay in its cache, and more make no product faster.
+_CPU_TOKENS = 4096
+# Largest difference of hidden states, relative to their size, that the check lets pass, by precision.
+_TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of the row that attend, causally, to a prefix (which may be empty) and to themselves."""
+
+    start: int
+    length: int
+    prefix_start: int = 0
+    prefix_length: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A batch laid out as one row. ``places``: where in the row each sequence's tokens are, (S,) each."""
+
+    ids_N: Tensor
+    positions_N: Tensor
+    pieces: tuple[Piece, ...]
+    places: tuple[Tensor, ...]
+    memo: dict[str, Any] = field(default_factory=dict)
+    """What attention needs in every layer alike and makes in the first."""
+
+
+def lay_out(sequences: Sequence[Sequence[int]], *, share: bool) -> Row:
+    """``sequences`` as one row; with ``share`` those that begin alike share their beginning. None may be empty."""
+    arrays = [np.asarray(sequence, dtype=np.int64) for sequence in sequences]
+    groups = _groups(arrays) if share else [(0, [index]) for index in range(len(arrays))]
+    ids: list[np.ndarray[Any, Any]] = []
+    positions: list[np.ndarray[Any, Any]] = []
+    pieces: list[Piece] = []
+    places: list[np.ndarray[Any, Any]] = [np.empty(0)] * len(arrays)
+    end = 0
+
+    def add(tokens: np.ndarray[Any, Any], first_position: int, prefix: tuple[int, int]) -> np.ndarray[Any, Any]:
+        nonlocal end
+        ids.append(tokens)
+        positions.append(np.arange(first_position, first_position + len(tokens)))
+        pieces.append(Piece(end, len(tokens), *prefix))
+        end += len(tokens)
+        return np.arange(end - len(tokens), end)
+
+    for shared, members in groups:
+        prefix_place = add(arrays[members[0]][:shared], 0, (0, 0)) if shared else np.empty(0, dtype=np.int64)
+        prefix = (int(prefix_place[0]), shared) if shared else (0, 0)
+        for index in members:
+            places[index] = np.concatenate([prefix_place, add(arrays[index][shared:], shared, prefix)])
+    return Row(
+        ids_N=torch.from_numpy(np.concatenate(ids)),
+        positions_N=torch.from_numpy(np.concatenate(positions)),
+        pieces=tuple(pieces),
+        places=tuple(torch.from_numpy(place) for place in places),
+    )
+
+
+def _groups(arrays: Sequence[np.ndarray[Any, Any]]) -> list[tuple[int, list[int]]]:
+    """(shared tokens, indices of the sequences that share them); every sequence keeps at least one token of its own."""
+    order = sorted(range(len(arrays)), key=lambda index: arrays[index].tolist())
+    groups: list[tuple[int, list[int]]] = []
+    for index in order:
+        if groups:
+            shared, members = groups[-1]
+            first, own = arrays[members[0]], arrays[index]
+            most = shared if len(members) > 1 else len(first) - 1
+            common = _common(first[:most], own[: len(own) - 1])
+            # Joining must save more than it costs those who share more already.
+            if common >= _MIN_SHARED and common * len(members) >= shared * (len(members) - 1):
+                groups[-1] = (common, [*members, index])
+                continue
+        groups.append((0, [index]))
+    return groups
+
+
+def _common(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> int:
+    """Length of the common beginning."""
+    length = min(len(first), len(second))
+    differs = np.flatnonzero(first[:length] != second[:length])
+    return int(differs[0]) if len(differs) else length
+
+
+class HiddenStates:
+    """Last hidden states of a decoder's sequences, packed where that is exact for the model, else padded."""
+
+    def __init__(self, model: Any, *, pad_id: int) -> None:
+        """Lays the weights out and finds out which way is exact.
+
+        Args:
+            model: of transformers, on its device and in its precision, in evaluation mode; its linear layers below
+                ``base_model`` are replaced on a processor.
+            pad_id: of the padded way.
+        """
+        self.body = model.base_model
+        self.device: torch.device = model.device
+        self.pad_id = pad_id
+        plain = self._probe()
+        if self.device.type == "cpu":
+            prepack(self.body)
+        self.packed = self._agrees(plain, model)
+
+    def __call__(self, sequences: Sequence[Sequence[int]], *, share: bool = True) -> tuple[Tensor, list[Tensor]]:
+        """Hidden states (N, D) of all tokens, and where those of each sequence are, (S,) each."""
+        if not self.packed:
+            return self._padded(sequences)
+        limit = _CPU_TOKENS if self.device.type == "cpu" else None
+        row = lay_out(sequences, share=share)
+        parts = [row] if limit is None or len(row.ids_N) <= limit else _split(row, limit)
+        return torch.cat([self._forward(part) for part in parts]), [place.to(self.device) for place in row.places]
+
+    def _forward(self, row: Row) -> Tensor:
+        output = self.body(
+            input_ids=row.ids_N[None].to(self.device),
+            position_ids=row.positions_N[None].to(self.device),
+            use_cache=False,
+            quartet_row=row,
+        )
+        hidden_ND: Tensor = output.last_hidden_state[0]
+        return hidden_ND
+
+    def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:
+        longest = max(map(len, sequences))
+        ids_BS = torch.full((len(sequences), longest), self.pad_id)
+        for index, sequence in enumerate(sequences):
+            ids_BS[index, : len(sequence)] = torch.tensor(sequence)
+        lengths_B = torch.tensor([len(sequence) for sequence in sequences])
+        mask_BS = torch.arange(longest)[None, :] < lengths_B[:, None]
+        output = self.body(
+            input_ids=ids_BS.to(self.device), attention_mask=mask_BS.long().to(self.device), use_cache=False
+        )
+        places = [
+            torch.arange(index * longest, index * longest + len(sequence), device=self.device)
+            for index, sequence in enumerate(sequences)
+        ]
+        return output.last_hidden_state.flatten(0, 1), places
+
+    @torch.inference_mode()
+    def _probe(self) -> list[Tensor]:
+        """Each sequence of the check alone, by the plain forward pass."""
+        return [
+            self.body(input_ids=torch.tensor([sequence], device=self.device), use_cache=False).last_hidden_state[0]
+            for sequence in _probe_sequences(self._vocabulary())
+        ]
+
+    def _vocabulary(self) -> int:
+        return int(self.body.get_input_embeddings().weight.shape[0])
+
+    @torch.inference_mode()
+    def _agrees(self, plain: Sequence[Tensor], model: Any) -> bool:
+        """Turns our attention on and keeps it on where it gives what the plain forward pass gave."""
+        before = self.body.config._attn_implementation
+        try:
+            model.set_attn_implementation(ATTENTION)
+            self.packed = True
+            hidden_ND, places = self(_probe_sequences(self._vocabulary()))
+            error = max(
+                float((hidden_ND[place] - own).float().abs().max() / own.float().abs().max())
+                for place, own in zip(places, plain, strict=True)
+            )
+            if error <= _TOLERANCE[self.body.dtype]:
+                return True
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError):
+            pass
+        model.set_attn_implementation(before)
+        return False
+
+
+@lru_cache(maxsize=8)
+def _probe_sequences(vocabulary: int) -> list[list[int]]:
+    """Three sequences, two of which begin alike."""
+    draw = np.random.default_rng(0)
+    first, second = (draw.integers(0, vocabulary, size).tolist() for size in (2 * _MIN_SHARED, 5))
+    return [first, second, [*first[: _MIN_SHARED + 3], *second]]
+
+
+def _split(row: Row, limit: int) -> list[Row]:
+    """The row in parts of about ``limit`` tokens, cut where no prefix is cut off from those who share it."""
+    parts: list[Row] = []
+    pending: list[Piece] = []
+
+    def close() -> None:
+        start, end = pending[0].start, pending[-1].start + pending[-1].length
+        moved = tuple(
+            Piece(piece.start - start, piece.length, max(0, piece.prefix_start - start), piece.prefix_length)
+            for piece in pending
+        )
+        parts.append(Row(ids_N=row.ids_N[start:end], positions_N=row.positions_N[start:end], pieces=moved, places=()))
+        pending.clear()
+
+    for group in _families(row.pieces):
+        size = sum(piece.length for piece in group)
+        if pending and pending[-1].start + pending[-1].length - pending[0].start + size > limit:
+            close()
+        pending.extend(group)
+    close()
+    return parts
+
+
+def _families(pieces: Sequence[Piece]) -> list[list[Piece]]:
+    """Pieces that hang together, in order: a prefix and its tails, or one alone."""
+    families: list[list[Piece]] = []
+    for piece in pieces:
+        if piece.prefix_length:
+            families[-1].append(piece)
+        else:
+            families.append([piece])
+    return families
+
+
+# Attention ---------------------------------------------------------------------------------------------------------
+
+
+def _attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    quartet_row: Row | None = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """What transformers calls in every layer. ``query`` (1, H, N, E), ``key`` and ``value`` (1, K, N, E).
+
+    Raises:
+        NotImplementedError: the model's attention needs more than we know of.
+    """
+    unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if quartet_row is None or unknown or not getattr(module, "is_causal", True):
+        raise NotImplementedError(f"attention with {unknown or 'no row, or both directions'}")
+    if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
+        return _varlen(quartet_row, query, key, value, scaling, sliding_window), None
+    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    for piece in quartet_row.pieces:
+        own = slice(piece.start, piece.start + piece.length)
+        keys, values = key[:, :, own], value[:, :, own]
+        if piece.prefix_length:
+            prefix = slice(piece.prefix_start, piece.prefix_start + piece.prefix_length)
+            keys = torch.cat([key[:, :, prefix], keys], dim=2)
+            values = torch.cat([value[:, :, prefix], values], dim=2)
+        mask = _mask(quartet_row, piece, sliding_window, query.device)
+        out[:, own] = F.scaled_dot_product_attention(
+            query[:, :, own],
+            keys,
+            values,
+            attn_mask=mask,
+            is_causal=mask is None,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        ).transpose(1, 2)
+    return out, None
+
+
+def _mask(row: Row, piece: Piece, window: int | None, device: torch.device) -> Tensor | None:
+    """(S, prefix + S) True where a token may look; None where plain causality says it all."""
+    total = piece.prefix_length + piece.length
+    window = window if window is not None and window < total else None
+    if piece.prefix_length == 0 and window is None:
+        return None
+    name = f"mask {piece.length} {total} {window}"
+    if name not in row.memo:
+        own_S1 = torch.arange(piece.prefix_length, total, device=device)[:, None]
+        others_1S = torch.arange(total, device=device)[None, :]
+        mask_SS = others_1S <= own_S1
+        row.memo[name] = mask_SS if window is None else mask_SS & (own_S1 - others_1S < window)
+    mask: Tensor = row.memo[name]
+    return mask
+
+
+def _varlen(row: Row, query: Tensor, key: Tensor, value: Tensor, scaling: float | None, window: int | None) -> Tensor:
+    """All pieces in one call of the GPU's kernel, whose causality is aligned to the end of the keys."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if "varlen" not in row.memo:
+        wanted = [
+            torch.cat(
+                [
+                    torch.arange(p.prefix_start, p.prefix_start + p.prefix_length),
+                    torch.arange(p.start, p.start + p.length),
+                ]
+            )
+            for p in row.pieces
+        ]
+        counts = [[p.length for p in row.pieces], [len(w) for w in wanted]]
+        ends = [torch.tensor([0, *np.cumsum(c)], dtype=torch.int32, device=query.device) for c in counts]
+        shared = any(p.prefix_length for p in row.pieces)
+        row.memo["varlen"] = (*ends, *map(max, counts), torch.cat(wanted).to(query.device) if shared else None)
+    ends_q, ends_k, longest_q, longest_k, wanted_M = row.memo["varlen"]
+    query_NHE, key_NKE, value_NKE = (x[0].transpose(0, 1) for x in (query, key, value))
+    if wanted_M is not None:
+        key_NKE, value_NKE = key_NKE[wanted_M], value_NKE[wanted_M]
+    out_NHE = varlen_attn(
+        query_NHE.contiguous(),
+        key_NKE.contiguous(),
+        value_NKE.contiguous(),
+        ends_q,
+        ends_k,
+        longest_q,
+        longest_k,
+        scale=scaling,
+        window_size=(-1 if window is None else window - 1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out_NHE, Tensor)
+    return out_NHE[None]
+
+
+transformers.AttentionInterface.register(ATTENTION, _attention)
+# No mask is made: the row says who sees whom.
+AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+# Weights -----------------------------------------------------------------------------------------------------------
+
+
+class PackedLinear(nn.Module):
+    """A frozen linear layer whose weight lies as oneDNN reads it fastest.
+
+    The same numbers as ``F.linear`` up to rounding, at about twice its speed in float32 where that is MKL's; and a
+    row's result does not depend on the rows beside it.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        super().__init__()
+        # Some models ask a layer's weight for its precision: it has one, without content.
+        self.register_buffer("weight", torch.empty_like(weight, device="meta"), persistent=False)
+        self.weight_packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _CPU_TOKENS // 2)
+        self.bias = bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight_packed, self.bias, "none", [], "")
+        return y
+
+
+def can_prepack(dtype: torch.dtype) -> bool:
+    """Whether this processor and build of torch have packed products of ``dtype``."""
+    return (
+        platform.machine().lower() in ("x86_64", "amd64")
+        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
+    )
+
+
+def prepack(module: nn.Module) -> None:
+    """Replaces the plain linear layers below ``module`` by packed ones, and lets go of their weights as they were."""
+    for name, child in list(module.named_children()):
+        if type(child) is nn.Linear:
+            if can_prepack(child.weight.dtype):
+                setattr(module, name, PackedLinear(child.weight, child.bias))
+        else:
+            prepack(child)

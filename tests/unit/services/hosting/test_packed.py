@@ -1,0 +1,138 @@
+"""Packed forward passes against the plain forward pass of every sequence alone.
+
+Shapes: N tokens of a row, S of a sequence.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from services.hosting import packed
+from services.hosting.packed import HiddenStates, PackedLinear, can_prepack, lay_out
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "max_position_embeddings": 256,
+}
+
+
+def make(kind: str, **changes: Any) -> Any:
+    """A small model with random weights, far from uniform."""
+    config_class = getattr(transformers, f"{kind}Config")
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SMALL | changes))).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 2:
+                parameter.mul_(4.0)
+    return model
+
+
+def sequences() -> list[list[int]]:
+    """Lone ones of many lengths, four responses to one prompt, and a pair that differs in its last token."""
+    draw = torch.Generator().manual_seed(1)
+
+    def some(count: int) -> list[int]:
+        return torch.randint(3, 300, (count,), generator=draw).tolist()
+
+    prompt, pair = some(40), some(30)
+    alone = [some(count) for count in (1, 2, 17, 64, 100, 33)]
+    return [alone[0], *(prompt + some(5 + 9 * i) for i in range(4)), *alone[1:], [*pair, 7], [*pair, 8], pair]
+
+
+@torch.inference_mode()
+def each_alone(model: Any, rows: list[list[int]]) -> list[torch.Tensor]:
+    return [model.base_model(input_ids=torch.tensor([row])).last_hidden_state[0] for row in rows]
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {"num_key_value_heads": 2}),
+        ("Qwen2", {"num_key_value_heads": 2}),
+        ("Qwen3", {"num_key_value_heads": 1, "head_dim": 16}),
+        ("Mistral", {"num_key_value_heads": 2, "sliding_window": 12}),
+        ("GPTNeoX", {}),
+        ("GPT2", {"n_positions": 256}),
+    ],
+)
+@pytest.mark.parametrize("share", [True, False])
+@pytest.mark.parametrize("tokens_at_once", [50, 10_000])
+def test_every_sequence_has_the_hidden_states_that_it_has_alone(kind, changes, share, tokens_at_once, monkeypatch):
+    monkeypatch.setattr(packed, "_CPU_TOKENS", tokens_at_once)
+    model, rows = make(kind, **changes), sequences()
+    expected = each_alone(model, rows)
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert hidden_states.packed
+    with torch.inference_mode():
+        hidden_ND, places = hidden_states(rows, share=share)
+    for place, own_SD in zip(places, expected, strict=True):
+        assert hidden_ND[place] == pytest.approx(own_SD, abs=1e-4 * float(own_SD.abs().max()))
+    tokens = sum(map(len, rows))
+    saved = 3 * 40 + 2 * 29 if share else 0  # The prompt of four, and what the three rows of the pair begin with.
+    assert len(hidden_ND) == tokens - saved
+
+
+def test_a_model_whose_attention_needs_more_is_padded_and_right():
+    model, rows = make("Gemma2", num_key_value_heads=2, head_dim=16, attn_logit_softcapping=5.0), sequences()
+    expected = each_alone(model, rows)
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert not hidden_states.packed
+    with torch.inference_mode():
+        hidden_ND, places = hidden_states(rows)
+    for place, own_SD in zip(places, expected, strict=True):
+        assert hidden_ND[place] == pytest.approx(own_SD, abs=1e-4 * float(own_SD.abs().max()))
+
+
+@given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=8), st.booleans())
+@settings(max_examples=300, deadline=None)
+def test_a_row_holds_every_sequence_and_every_piece_sees_what_comes_before_it(rows, share):
+    # Few different tokens and a low threshold, so that beginnings are shared all the time.
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(packed, "_MIN_SHARED", 2)
+        row = lay_out(rows, share=share)
+    for sequence, place in zip(rows, row.places, strict=True):
+        assert row.ids_N[place].tolist() == sequence
+        assert row.positions_N[place].tolist() == list(range(len(sequence)))
+    covered = list(itertools.chain.from_iterable(range(p.start, p.start + p.length) for p in row.pieces))
+    assert covered == list(range(len(row.ids_N)))
+    # What a token attends to by its piece are the places of its own sequence up to itself.
+    seen = {}
+    for piece in row.pieces:
+        prefix = list(range(piece.prefix_start, piece.prefix_start + piece.prefix_length))
+        for token in range(piece.start, piece.start + piece.length):
+            seen[token] = [*prefix, *range(piece.start, token + 1)]
+    for place in row.places:
+        for index, token in enumerate(place.tolist()):
+            assert seen[token] == place[: index + 1].tolist()
+    assert len(row.ids_N) <= sum(map(len, rows))
+    if not share:
+        assert len(row.ids_N) == sum(map(len, rows))
+
+
+@pytest.mark.skipif(not can_prepack(torch.float32), reason="no packed products on this processor")
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_packed_product_is_the_product_and_no_row_depends_on_another(bias):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(96, 200, bias=bias)
+    x_NC = torch.randn(77, 96)
+    layer = PackedLinear(linear.weight, linear.bias)
+    with torch.inference_mode():
+        y_NO = layer(x_NC)
+        exact_NO = copy.deepcopy(linear).double()(x_NC.double())
+        assert float((y_NO - exact_NO).abs().max()) < 1e-5
+        for count in (1, 2, 9, 64):
+            assert torch.equal(layer(x_NC[:count]), y_NO[:count])
+    assert layer.weight.dtype == torch.float32
