@@ -44,7 +44,8 @@ async def serve(settings: ReferenceSettings) -> int:
             torch.set_num_threads(settings.threads)
         hosting = hosting_model.choose_hosting(settings)
         tokenizer = hosting_model.load_tokenizer(folder)
-        reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=settings.chunk_mib * 2**20)
+        chunk_mib = settings.chunk_mib or (16 if hosting.device.type == "cpu" else 1024)
+        reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=chunk_mib * 2**20)
         reference.logprobs([ReferenceItem([0, 0, 0], 1, 1.0, True)])
         return HostedReference(
             reference=reference,

@@ -6,7 +6,7 @@ from typing import ClassVar
 
 from pydantic import Field
 
-from quartet.settings import Port, PositiveInt
+from quartet.settings import NonNegativeInt, Port
 from services.hosting.serving import ForwardSettings
 
 
@@ -17,6 +17,7 @@ class ReferenceSettings(ForwardSettings):
 
     port: Port = Field(50053, description="gRPC port; 0 takes a free one")
     metrics_port: Port = Field(9103, description="Prometheus port over HTTP; 0 takes a free one")
-    chunk_mib: PositiveInt = Field(
-        32, description="most memory for logits at a time, MiB; small chunks stay in the processor's cache"
+    chunk_mib: NonNegativeInt = Field(
+        0,
+        description="most memory for logits at a time, MiB; 0: 16 on a processor, to stay in its cache, 1024 on a GPU",
     )

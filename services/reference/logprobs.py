@@ -1,14 +1,18 @@
 """Log-probabilities of response tokens without the full logits.
 
-The hidden states of the response positions alone are projected on the vocabulary, in chunks sized by bytes: the tensor
-[B, T, V] never exists. Shapes: B sequences, N response positions of the batch, M tokens of the batch, C positions of a
-chunk, D hidden size, V vocabulary.
+The hidden states of the response positions alone are projected on the vocabulary, some positions and a part of the
+vocabulary at a time: the tensor [B, T, V] never exists. The log-sum-exp is gathered over the parts, so that each part's
+logits are made and used up while they are in the processor's cache; on a GPU one part is the whole vocabulary.
+
+Shapes: B sequences, N response positions of the batch, M tokens of the batch, C positions of a chunk, D hidden size,
+V vocabulary, U a part of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,8 @@ from services.hosting.model import Hosting, longest_sequence
 from services.hosting.packed import HiddenStates, PackedLinear, can_prepack
 from services.runtime.errors import StartError
 
+# On a processor: logits of so many tokens of the vocabulary at a time. 4 MiB of them for 256 positions.
+_CPU_PART = 4096
 # Largest difference to the model's own logits that the check at start lets pass, by precision.
 _TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.25, torch.float16: 0.05}
 
@@ -41,6 +47,21 @@ class ReferenceResult:
 
     logprobs: list[float]
     entropies: list[float]
+
+
+class Head:
+    """The projection on the vocabulary, as parts that make some of the logits each."""
+
+    def __init__(self, weight_VD: Tensor, bias_V: Tensor | None) -> None:
+        on_cpu = weight_VD.device.type == "cpu"
+        self.longest_part = min(_CPU_PART, len(weight_VD)) if on_cpu else len(weight_VD)
+        pack = on_cpu and can_prepack(weight_VD.dtype)
+        self.parts: list[tuple[int, Callable[[Tensor], Tensor]]] = []
+        for first in range(0, len(weight_VD), self.longest_part):
+            weight_UD = weight_VD[first : first + self.longest_part]
+            bias_U = None if bias_V is None else bias_V[first : first + self.longest_part]
+            part = PackedLinear(weight_UD, bias_U) if pack else partial(F.linear, weight=weight_UD, bias=bias_U)
+            self.parts.append((first, part))
 
 
 class ReferenceModel:
@@ -64,26 +85,20 @@ class ReferenceModel:
                 f"model {str(folder)!r} is not a language model: its checkpoint lacks {', '.join(missing[:3])}"
             )
         self.model = model.to(hosting.device).eval().requires_grad_(False)
-        self.head = model.get_output_embeddings()
-        self.vocab_size = int(self.head.weight.shape[0])
+        head = model.get_output_embeddings()
+        self.vocab_size = int(head.weight.shape[0])
         self.max_sequence_tokens = longest_sequence(model.config, tokenizer)
-        self.pad_id = int(tokenizer.pad_token_id or 0)
-        self._packed_head: PackedLinear | None = None
-        # float32 logits, and as much again for the log-sum-exp over them.
-        self.chunk_positions = max(1, chunk_bytes // (2 * 4 * self.vocab_size))
         text_config = model.config.get_text_config()
         self.softcap = getattr(text_config, "final_logit_softcapping", None)
         multiplier = getattr(text_config, "logit_scale", None)
         divisor = getattr(text_config, "logits_scaling", None)
         self.logit_scale = float(multiplier) if multiplier else 1.0 / float(divisor) if divisor else 1.0
+        self.head = Head(head.weight, getattr(head, "bias", None))
+        # float32 logits, and as much again for what is made of them.
+        self.chunk_positions = max(1, chunk_bytes // (2 * 4 * self.head.longest_part))
         self._check(folder)
-        self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
-        if hosting.device.type == "cpu" and can_prepack(hosting.dtype):
-            self._packed_head = PackedLinear(self.head.weight, getattr(self.head, "bias", None))
-            model.set_output_embeddings(
-                self._packed_head
-            )  # Unless the embedding is tied to it, the plain one is freed.
-            self.head = self._packed_head
+        model.set_output_embeddings(torch.nn.Identity())  # Unless it is tied to the embedding, the plain head is freed.
+        self.hidden_states = HiddenStates(self.model, pad_id=int(tokenizer.pad_token_id or 0))
 
     @torch.inference_mode()
     def logprobs(self, items: Sequence[ReferenceItem]) -> list[ReferenceResult]:
@@ -111,37 +126,60 @@ class ReferenceModel:
     def _project(
         self, hidden_ND: Tensor, targets_N: Tensor, temperature_N: Tensor, want_entropy: bool
     ) -> tuple[Tensor, Tensor]:
+        """(N,) log-probabilities and, if wanted, entropies."""
         logprobs, entropies = [], []
         for start in range(0, len(hidden_ND), self.chunk_positions):
             chunk = slice(start, start + self.chunk_positions)
-            logits_CV = self._logits(hidden_ND[chunk]) / temperature_N[chunk, None]
-            normaliser_C = logits_CV.logsumexp(-1)
-            chosen_C = logits_CV.gather(-1, targets_N[chunk, None]).squeeze(-1)
-            logprobs.append(chosen_C - normaliser_C)
-            if want_entropy:
-                # H = log Z - E[logit]; softmax weights are made in place of the logits' own memory.
-                expected_C = (logits_CV.sub(normaliser_C[:, None]).exp_() * logits_CV).sum(-1)
-                entropies.append(normaliser_C - expected_C)
-        return torch.cat(logprobs), torch.cat(entropies) if want_entropy else torch.empty(0)
+            logprobs_C, entropies_C = self._chunk(
+                hidden_ND[chunk], targets_N[chunk], temperature_N[chunk, None], want_entropy
+            )
+            logprobs.append(logprobs_C)
+            entropies.append(entropies_C)
+        return torch.cat(logprobs), torch.cat(entropies)
 
-    def _logits(self, hidden_CD: Tensor) -> Tensor:
-        """float32 logits of some positions, as the model itself would give them."""
-        logits_CV: Tensor
-        if self._packed_head is not None:
-            logits_CV = self._packed_head(hidden_CD).float()
-        else:
-            logits_CV = F.linear(hidden_CD, self.head.weight, getattr(self.head, "bias", None)).float()
-        if self.logit_scale != 1.0:
-            logits_CV = logits_CV * self.logit_scale
-        if self.softcap:
-            logits_CV = torch.tanh(logits_CV / self.softcap) * self.softcap
-        return logits_CV
+    def _chunk(
+        self, hidden_CD: Tensor, targets_C: Tensor, temperature_C1: Tensor, want_entropy: bool
+    ) -> tuple[Tensor, Tensor]:
+        """One pass over the vocabulary: the sums are kept relative to the largest logit so far, so none overflows."""
+        largest_C1 = torch.full_like(temperature_C1, -torch.inf)
+        total_C1, weighted_C1, chosen_C1 = (torch.zeros_like(temperature_C1) for _ in range(3))
+        hot = bool((temperature_C1 != 1).any())
+        for first, logits_CU in self._parts(hidden_CD):
+            if hot:
+                logits_CU.div_(temperature_C1)
+            place_C1 = targets_C[:, None] - first
+            inside_C1 = (place_C1 >= 0) & (place_C1 < logits_CU.shape[1])
+            found_C1 = logits_CU.gather(1, place_C1.clamp(0, logits_CU.shape[1] - 1))
+            chosen_C1 = torch.where(inside_C1, found_C1, chosen_C1)
+            before_C1, largest_C1 = largest_C1, torch.maximum(largest_C1, logits_CU.amax(1, keepdim=True))
+            shrink_C1 = (before_C1 - largest_C1).exp_()
+            if want_entropy:
+                weights_CU = (logits_CU - largest_C1).exp_()
+                weighted_C1 = weighted_C1 * shrink_C1 + logits_CU.mul_(weights_CU).sum(1, keepdim=True)
+            else:
+                weights_CU = logits_CU.sub_(largest_C1).exp_()
+            total_C1 = total_C1 * shrink_C1 + weights_CU.sum(1, keepdim=True)
+        normaliser_C1 = largest_C1 + total_C1.log()
+        # H = log Z - E[logit].
+        entropies_C1 = normaliser_C1 - weighted_C1 / total_C1 if want_entropy else weighted_C1[:0]
+        return (chosen_C1 - normaliser_C1).squeeze(1), entropies_C1.squeeze(1)
+
+    def _parts(self, hidden_CD: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """float32 logits of some positions, as the model itself would give them, part by part; free to be changed."""
+        for first, part in self.head.parts:
+            logits_CU = part(hidden_CD).float()
+            if self.logit_scale != 1.0:
+                logits_CU.mul_(self.logit_scale)
+            if self.softcap:
+                logits_CU.div_(self.softcap).tanh_().mul_(self.softcap)
+            yield first, logits_CU
 
     @torch.inference_mode()
     def _check(self, folder: Path) -> None:
         ids_BS = torch.arange(min(8, self.vocab_size), device=self.hosting.device)[None, :]
         own_SV = self.model(input_ids=ids_BS).logits[0].float()
-        ours_SV = self._logits(self.model.base_model(input_ids=ids_BS).last_hidden_state[0])
+        hidden_SD = self.model.base_model(input_ids=ids_BS).last_hidden_state[0]
+        ours_SV = torch.cat([logits_SU for _, logits_SU in self._parts(hidden_SD)], dim=1)
         difference = float((own_SV - ours_SV).abs().max())
         if not difference <= _TOLERANCE[self.hosting.dtype]:
             raise StartError(
