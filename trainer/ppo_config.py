@@ -16,11 +16,12 @@ from quartet.settings import (
     Settings,
     UnitFloat,
 )
+from trainer.service_credentials import ServiceCredentials
 
 ClipRange = Annotated[PositiveFloat, Field(lt=1)]
 
 
-class ServiceAddresses(Settings):
+class ServiceAddresses(ServiceCredentials):
     """Where the services are, and how long to wait for them. ``host:port``, several with commas, or any gRPC URI."""
 
     policy: str = Field("127.0.0.1:50051", description="policy service")
@@ -144,7 +145,7 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
             "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "reference",
             "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction",
         }  # fmt: skip
-        return self.model_dump(mode="json", exclude=free)
+        return self.model_dump(mode="json", exclude=free | set(ServiceCredentials.model_fields))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -118,10 +118,13 @@ class Services:
         self._ready_timeout_s = addresses.ready_timeout_s
         self.tokenizer = tokenizer
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-        self.policy = PolicyClient(addresses.policy, policy=call_policy)
-        self.reward = RewardClient(addresses.reward, policy=call_policy)
-        self.reference = ReferenceClient(addresses.reference, policy=call_policy)
-        self._publisher = Publisher(addresses.policy_admin, call_policy, addresses.ready_timeout_s)
+        security = addresses.security
+        self.policy = PolicyClient(addresses.policy, policy=call_policy, security=security)
+        self.reward = RewardClient(addresses.reward, policy=call_policy, security=security)
+        self.reference = ReferenceClient(addresses.reference, policy=call_policy, security=security)
+        self._publisher = Publisher(
+            addresses.policy_admin, call_policy, addresses.ready_timeout_s, security=addresses.admin_security
+        )
         self._info: ServiceInfo | None = None
 
     async def __aenter__(self) -> Self:

@@ -221,4 +221,5 @@ def test_the_probe_for_containers_exits_0_exactly_when_serving(start):
     assert done.returncode == 1
     assert done.stdout.startswith("UNAVAILABLE: ")
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr) == (2, "usage: python -m services.runtime.probe HOST:PORT [SERVICE]\n")
+    assert done.returncode == 2
+    assert "the following arguments are required: HOST:PORT" in done.stderr

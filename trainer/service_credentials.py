@@ -1,0 +1,64 @@
+"""What the trainer shows to the services, and asks of them: one set for their ports, one for weight updates."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field
+
+from quartet.client import Security
+from quartet.settings import Settings
+
+
+class ServiceCredentials(Settings):
+    """TLS and tokens of the services. The admin port has its own; without any, the connection is plain text."""
+
+    tls: bool = Field(False, description="speak TLS, checking against the system's authorities; --tls-ca implies it")
+    tls_ca: Path | None = Field(None, description="PEM authorities of the services' certificates: turns TLS on")
+    tls_cert: Path | None = Field(None, description="PEM certificate chain to show to the services (mTLS)")
+    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert")
+    tls_server_name: str | None = Field(None, description="name in the services' certificates, where addresses differ")
+    token_file: Path | None = Field(
+        None, description="bearer token of the services: the first line; read again when it changes"
+    )
+    admin_tls_ca: Path | None = Field(
+        None, description="PEM authorities of the admin port's certificate; default as --tls and --tls-ca"
+    )
+    admin_tls_cert: Path | None = Field(None, description="PEM certificate chain to show to the admin port (mTLS)")
+    admin_tls_key: Path | None = Field(None, description="PEM private key of --admin-tls-cert")
+    admin_tls_server_name: str | None = Field(
+        None, description="name in the admin port's certificate; default --tls-server-name"
+    )
+    admin_token_file: Path | None = Field(None, description="bearer token of weight updates, as --token-file")
+
+    @property
+    def security(self) -> Security:
+        """Of policy, reward and reference service.
+
+        Raises:
+            CredentialsError: the settings do not go together.
+        """
+        return Security(
+            tls=self.tls,
+            ca_file=self.tls_ca,
+            cert_file=self.tls_cert,
+            key_file=self.tls_key,
+            server_name=self.tls_server_name,
+            token_file=self.token_file,
+        )
+
+    @property
+    def admin_security(self) -> Security:
+        """Of weight updates. What is known of the server carries over; what is shown to it never does.
+
+        Raises:
+            CredentialsError: the settings do not go together.
+        """
+        return Security(
+            tls=self.tls,
+            ca_file=self.admin_tls_ca or self.tls_ca,
+            cert_file=self.admin_tls_cert,
+            key_file=self.admin_tls_key,
+            server_name=self.admin_tls_server_name or self.tls_server_name,
+            token_file=self.admin_token_file,
+        )
