@@ -67,7 +67,7 @@ def _require_within(model: str, folder: Path) -> None:
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ModelFolderError(f"model {model!r}: {index.name} is no index of weights: {error}") from error
         for shard in sorted(map(str, shards)):
-            if shard != Path(shard).name or "\\" in shard:
+            if shard != Path(shard).name or shard == ".." or "\\" in shard:
                 raise ModelFolderError(
                     f"model {model!r}: {index.name} names {shard!r}, which is not a file of the folder"
                 )

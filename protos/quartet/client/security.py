@@ -26,7 +26,7 @@ class Security:
     ``tls``: encrypt, and check the service's certificate against the system's authorities, or against those in
     ``ca_file`` (PEM), which turns TLS on by itself.
     ``cert_file`` and ``key_file``: the client's own certificate chain and key (PEM) where the service asks for one.
-    ``server_name``: the name to look for in the service's certificate, where the address has another.
+    ``server_name``: the name to look for in the service's certificate, where the address has another or is a list.
     ``token_file``: the first token in it goes with every call; read again when the file changes. ``token`` is one
     that does not change. Certificates are read when a client is made.
     """
@@ -76,6 +76,11 @@ class Security:
         Raises:
             CredentialsError: see ``for_channel``.
         """
+        if self.encrypted and self.server_name is None and target.startswith(("ipv4:", "ipv6:")) and "," in target:
+            raise CredentialsError(
+                f"{target.partition(':')[2]} are several addresses: set server_name to the name that their "
+                "certificates share"
+            )
         credentials, own = self.for_channel()
         if credentials is None:
             return grpc.aio.insecure_channel(target, options=options)

@@ -1,0 +1,50 @@
+"""The trainer's flags become the credentials of its clients: what is shown to one port is never shown to the other."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from quartet.client import CredentialsError, Security
+from trainer.ppo_config import EvaluateSettings, PPOSettings
+
+PLACES = "--model m --prompts p.jsonl --output o".split()
+
+
+def test_without_flags_everything_is_plain_text():
+    settings = PPOSettings.from_command_line(PLACES)
+    assert settings.security == settings.admin_security == Security()
+
+
+@pytest.mark.parametrize("kind", [PPOSettings, EvaluateSettings])
+def test_authorities_and_name_carry_over_to_the_admin_port_and_secrets_do_not(kind):
+    flags = "--tls-ca ca --tls-cert c --tls-key k --tls-server-name n --token-file t"
+    settings = kind.from_command_line([*PLACES, *flags.split()])
+    assert settings.security == Security(
+        ca_file=Path("ca"), cert_file=Path("c"), key_file=Path("k"), server_name="n", token_file=Path("t")
+    )
+    assert settings.admin_security == Security(ca_file=Path("ca"), server_name="n")
+    own = "--admin-tls-ca ca2 --admin-tls-cert c2 --admin-tls-key k2 --admin-tls-server-name n2 --admin-token-file t2"
+    settings = kind.from_command_line([*PLACES, *flags.split(), *own.split()])
+    assert settings.admin_security == Security(
+        ca_file=Path("ca2"), cert_file=Path("c2"), key_file=Path("k2"), server_name="n2", token_file=Path("t2")
+    )
+
+
+def test_the_environment_names_them_as_well(monkeypatch):
+    monkeypatch.setenv("QUARTET_TRAIN_PPO_ADMIN_TOKEN_FILE", "/run/secrets/admin")
+    monkeypatch.setenv("QUARTET_TRAIN_PPO_TLS", "true")
+    settings = PPOSettings.from_command_line(PLACES)
+    assert settings.admin_security == Security(tls=True, token_file=Path("/run/secrets/admin"))
+
+
+def test_half_a_certificate_is_refused():
+    settings = PPOSettings.from_command_line([*PLACES, "--tls-ca", "ca", "--tls-cert", "c"])
+    with pytest.raises(CredentialsError, match="cert_file is set without key_file"):
+        _ = settings.security
+
+
+def test_credentials_may_change_when_a_run_goes_on():
+    changed = PPOSettings.from_command_line([*PLACES, "--token-file", "t", "--tls-ca", "ca", "--admin-token-file", "a"])
+    assert changed.decisive == PPOSettings.from_command_line(PLACES).decisive
