@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from quartet.client import Security
 from quartet.settings import Settings
@@ -30,6 +31,30 @@ class ServiceCredentials(Settings):
         None, description="name in the admin port's certificate; default --tls-server-name"
     )
     admin_token_file: Path | None = Field(None, description="bearer token of weight updates, as --token-file")
+
+    @model_validator(mode="after")
+    def _credentials_fit_together(self) -> Self:
+        """In the words of the flags; ``Security`` would refuse the same in its own."""
+        shared = self.tls or self.tls_ca is not None
+        for prefix, cert, key, name, encrypted in (
+            ("--", self.tls_cert, self.tls_key, self.tls_server_name, shared),
+            (
+                "--admin-",
+                self.admin_tls_cert,
+                self.admin_tls_key,
+                self.admin_tls_server_name,
+                shared or self.admin_tls_ca is not None,
+            ),
+        ):
+            if (cert is None) != (key is None):
+                given, missing = ("cert", "key") if key is None else ("key", "cert")
+                raise ValueError(f"{prefix}tls-{given} is set without {prefix}tls-{missing}: a certificate needs both")
+            if not encrypted and (cert is not None or name is not None):
+                given = "cert" if cert is not None else "server-name"
+                raise ValueError(
+                    f"{prefix}tls-{given} is set without TLS: set {prefix}tls-ca, or --tls for the system's authorities"
+                )
+        return self
 
     @property
     def security(self) -> Security:

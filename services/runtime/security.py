@@ -29,6 +29,7 @@ from services.runtime.errors import (
     ServiceError,
     StartError,
     UnauthenticatedError,
+    status_metadata,
 )
 
 log = structlog.get_logger()
@@ -257,6 +258,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         self.max_calls = max_calls
         self.request_timeout_s = request_timeout_s
         self.calls = 0
+        self.watches = 0
 
     async def intercept_service(
         self,
@@ -265,8 +267,10 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method  # type: ignore[attr-defined]
-        if handler is None or method.startswith(_OPEN):
-            return handler
+        if handler is None:
+            return None
+        if method.startswith(_OPEN):
+            return self._admit_health(handler)
         if self.tokens is not None:
             reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
             if reason is not None:
@@ -279,6 +283,31 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                 )
             )
         return self._admit(handler)
+
+    def _admit_health(self, handler: Any) -> Any:
+        """Checks are short and always answered, whatever else goes on; watches last, and so are counted apart."""
+        if not handler.response_streaming:
+
+            async def check(_: Any, context: Any) -> Any:
+                try:
+                    request = await self._read(context)
+                except ServiceError as error:
+                    await context.abort(error.code, error.message)
+                return await handler.unary_unary(request, context)
+
+            deserialise = _refusing_damage(handler.request_deserializer)
+            return grpc.stream_unary_rpc_method_handler(check, deserialise, handler.response_serializer)
+        if self.watches >= self.max_calls:
+            error = OverloadedError(f"{self.watches} watches of health are open, at most {self.max_calls} are taken")
+            return _refusing(error, inside=False)
+        task = asyncio.current_task()
+        assert task is not None
+        self.watches += 1
+        task.add_done_callback(self._release_watch)
+        return handler
+
+    def _release_watch(self, _: Any) -> None:
+        self.watches -= 1
 
     def _admit(self, handler: Any) -> Any:
         """The handler, its call counted until its task ends, and its request waited for no longer than allowed."""
@@ -339,10 +368,15 @@ def _refusing_damage(deserialise: Callable[[bytes], Any] | None) -> Callable[[by
     return checked
 
 
-def _refusing(error: ServiceError) -> Any:
-    """A handler that reads nothing and refuses. As one of streams, because gRPC reads a single request by itself."""
+def _refusing(error: ServiceError, *, inside: bool = True) -> Any:
+    """A handler that reads nothing and refuses. As one of streams, because gRPC reads a single request by itself.
+
+    ``inside``: CallInterceptor stands around it, and makes the status of the error.
+    """
 
     async def refuse(requests: Any, context: Any) -> Any:
+        if not inside:
+            await context.abort(error.code, error.message, status_metadata(error))
         raise error
 
     return grpc.stream_unary_rpc_method_handler(refuse)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from quartet.client import CredentialsError, Security
+from quartet.client import Security
 from trainer.ppo_config import EvaluateSettings, PPOSettings
 
 PLACES = "--model m --prompts p.jsonl --output o".split()
@@ -39,10 +39,21 @@ def test_the_environment_names_them_as_well(monkeypatch):
     assert settings.admin_security == Security(tls=True, token_file=Path("/run/secrets/admin"))
 
 
-def test_half_a_certificate_is_refused():
-    settings = PPOSettings.from_command_line([*PLACES, "--tls-ca", "ca", "--tls-cert", "c"])
-    with pytest.raises(CredentialsError, match="cert_file is set without key_file"):
-        _ = settings.security
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--tls --tls-cert c", "--tls-cert is set without --tls-key: a certificate needs both"),
+        ("--tls --admin-tls-key k", "--admin-tls-key is set without --admin-tls-cert: a certificate needs both"),
+        ("--tls-cert c --tls-key k", "--tls-cert is set without TLS: set --tls-ca, or --tls for the system's"),
+        ("--tls-server-name n", "--tls-server-name is set without TLS: set --tls-ca, or --tls"),
+        ("--admin-tls-server-name n", "--admin-tls-server-name is set without TLS: set --admin-tls-ca, or --tls"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused_by_name(flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        PPOSettings.from_command_line([*PLACES, *flags.split()])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
 
 
 def test_credentials_may_change_when_a_run_goes_on():

@@ -18,6 +18,9 @@ from structlog.testing import capture_logs
 
 pytest.importorskip("cryptography", reason="no cryptography here to make certificates with")
 
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
 from quartet import token_file
 from quartet.client import CallPolicy, CredentialsError, OverloadedError, RewardClient, ScoreItem, Security
 from quartet.client.channel import pushback_s
@@ -394,6 +397,10 @@ async def open_house():  # type: ignore[no-untyped-def]
         house = House()
         server = grpc.aio.server(interceptors=[CallInterceptor(house.metrics), gate])
         reward_pb2_grpc.add_RewardServiceServicer_to_server(house, server)
+        health = HealthServicer()
+        for name in ("", RewardClient.health_service):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()
         servers.append(server)
@@ -484,6 +491,31 @@ async def test_a_request_that_does_not_arrive_is_given_up_and_one_that_is_no_mes
     asyncio.get_running_loop().call_later(0.6, house.door.set)
     async with RewardClient(address, policy=ONCE) as client:
         assert (await client.score([ITEM])).results[0].score == 1.0
+
+
+async def test_health_is_checked_however_much_is_watched_and_watches_are_bounded(open_house):
+    gate = Gate(tokens=None, max_calls=2, request_timeout_s=0.3)
+    _, address = await open_house(gate)
+    async with grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="")
+        watches = [health.Watch(request) for _ in range(2)]
+        assert [(await watch.read()).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await health.Watch(request).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.details() == "2 watches of health are open, at most 2 are taken"
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        check = "/grpc.health.v1.Health/Check"
+        with pytest.raises(grpc.aio.AioRpcError) as slow:
+            await channel.stream_unary(check)()
+        assert slow.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        with pytest.raises(grpc.aio.AioRpcError) as damaged:
+            await channel.unary_unary(check)(b"\xff")
+        assert damaged.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        watches[0].cancel()
+        await until(lambda: gate.watches == 1)
+        assert (await health.Watch(request).read()).status == health_pb2.HealthCheckResponse.SERVING
 
 
 def test_the_metrics_port_gives_up_on_a_client_that_says_nothing_or_trickles(monkeypatch, capfd):
