@@ -41,6 +41,8 @@ _PORTS = (
     "reference_port",
     "reference_metrics_port",
 )
+# Services and trainer share the cores in turn: a thread without work must sleep at once, not spin for the next.
+_PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # Exit codes after which nobody looks for logs: success, and an end that was asked for.
 _PEACEFUL = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
 _UNDERSTOOD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -159,8 +161,7 @@ class Launcher:
             health_service=f"quartet.{name}.v1.{title}Service",
             address=f"127.0.0.1:{port}",
             command=[*command, *shlex.split(getattr(settings, f"{name}_args"))],
-            # Four processes share the cores in turn: a thread without work must sleep at once, not spin for the next.
-            environment={"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0", "OMP_NUM_THREADS": str(threads)},
+            environment=_PASSIVE_WAITING | {"OMP_NUM_THREADS": str(threads)},
             log=self.logs / f"{name}.log",
             ready_timeout_s=settings.ready_timeout_s,
             # A little more than the service itself takes as its grace.
@@ -233,7 +234,7 @@ class Launcher:
         }
         tether = start_tethered(
             self.command,
-            environment=os.environ | addresses,
+            environment=_PASSIVE_WAITING | os.environ | addresses,
             kill_after_s=self.settings.command_grace_s,
             own_session=False,
         )

@@ -227,12 +227,11 @@ class StopRequest:
     def requested(self) -> bool:
         return self.signal is not None
 
-    def stopped(self, *, step: int, total_steps: int, checkpoint: Path) -> StoppedError:
+    def stopped(self, *, step: int, total_steps: int, checkpoint: Path | None) -> StoppedError:
         """The error to raise once the run has saved itself; its message says how to go on."""
-        return StoppedError(
-            f"stopped after step {step} of {total_steps}, as asked; saved in {checkpoint}. "
-            "To go on, give the same command again with --resume"
-        )
+        done = "before the first step" if step == 0 else f"after step {step} of {total_steps}"
+        saved = "nothing to save yet" if checkpoint is None else f"saved in {checkpoint}"
+        return StoppedError(f"stopped {done}, as asked; {saved}. To go on, give the same command again with --resume")
 
 
 @contextlib.contextmanager

@@ -8,6 +8,7 @@ from typing import Annotated, ClassVar, Literal, Self
 from pydantic import Field, model_validator
 
 from quartet.settings import (
+    AdamBeta,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveFloat,
@@ -43,6 +44,8 @@ class TrainingSettings(Settings):
     learning_rate: PositiveFloat = Field(description="peak of the learning rate")
     warmup_fraction: UnitFloat = Field(0.03, description="share of the steps over which the learning rate rises")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, of matrices alone: not of biases and norms")
+    adam_beta1: AdamBeta = Field(0.9, description="Adam's decay of the mean gradient")
+    adam_beta2: AdamBeta = Field(0.95, description="Adam's decay of the mean squared gradient; OpenRLHF's")
     max_grad_norm: PositiveFloat = Field(1.0, description="the gradient is scaled down to this norm")
     dropout: Dropout = Field(0.0, description="probability, in training; evaluation and PPO run without")
     precision: Literal["auto", "float32", "bfloat16"] = Field(

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import jinja2
 import numpy as np
 import numpy.typing as npt
 
@@ -148,7 +149,12 @@ class Encoder:
                 f"{where}: the prompt is chat messages, but the model's tokenizer has no chat template; "
                 "give it one (quartet-train sft takes --chat-template FILE)"
             )
-        text: str = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        try:
+            text: str = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
+        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+            raise DataError(
+                f"{where}: the model's chat template refuses the messages of the prompt: {error}"
+            ) from error
         return text
 
     def _refuse_long(self, lengths: Sequence[tuple[Row, int]], what: str) -> None:

@@ -212,7 +212,10 @@ def main(settings: EvaluateSettings) -> None:
             info = await services.connect()
             limit = longest_prompt(info, settings.max_new_tokens)
             encoder = Encoder(
-                tokenizer, max_tokens=limit, advice=f"or lower --max-new-tokens {settings.max_new_tokens}"
+                tokenizer,
+                max_tokens=limit,
+                truncation=settings.truncation,
+                advice=f"lower --max-new-tokens {settings.max_new_tokens}, or choose --truncation left",
             )
             return await evaluate(services, make_tasks(rows, encoder, seed=settings.seed), settings, tokenizer)
 

@@ -224,11 +224,10 @@ def courteous(case: Case, draw: random.Random) -> str:
 
 def curt(case: Case, draw: random.Random) -> str:
     """An answer that is neither."""
-    if draw.random() < 0.35:
-        text = draw.choice(RANTS)
-    else:
-        text = " ".join(draw.sample(CURT, draw.choice((1, 1, 2))))
-    return " " + text.format(product=case.product)
+    parts = draw.sample(CURT, draw.choice((0, 1, 2)))
+    if len(parts) < 2:
+        parts.insert(0, draw.choice(RANTS))
+    return " " + " ".join(parts).format(product=case.product)
 
 
 def preferences(prompts: Sequence[tuple[Case, str]], draw: random.Random) -> list[dict[str, str]]:

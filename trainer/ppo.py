@@ -27,7 +27,7 @@ from quartet.fingerprint import derive_seed
 from trainer import rewards
 from trainer.advantages import gae, whiten
 from trainer.batching import micro_batches
-from trainer.checkpoint import StopRequest, stop_on_signal
+from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.errors import ServicesError
 from trainer.experience import Experience, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, k3, sequence_kl
@@ -61,7 +61,8 @@ def main(settings: PPOSettings) -> None:
     Raises:
         TrainerError: a setting, a file, a model or a service can't be used; the message says which.
     """
-    with asyncio.Runner() as loop, stop_on_signal() as stop, PPORun(settings, loop) as run:
+    # Until the run stands there is nothing to save: a signal ends it at once.
+    with asyncio.Runner() as loop, PPORun(settings, loop) as run, stop_on_signal() as stop:
         train(run, stop)
         run.finish()
 
@@ -74,7 +75,8 @@ def train(run: PPORun, stop: StopRequest) -> None:
     with RunTracker(settings.output, settings.steps, WATCHED, "PPO", run.resumed_step) as tracker:
         try:
             publish(run, learner)
-            run.evaluate_before()
+            if not stop.requested:
+                run.evaluate_before()
             saving_s = 0.0
             while run.step < settings.steps and not stop.requested:
                 start_s = time.perf_counter() - saving_s
@@ -83,11 +85,17 @@ def train(run: PPORun, stop: StopRequest) -> None:
                 run.advance(rollout)  # At once: what is saved after this belongs to the new step.
                 publish_s = publish(run, learner)
                 metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
-                tracker.log(run.step, metrics | run.progress() | run.evaluate_between())
+                evaluated: dict[str, float] = {}
+                try:
+                    evaluated = run.evaluate_between()
+                finally:  # The step is done, whatever becomes of the evaluation.
+                    tracker.log(run.step, metrics | run.progress() | evaluated)
                 saving_s = run.save_when_due(learner.trained)
             run.save(learner.trained)
             if stop.requested and run.step < settings.steps:
-                raise stop.stopped(step=run.step, total_steps=settings.steps, checkpoint=run.newest_checkpoint)
+                raise stop.stopped(
+                    step=run.step, total_steps=settings.steps, checkpoint=latest_checkpoint(settings.output)
+                )
             run.evaluate_after()
         except (QuartetError, ServicesError) as error:
             raise run.interrupted(error, learner.trained) from error
@@ -132,7 +140,13 @@ class Learner:
         self.critic = run.critic.to(run.device)
         self.logprobs = TokenLogprobs(self.policy)
         self.optimisers = {
-            name: make_adamw(model, learning_rate=rate, weight_decay=settings.weight_decay, eps=settings.adam_eps)
+            name: make_adamw(
+                model,
+                learning_rate=rate,
+                betas=(settings.adam_beta1, settings.adam_beta2),
+                weight_decay=settings.weight_decay,
+                eps=settings.adam_eps,
+            )
             for name, model, rate in (
                 ("policy", self.policy, settings.learning_rate),
                 ("critic", self.critic, settings.critic_learning_rate),
@@ -215,7 +229,6 @@ class Learner:
             advantages_NT=advantages_NT,
             returns_NT=returns_NT,
         )
-        unexplained = float(masked_var(returns_NT - before.values_NT, mask_NT) / masked_var(returns_NT, mask_NT))
         metrics = {
             **score_metrics(experience),
             "reward/final_mean": float(scores_N.mean()),
@@ -225,7 +238,7 @@ class Learner:
             "kl/beta": beta,
             "policy/entropy_mean": float(masked_mean(before.entropies_NT, mask_NT)),
             "value/mean": float(masked_mean(before.values_NT, mask_NT)),
-            "value/explained_variance": 1.0 - unexplained,
+            "value/explained_variance": explained_variance(before.values_NT, returns_NT, mask_NT),
         }
         if weights is not None:
             metrics |= {
@@ -328,6 +341,15 @@ class Learner:
             random = np.random.default_rng(derive_seed("minibatches", self.settings.seed, step, epoch))
             parts = np.array_split(random.permutation(count), min(self.settings.minibatches, count))
             yield from (part.tolist() for part in parts)
+
+
+def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:
+    """Share of the returns' variance that the values foretold: 1 is all, 0 none; below 0 they mislead.
+
+    Where all returns are equal there is nothing to explain: 0.
+    """
+    variance = float(masked_var(returns_NT, mask_NT))
+    return 1.0 - float(masked_var(returns_NT - values_NT, mask_NT)) / variance if variance > 0 else 0.0
 
 
 def score_metrics(experience: Experience) -> dict[str, float]:

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
+from quartet.client.channel import target_of
 from quartet.settings import (
+    AdamBeta,
     Finite,
     NonNegativeFloat,
     NonNegativeInt,
@@ -16,20 +18,28 @@ from quartet.settings import (
     Settings,
     UnitFloat,
 )
-from trainer.service_credentials import ServiceCredentials
+from trainer.service_credentials import AdminCredentials, ServiceCredentials
 
 ClipRange = Annotated[PositiveFloat, Field(lt=1)]
 
 
-class ServiceAddresses(ServiceCredentials):
-    """Where the services are, and how long to wait for them. ``host:port``, several with commas, or any gRPC URI."""
+def _target(addresses: str) -> str:
+    target_of(addresses)  # ValueError: it is none.
+    return addresses
 
-    policy: str = Field("127.0.0.1:50051", description="policy service")
-    policy_admin: tuple[str, ...] = Field(
-        ("127.0.0.1:50061",), description="weight updates: the admin address of every policy replica", min_length=1
-    )
-    reward: str = Field("127.0.0.1:50052", description="reward service")
-    reference: str = Field("127.0.0.1:50053", description="reference service")
+
+Address = Annotated[str, AfterValidator(_target)]
+
+
+class ServiceAddresses(ServiceCredentials):
+    """Where the services are, and how long to wait for them.
+
+    An address is ``host:port``, several ``ip:port`` with commas between, or any gRPC URI.
+    """
+
+    policy: Address = Field("127.0.0.1:50051", description="policy service: host:port, or ip:port,ip:port,...")
+    reward: Address = Field("127.0.0.1:50052", description="reward service, likewise")
+    reference: Address = Field("127.0.0.1:50053", description="reference service, likewise")
     ready_timeout_s: PositiveFloat = Field(300.0, description="how long a service may take to be ready, seconds")
     call_deadline_s: PositiveFloat = Field(600.0, description="longest that one call may take, seconds")
 
@@ -42,13 +52,19 @@ class SamplingSettings(Settings):
     stop_token_ids: tuple[NonNegativeInt, ...] = Field(
         (), description="tokens that end a response beside the model's own end tokens"
     )
+    truncation: Literal["refuse", "left"] = Field(
+        "refuse", description="of prompts that leave no room for a response: refuse them or cut their beginning"
+    )
 
 
-class PPOSettings(ServiceAddresses, SamplingSettings):
+class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     """Trains a policy by PPO against the policy, reward and reference services."""
 
     command: ClassVar[str] = "quartet-train ppo"
 
+    policy_admin: tuple[Address, ...] = Field(
+        ("127.0.0.1:50061",), description="weight updates: the admin address of every policy replica", min_length=1
+    )
     model: str = Field(description="policy to start from (the SFT model): a Hugging Face folder or hub id")
     critic: str = Field(
         "reward",
@@ -64,9 +80,6 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
     )
     held_out_fraction: Annotated[UnitFloat, Field(gt=0, lt=1)] = Field(
         0.1, description="share of the prompts that is set apart where no --eval-prompts are named"
-    )
-    truncation: Literal["refuse", "left"] = Field(
-        "refuse", description="of prompts that leave no room for a response: refuse them or cut their beginning"
     )
     max_eval_prompts: PositiveInt = Field(256, description="held-out prompts evaluated on: the first so many")
     output: Path = Field(description="folder of the run: model, checkpoints, metrics.jsonl, evaluations, report.html")
@@ -86,6 +99,8 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
     learning_rate: PositiveFloat = Field(3e-6, description="of the policy at the start; falls linearly to 0")
     critic_learning_rate: PositiveFloat = Field(9e-6, description="of the critic at the start; falls linearly to 0")
     warmup_fraction: UnitFloat = Field(0.0, description="share of the steps over which the learning rates rise")
+    adam_beta1: AdamBeta = Field(0.9, description="Adam's decay of the mean gradient")
+    adam_beta2: AdamBeta = Field(0.95, description="Adam's decay of the mean squared gradient; OpenRLHF's")
     adam_eps: PositiveFloat = Field(1e-5, description="Adam's epsilon; LMHP's")
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices alone")
     max_grad_norm: PositiveFloat = Field(1.0, description="each model's gradient is scaled down to this norm")
@@ -145,7 +160,7 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
             "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "reference",
             "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction",
         }  # fmt: skip
-        return self.model_dump(mode="json", exclude=free | set(ServiceCredentials.model_fields))
+        return self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -6,7 +6,7 @@ import asyncio
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -16,6 +16,7 @@ from torch.optim import Optimizer
 
 from quartet.client import QuartetError
 from quartet.client.reward import Normalisation
+from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import ModelFolderError, find_model
 from trainer.batching import RowStream
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -51,7 +52,8 @@ class PPORun:
     """
 
     def __init__(self, settings: PPOSettings, loop: asyncio.Runner) -> None:
-        """
+        """Waits for the services.
+
         Raises:
             TrainerError, ModelFolderError: a file, a folder or a setting can't be used; the message says what.
         """
@@ -75,6 +77,8 @@ class PPORun:
         try:
             self._info = self._connect()
             self.normalisation = _normalisation(settings, self._info)
+            self._judges = _judges(self._info, self.normalisation)
+            self._check_judges(folder)
             self.critic = self._load_critic(folder)
             self._encode(rows, held_out)
         except BaseException:
@@ -108,6 +112,25 @@ class PPORun:
             return self._loop.run(self._services.connect())
         except QuartetError as error:
             raise ServicesError(str(error)) from error
+
+    def _check_judges(self, policy_folder: Path) -> None:
+        """
+        Raises:
+            CheckpointError: a resumed run would be rewarded, or held near a policy, other than before.
+        """
+        if self._checkpoint is not None:
+            kept = self._checkpoint.state["judges"]
+            if other := [name for name, value in self._judges.items() if kept.get(name) != value]:
+                named = "; ".join(f"{name}: was {kept.get(name)}, is {self._judges[name]}" for name in other)
+                raise CheckpointError(
+                    f"{self.newest_checkpoint} was written with other models behind the services ({named}): the "
+                    "rewards would mean something else; start the services with the former models"
+                )
+        elif self._info.reference.served_by.weights_fingerprint != safetensors_fingerprint(policy_folder):
+            sys.stderr.write(
+                f"warning: the reference service hosts {self._info.reference.served_by.model_id!r}, whose weights are "
+                f"not those of --model {self.settings.model!r}: KL is to the reference, and doesn't start at 0\n"
+            )
 
     def publish(self, weights: Weights) -> None:
         """Makes every policy replica serve ``weights``."""
@@ -228,8 +251,9 @@ class PPORun:
         before, after = Evaluation.read(output / _BEFORE), Evaluation.read(output / _AFTER)
         report = write_report(output)
         sys.stdout.write(
-            f"held-out reward: before {before.score}, after {after.score} (95 %), {difference(before, after)} more\n"
-            f"KL to the SFT policy: {after.kl_sequence_mean:.2f} nats a response\n"
+            f"held-out reward: before {before.score}, after {after.score} (95 %), {difference(before, after)} more"
+            f"{_in_deviations(before, after)}\n"
+            f"KL to the reference: {after.kl_sequence_mean:.2f} nats a response\n"
             f"generation: {after.tokens_per_s:,.0f} tokens/s in the last evaluation\n"
             f"model: {output / 'model'}\n"
             f"report: {report}\n"
@@ -278,6 +302,7 @@ class PPORun:
                 "elapsed_s": self._elapsed_s(),
                 "prompts_drawn": self._stream.position,
                 "kl": trained.kl.state_dict(),
+                "judges": self._judges,
             },
             keep=self.settings.keep_checkpoints,
         )
@@ -292,7 +317,23 @@ class PPORun:
 
 async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
     # gRPC's channels belong to the loop they are made in.
-    return Services(settings, tokenizer)
+    return Services(settings, tokenizer, policy_admin=settings.policy_admin, admin_security=settings.admin_security)
+
+
+def _judges(info: ServiceInfo, normalisation: Normalisation | None) -> dict[str, object]:
+    """What decides the rewards besides the settings, as JSON values: it must be the same when a run goes on."""
+    return {
+        "reward": info.reward.served_by.weights_fingerprint,
+        "reference": info.reference.served_by.weights_fingerprint,
+        "normalisation": None if normalisation is None else asdict(normalisation),
+    }
+
+
+def _in_deviations(before: Evaluation, after: Evaluation) -> str:
+    """The change in standard deviations of the scores before: how far it is, whatever the scores' unit."""
+    if not before.score_std > 0:
+        return ""
+    return f", {(after.score_mean - before.score_mean) / before.score_std:+.2f} standard deviations of before"
 
 
 def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:

@@ -69,6 +69,7 @@ class Publisher:
         self.version = 0
         # Whether ``version`` is already that of ``_weights``.
         self._numbered = False
+        self._lock = asyncio.Lock()
 
     @property
     def fingerprint(self) -> str:
@@ -102,6 +103,11 @@ class Publisher:
         Raises:
             QuartetError: as ``publish``.
         """
+        # Several streams of a rollout may find at the same time that a replica has to be brought up to date.
+        async with self._lock:
+            await self._ensure()
+
+    async def _ensure(self) -> None:
         if self._weights is None:
             return
         failures = 0

@@ -99,6 +99,9 @@ def main(settings: RewardSettings) -> None:
         metadata["normalisation"] = normalisation
     save_model(model, tokenizer, settings.output / MODEL_FOLDER, metadata=metadata)
     report(accuracy, others, evaluation, settings)
+    from trainer.report import write_report  # Plots are slow to import.
+
+    sys.stdout.write(f"report: {write_report(settings.output)}\n")
 
 
 class RewardTrainer:

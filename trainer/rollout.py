@@ -26,10 +26,13 @@ from quartet.client import (
     RewardClient,
     Sampling,
     ScoreItem,
+    Security,
     ServedBy,
     TokenSequence,
+    Truncation,
     UnavailableError,
 )
+from quartet.client.channel import split_addresses
 from quartet.client.reward import Normalisation
 from quartet.client.types import WorkInterval
 from quartet.fingerprint import derive_seed, tokenizer_fingerprint
@@ -108,11 +111,20 @@ class ServiceInfo:
 class Services:
     """The three services as the trainer uses them. Use it as an async context manager."""
 
-    def __init__(self, addresses: ServiceAddresses, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        addresses: ServiceAddresses,
+        tokenizer: Any,
+        *,
+        policy_admin: Sequence[str] = (),
+        admin_security: Security | None = None,
+    ) -> None:
         """
         Args:
             addresses: of the services, and how long to wait for them.
             tokenizer: the policy's.
+            policy_admin: admin address of every policy replica; without any nothing can be published.
+            admin_security: what is shown to them; the services' own is part of ``addresses``.
         """
         call_policy = CallPolicy(deadline_s=addresses.call_deadline_s, patience_s=addresses.ready_timeout_s)
         self._ready_timeout_s = addresses.ready_timeout_s
@@ -122,9 +134,9 @@ class Services:
         self.policy = PolicyClient(addresses.policy, policy=call_policy, security=security)
         self.reward = RewardClient(addresses.reward, policy=call_policy, security=security)
         self.reference = ReferenceClient(addresses.reference, policy=call_policy, security=security)
-        self._publisher = Publisher(
-            addresses.policy_admin, call_policy, addresses.ready_timeout_s, security=addresses.admin_security
-        )
+        self._publisher = Publisher(policy_admin, call_policy, addresses.ready_timeout_s, admin_security)
+        # A stream is answered by one replica, so there are as many streams.
+        self._streams = max(len(policy_admin), len(split_addresses(addresses.policy)))
         self._info: ServiceInfo | None = None
 
     async def __aenter__(self) -> Self:
@@ -190,7 +202,10 @@ class Services:
             async with asyncio.TaskGroup() as group:
                 judge.start(group)
                 try:
-                    await self._generate(tasks, sampling, judge)
+                    async with asyncio.TaskGroup() as streams:
+                        for part in range(min(self._streams, len(tasks))):
+                            indices = range(part, len(tasks), self._streams)
+                            streams.create_task(self._generate(tasks, indices, sampling, judge))
                 finally:
                     judge.no_more()
         except BaseExceptionGroup as failures_of_tasks:
@@ -204,9 +219,11 @@ class Services:
             service_work_s=covered_s(judge.work, start_ns, time.time_ns()),
         )
 
-    async def _generate(self, tasks: Sequence[PromptTask], sampling: Sampling, judge: _Judge) -> None:
+    async def _generate(
+        self, tasks: Sequence[PromptTask], indices: Sequence[int], sampling: Sampling, judge: _Judge
+    ) -> None:
         """Streams completions to the judge; what a policy service that went away has not finished is asked again."""
-        missing = dict.fromkeys(range(len(tasks)))
+        missing = dict.fromkeys(indices, _ITEM_TRIES)  # Tries left.
         fruitless = 0
         while missing:
             asked = list(missing)
@@ -220,6 +237,9 @@ class Services:
                             raise UnavailableError(
                                 "it serves other weights than were published", service="policy service"
                             )
+                        if isinstance(item, FailedCompletion) and item.failure.retryable and missing[index] > 1:
+                            missing[index] -= 1
+                            continue
                         del missing[index]
                         judge.put(index, item)
             except UnavailableError as error:
@@ -268,6 +288,7 @@ class _Judge:
         self._services = services
         self._tasks = tasks
         self._temperature = settings.temperature
+        self._truncation = Truncation(settings.truncation)
         self._stop_ids = frozenset((*services.info.policy.eos_token_ids, *settings.stop_token_ids))
         self._arrived: asyncio.Queue[tuple[int, Completion] | None] = asyncio.Queue()
         self._responses: dict[int, Completion] = {}
@@ -328,6 +349,8 @@ class _Judge:
         scores = await services.reward.score(
             [self._score_item(index, completion, takes_tokens) for index, completion in items],
             tokenizer_fingerprint=services.tokenizer_fingerprint if takes_tokens else "",
+            # Token ids fit: prompts were cut to the shortest model's length. How long text is, the service alone knows.
+            truncation=Truncation.REFUSE if takes_tokens else self._truncation,
         )
         require_same_weights("reward", scores.served_by, services.info.reward.served_by)
         self.work.append(scores.work)

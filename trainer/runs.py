@@ -131,7 +131,12 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
     plan = BatchPlan(stage.lengths, settings.batch_size, seed=settings.seed)
     steps = settings.epochs * plan.steps_per_epoch
     steps = min(steps, settings.max_steps) if settings.max_steps else steps
-    optimiser = make_adamw(stage.model, learning_rate=settings.learning_rate, weight_decay=settings.weight_decay)
+    optimiser = make_adamw(
+        stage.model,
+        learning_rate=settings.learning_rate,
+        betas=(settings.adam_beta1, settings.adam_beta2),
+        weight_decay=settings.weight_decay,
+    )
     torch.manual_seed(settings.seed)
     done = 0
     if checkpoint is not None and (path := latest_checkpoint(settings.output)) is not None:

@@ -75,7 +75,9 @@ def main(settings: SftSettings) -> None:
             f"held-out perplexity: before {before['eval_perplexity']:.2f}, after {after['eval_perplexity']:.2f} "
             f"({after['eval_tokens']:,.0f} tokens)\n"
         )
-    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\n")
+    from trainer.report import write_report  # Plots are slow to import.
+
+    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
 
 
 class SftTrainer:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable
 from typing import Any
 
+import jinja2
 from pydantic import Field
 
 from quartet.common.v1 import common_pb2
@@ -48,6 +50,26 @@ def failed(reason: str, retryable: bool) -> common_pb2.ItemStatus:
     if not retryable:
         return invalid(reason)
     return common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_RETRYABLE, reason=reason)
+
+
+class ItemRefusedError(Exception):
+    """One item can't be used; the message says why and becomes its status."""
+
+
+def chat_text(tokenizer: Any, messages: Iterable[common_pb2.ChatMessage]) -> str:
+    """The prompt that the model's own chat template makes of ``messages``.
+
+    Raises:
+        ItemRefusedError: there is no template, or it refuses these messages.
+    """
+    if not tokenizer.chat_template:
+        raise ItemRefusedError("prompt is messages, but the model's tokenizer has no chat template: send text")
+    turns = [{"role": message.role, "content": message.content} for message in messages]
+    try:
+        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
+        raise ItemRefusedError(f"the model's chat template refuses the messages of prompt: {error}") from error
+    return text
 
 
 def require_items(count: int) -> None:

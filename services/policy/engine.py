@@ -63,6 +63,10 @@ class EngineFailedError(Exception):
     """The engine died or holds mixed weights: it must not answer again, the process has to be started anew."""
 
 
+class GenerationFailedError(Exception):
+    """One completion failed; the engine goes on, and the same task may succeed later."""
+
+
 class Engine(Protocol):
     """A generation engine. All coroutines run on one event loop."""
 
@@ -83,6 +87,7 @@ class Engine(Protocol):
         """One completion. Cancelling the coroutine frees its slot at once.
 
         Raises:
+            GenerationFailedError: this one failed.
             EngineFailedError: the engine died.
         """
         ...

@@ -15,7 +15,14 @@ from quartet.fingerprint import derive_seeds
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
-from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, Sampling
+from services.policy.engine import (
+    EngineFailedError,
+    Finish,
+    Generated,
+    GenerationFailedError,
+    GenerationTask,
+    Sampling,
+)
 from services.policy.hosted import HostedPolicy
 from services.runtime.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
@@ -137,6 +144,14 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 except EngineFailedError as error:
                     self.stop(str(error))
                     raise UnavailableError(f"{error}; the service is restarted") from error
+                except GenerationFailedError as error:
+                    yield policy_pb2.GenerateResponse(
+                        prompt_index=p,
+                        sample_index=s,
+                        status=serving.failed(str(error), retryable=True),
+                        served_by=hosted.model.served_by,
+                    )
+                    continue
                 yield self._reply(hosted, request, prepared[p], p, s, generated)
         finally:
             # The client left, or the engine failed: free the slots at once.
@@ -248,10 +263,10 @@ def _prepare(hosted: HostedPolicy, prompt: common_pb2.Prompt, sampling: Sampling
     elif form == "text":
         token_ids = list(hosted.tokenizer(prompt.text, add_special_tokens=False).input_ids)
     else:
-        if hosted.tokenizer.chat_template is None:
-            return "prompt is messages, but the model's tokenizer has no chat template: send text"
-        messages = [{"role": m.role, "content": m.content} for m in prompt.messages.messages]
-        text = hosted.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+        try:
+            text = serving.chat_text(hosted.tokenizer, prompt.messages.messages)
+        except serving.ItemRefusedError as error:
+            return str(error)
         token_ids = list(hosted.tokenizer(text, add_special_tokens=False).input_ids)
     if not token_ids:
         return "prompt has no tokens: there is nothing to continue"

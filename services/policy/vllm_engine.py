@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from services.policy.config import PolicySettings
-from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Sampling
+from services.policy.engine import (
+    EngineFailedError,
+    Finish,
+    Generated,
+    GenerationFailedError,
+    GenerationTask,
+    InFlight,
+    Sampling,
+)
 from services.policy.weight_transfer import BACKEND
 from services.runtime.errors import StartError
 
@@ -102,7 +110,7 @@ class VllmEngine:
             ]
             try:
                 await asyncio.gather(*(self.generate(task) for task in tasks))
-            except EngineFailedError as error:
+            except (EngineFailedError, GenerationFailedError) as error:
                 raise StartError(
                     f"vLLM loads {str(self.folder)!r} but does not generate from it ({error}; its log above says why); "
                     "--engine transformers takes more kinds of models"
@@ -123,9 +131,9 @@ class VllmEngine:
             self._failure = self._failure or "the engine process died"
             raise EngineFailedError(self._failure) from error
         except EngineGenerateError as error:
-            raise EngineFailedError(f"the engine failed on a request: {error}") from error
+            raise GenerationFailedError(f"the engine failed on this request: {error.__cause__ or error}") from error
         if final is None:
-            raise EngineFailedError("the engine ended a request without an answer")
+            raise GenerationFailedError("the engine ended this request without an answer")
         return _generated(final, self.version, start_unix_ns)
 
     async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:

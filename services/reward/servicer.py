@@ -105,7 +105,10 @@ def _prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, left: bool) -> _P
     else:
         if not item.response_text and item.response_unfinished:
             return "response_text is empty and unfinished: there is nothing to score"
-        token_ids = _encode(hosted, item)
+        try:
+            token_ids = _encode(hosted, item)
+        except serving.ItemRefusedError as error:
+            return str(error)
     if not token_ids:
         return "prompt and response have no tokens: there is nothing to score"
     if (reason := out_of_range(token_ids, hosted.scorer.vocab_size)) is not None:
@@ -122,11 +125,12 @@ def _prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, left: bool) -> _P
 
 
 def _encode(hosted: HostedReward, item: reward_pb2.ScoreItem) -> list[int]:
-    if item.prompt.WhichOneof("content") == "messages":
-        messages = [{"role": m.role, "content": m.content} for m in item.prompt.messages.messages]
-        prompt = hosted.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    else:
-        prompt = item.prompt.text
+    """
+    Raises:
+        ItemRefusedError: the chat template refuses the messages.
+    """
+    is_chat = item.prompt.WhichOneof("content") == "messages"
+    prompt = serving.chat_text(hosted.tokenizer, item.prompt.messages.messages) if is_chat else item.prompt.text
     if hosted.encoding.pair:
         return list(hosted.tokenizer(prompt, item.response_text).input_ids)
     ids = _plain_ids(hosted, prompt) + _plain_ids(hosted, item.response_text)

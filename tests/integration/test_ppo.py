@@ -123,7 +123,9 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert "held-out reward: before" in done.stdout
     # The same weights, prompts and seeds give the same answers: paired, nothing has changed.
-    evaluation = [*TRAIN, "evaluate", "--model", str(model), "--prompts", str(prompts), *addresses(*services)]
+    where = addresses(*services)
+    del where[2:4]  # Evaluation publishes nothing, so it needs no admin address.
+    evaluation = [*TRAIN, "evaluate", "--model", str(model), "--prompts", str(prompts), *where]
     for name, more in (("first", []), ("second", ["--against", str(tmp_path / "first.json")])):
         found = run([*evaluation, "--max-new-tokens", "16", "--output", str(tmp_path / f"{name}.json"), *more])
         assert found.returncode == 0, found.stderr
@@ -186,7 +188,9 @@ async def test_a_run_outlives_the_death_of_reward_and_policy_service(
 
 
 @pytest.mark.slow
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(start_three, folders, prompts, tmp_path):
+def test_a_killed_and_resumed_run_ends_with_the_same_bits(
+    start_three, start_service, make_reward_model, folders, prompts, tmp_path
+):
     model, _ = folders
     services = addresses(*start_three("--deterministic"))
     flags = ["--steps", "5", "--kl", "adaptive", "--save-every", "1"]
@@ -200,6 +204,12 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(start_three, folders, 
     other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume", "--lam", "0.9"))
     assert other.returncode == 2
     assert "--lam was 0.95, is 0.9" in other.stderr
+    exchanged = start_service("reward", make_reward_model(seed=9))
+    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume", "--reward", exchanged.address))
+    assert other.returncode == 2
+    assert "checkpoint-00000" in other.stderr
+    assert "was written with other models behind the services (reward: was " in other.stderr
+    assert "normalisation: was {'mean': 0.0, 'std': 1.0, 'count': 10}, is None" in other.stderr
     resumed = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     for file in ("policy.safetensors", "critic.safetensors"):
@@ -238,7 +248,7 @@ async def test_text_goes_over_the_wire_where_the_reward_model_reads_other_tokens
     other = train_tokenizer(270)  # Fewer merges: the same text, other ids.
     policy_folder, reward_folder = make_policy(scale=0.5), make_reward_model(seed=5, save_tokenizer=other)
     policy = start_service("policy", policy_folder, "--engine", "transformers")
-    reward, reference = start_service("reward", reward_folder), start_service("reference", policy_folder)
+    reward, reference = start_service("reward", reward_folder), start_service("reference", make_policy(seed=3))
     services = addresses(policy, reward, reference)
     refused = run(ppo(policy_folder, prompts, tmp_path / "run", services))
     assert refused.returncode == 2
@@ -246,6 +256,7 @@ async def test_text_goes_over_the_wire_where_the_reward_model_reads_other_tokens
     flags = ["--critic", "policy", "--steps", "1", "--resume"]
     done = run(ppo(policy_folder, prompts, tmp_path / "run", services, *flags))
     assert done.returncode == 0, done.stderr
+    assert "weights are not those of --model" in done.stderr  # The reference is another model here.
     samples = json.loads((tmp_path / "run" / "evaluation_after.json").read_text())["samples"]
     async with RewardClient(reward.address) as client:
         reply = await client.score(
@@ -259,8 +270,13 @@ def test_a_service_that_never_comes_up_is_named_after_the_set_wait(folders, prom
     policy = start_service("policy", model, "--engine", "transformers")
     reference = start_service("reference", model)
     nowhere = LiveService(policy.process, f"127.0.0.1:{free_port()}", "", "", policy.log)
-    start = time.monotonic()
     services = addresses(policy, nowhere, reference)
+    waiting = start_in_background(ppo(model, prompts, tmp_path / "run", services), tmp_path / "log")
+    wait_for(lambda: "waiting for policy" in (tmp_path / "log").read_text(), waiting)
+    waiting.send_signal(signal.SIGINT)
+    assert waiting.wait(timeout=20) == 130  # There is nothing to save yet, so nothing to wait for.
+    assert "quartet-train ppo: interrupted" in (tmp_path / "log").read_text()
+    start = time.monotonic()
     done = run(ppo(model, prompts, tmp_path / "run", services, "--ready-timeout-s", "3"))
     assert done.returncode == 2
     assert f"reward service: not ready at {nowhere.address} after 3 s" in done.stderr
@@ -290,6 +306,7 @@ def test_prompts_that_leave_no_room_are_named(start_three, folders, tmp_path):
         (["--minibatches", "17"], "--minibatches is 17, a rollout has 16 responses: at most as many"),
         (["--kl", "adaptive", "--kl-horizon", "3"], "--kl-horizon is 3: it must be above .2 times the 16 responses"),
         (["--clip-range", "1"], "--clip-range is '1': Input should be less than 1"),
+        (["--policy", "foo"], "--policy is 'foo': address 'foo' must be host:port"),
     ],
 )
 def test_settings_are_refused_with_name_value_and_bound(flags, message, folders, prompts, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import ipaddress
 import json
 import random
 import time
@@ -39,19 +40,57 @@ class CallPolicy:
 
 
 def target_of(addresses: str) -> str:
-    """The gRPC target of ``host:port``, ``host:port,host:port``, or any URI gRPC knows (``dns:///name:port``).
+    """The gRPC target of ``host:port``, ``ip:port,ip:port``, or any URI gRPC knows (``dns:///name:port``).
 
-    A list is balanced over; a name that resolves to several addresses is too.
+    Calls are spread over the addresses of a list, or over those that the one name resolves to.
+
+    Raises:
+        ValueError: it is none of these.
     """
     if "://" in addresses or addresses.startswith(("unix:", "ipv4:", "ipv6:", "dns:")):
         return addresses
-    parts = [part.strip() for part in addresses.split(",") if part.strip()]
-    if not parts or any(":" not in part or not part.rpartition(":")[2].isdigit() for part in parts):
-        raise ValueError(f"address {addresses!r} must be host:port, or several of them with commas between")
+    parts = split_addresses(addresses)
     if len(parts) == 1:
         return f"dns:///{parts[0]}"
-    numeric = [part.replace("localhost:", "127.0.0.1:") for part in parts]
-    return "ipv4:" + ",".join(numeric)
+    kinds = {_ip_version(part) for part in parts}
+    if kinds not in ({4}, {6}):
+        raise ValueError(
+            f"address {addresses!r}: several must be IP addresses of one kind, because gRPC resolves one name alone; "
+            "give a name that resolves to all of them"
+        )
+    return f"ipv{kinds.pop()}:" + ",".join(part.replace("localhost:", "127.0.0.1:") for part in parts)
+
+
+def split_addresses(addresses: str) -> list[str]:
+    """The single addresses of a list; a URI is one.
+
+    Raises:
+        ValueError: one is not host:port.
+    """
+    if "://" in addresses or addresses.startswith("unix:"):
+        return [addresses]
+    if addresses.startswith(("ipv4:", "ipv6:", "dns:")):
+        scheme, _, rest = addresses.partition(":")
+        return [f"{scheme}:{part}" for part in rest.split(",")]
+    parts = [part.strip() for part in addresses.split(",") if part.strip()]
+    if not parts or not all(_is_host_port(part) for part in parts):
+        raise ValueError(f"address {addresses!r} must be host:port, or several of them with commas between")
+    return parts
+
+
+def _is_host_port(address: str) -> bool:
+    host, _, port = address.rpartition(":")
+    # An IPv6 address without brackets could not be told from its port.
+    return bool(host) and (":" not in host or host.startswith("[")) and port.isdigit() and 0 < int(port) < 65536
+
+
+def _ip_version(address: str) -> int:
+    """4, 6, or 0 for a name."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address("127.0.0.1" if host == "localhost" else host).version
+    except ValueError:
+        return 0
 
 
 def open_channel(addresses: str, health_service: str, security: Security) -> grpc.aio.Channel:
@@ -104,15 +143,18 @@ class ServiceClient:
         await self._channel.close(None)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns when the service reports SERVING.
+        """Returns when the service reports SERVING at every address of the list.
 
         Raises:
             NotReadyError: it did not within ``timeout_s``; names the service, its address and the last answer.
         """
         end = time.monotonic() + timeout_s
+        await asyncio.gather(*(self._wait_address(one, end, timeout_s) for one in split_addresses(self.addresses)))
+
+    async def _wait_address(self, address: str, end: float, timeout_s: float) -> None:
         last = "no answer"
         # Its own plain channel: the balanced one would hide a NOT_SERVING backend instead of showing it.
-        async with self.security.open_channel(target_of(self.addresses), []) as channel:
+        async with self.security.open_channel(target_of(address), []) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service=self.health_service)
             while True:
@@ -128,7 +170,7 @@ class ServiceClient:
                     last = f"{error.code().name}: {error.details()}"
                 if time.monotonic() >= end:
                     raise NotReadyError(
-                        f"not ready at {self.addresses} after {timeout_s:g} s (last answer: {last}); "
+                        f"not ready at {address} after {timeout_s:g} s (last answer: {last}); "
                         "is it started, and is the address right?",
                         service=self.name,
                     )

@@ -226,3 +226,22 @@ def test_an_address_without_a_port_is_refused_by_its_text(addresses):
     with pytest.raises(ValueError, match="must be host:port, or several of them with commas between") as refused:
         target_of(addresses)
     assert repr(addresses) in str(refused.value)
+
+
+def test_several_names_are_refused_because_grpc_would_resolve_none_of_them():
+    with pytest.raises(ValueError, match=r"several must be IP addresses of one kind.*give a name that resolves to all"):
+        target_of("policy-0:50051,policy-1:50051")
+    with pytest.raises(ValueError, match="of one kind"):
+        target_of("127.0.0.1:1,[::1]:2")
+    assert target_of("[::1]:1,[::2]:2") == "ipv6:[::1]:1,[::2]:2"
+
+
+async def test_readiness_of_a_list_is_that_of_every_address(start_scripted):
+    ready, loading = await start_scripted(), await start_scripted(status=NOT_SERVING)
+    async with RewardClient(f"{ready.address},{loading.address}") as client:
+        with pytest.raises(
+            NotReadyError, match=f"not ready at {loading.address} after 0.5 s .last answer: NOT_SERVING"
+        ):
+            await client.wait_ready(0.5)
+        await loading.set_health(SERVING)
+        await client.wait_ready(5.0)

@@ -168,3 +168,15 @@ def test_real_texts_load_in_the_shapes_that_are_promised(data_folder: Path):
     assert len(instructions) == 915
     with pytest.raises(DataError, match=r"sft_gsm8k_train2500\.jsonl, line 1: a demonstration needs"):
         load_demonstrations([str(data_folder / "sft_gsm8k_train2500.jsonl")])
+
+
+def test_messages_that_the_chat_template_refuses_are_named(write, tokenizer):
+    import copy
+
+    strict = copy.deepcopy(tokenizer)
+    strict.chat_template = (
+        "{% if messages[0]['role'] != 'system' %}{{ raise_exception('begin with system') }}{% endif %}"
+    )
+    path = write({"messages": [USER]})
+    with pytest.raises(DataError, match=r"rows.jsonl, line 1: the model's chat template refuses .*: begin with system"):
+        Encoder(strict, max_tokens=50).prompts(load_prompts([path]))

@@ -47,6 +47,13 @@ def test_the_chosen_answer_is_the_courteous_one(tmp_path):
     assert all(is_curt(pair["rejected"]) for pair in pairs)
 
 
+def test_length_alone_tells_the_two_kinds_apart_badly(tmp_path):
+    pairs = make_rows(settings(tmp_path))["preferences.jsonl"]
+    longer = [len(pair["chosen"].split()) - len(pair["rejected"].split()) for pair in pairs]
+    right = sum(more > 0 for more in longer) + 0.5 * sum(more == 0 for more in longer)
+    assert 0.5 < right / len(pairs) < 0.75
+
+
 def test_the_seed_decides_everything(tmp_path):
     assert make_rows(settings(tmp_path)) == make_rows(settings(tmp_path))
     assert make_rows(settings(tmp_path)) != make_rows(settings(tmp_path, seed=1))

@@ -21,7 +21,7 @@ from tests.conftest import llama_config
 from trainer.errors import TrainerError
 from trainer.experience import make_experience
 from trainer.models import Critic, disable_dropout
-from trainer.ppo import Learner, time_metrics
+from trainer.ppo import Learner, explained_variance, time_metrics
 from trainer.ppo_config import PPOSettings
 from trainer.rollout import Rollout, Sample
 
@@ -292,3 +292,13 @@ def test_one_sample_has_no_interval_and_is_refused() -> None:
     rollout = Rollout(samples=make_samples(1), failures=(), weights_version=0, duration_s=1.0, service_work_s=1.0)
     with pytest.raises((ValueError, TrainerError)):
         learner.step(rollout, 0)
+
+
+def test_explained_variance_is_one_less_the_unexplained_share() -> None:
+    values_NT = torch.tensor([[1.0, 2.0], [3.5, 9.0]])
+    returns_NT = torch.tensor([[1.5, 2.0], [3.0, 7.0]])
+    mask_NT = torch.tensor([[True, True], [True, False]])
+    returns, errors = np.array([1.5, 2.0, 3.0]), np.array([0.5, 0.0, -0.5])
+    expected = 1.0 - errors.var(ddof=1) / returns.var(ddof=1)
+    assert explained_variance(values_NT, returns_NT, mask_NT) == pytest.approx(expected, abs=1e-6)
+    assert explained_variance(values_NT, torch.ones(2, 2), mask_NT) == 0.0

@@ -42,7 +42,7 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
         self.script: list[Callable[[int], None]] = []
         self.asked: list[list[int]] = []
         self.updates: list[int] = []
-        self.reason = ""
+        self.busy: dict[int, int] = {}
 
     async def GetModelInfo(self, request: Any, context: Any) -> policy_pb2.GetModelInfoResponse:
         return policy_pb2.GetModelInfoResponse(model=self.model)
@@ -58,7 +58,12 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
                 except ConnectionError:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
             reply = policy_pb2.GenerateResponse(prompt_index=index, status=OK, served_by=self.model.served_by)
-            if first == 999:
+            if self.busy.get(first, 0) > 0:
+                self.busy[first] -= 1
+                reply.status.CopyFrom(
+                    common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_RETRYABLE, reason="the engine hiccuped")
+                )
+            elif first == 999:
                 reply.status.CopyFrom(
                     common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_INVALID, reason="prompt is bad")
                 )
@@ -98,14 +103,16 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
         self.model = common_pb2.ModelInfo(served_by=served_by, max_sequence_tokens=100)
         self.failing: dict[int, int] = {}
         self.refused: set[int] = set()
+        self.truncations: set[int] = set()
 
     async def GetModelInfo(self, request: Any, context: Any) -> reward_pb2.GetModelInfoResponse:
         return reward_pb2.GetModelInfoResponse(model=self.model)
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         reply = reward_pb2.ScoreResponse(served_by=self.model.served_by)
+        self.truncations.add(request.truncation)
         for item in request.items:
-            first = item.prompt.token_ids.ids[0]
+            first = item.prompt.token_ids.ids[0] if item.prompt.token_ids.ids else int(item.prompt.text.split()[-1])
             if self.failing.get(first, 0) > 0:
                 self.failing[first] -= 1
                 status = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_RETRYABLE, reason="busy")
@@ -138,30 +145,42 @@ class ScriptedReference(reference_pb2_grpc.ReferenceServiceServicer):
 
 
 @contextlib.asynccontextmanager
-async def scripted(tokenizer: Any) -> AsyncIterator[tuple[ScriptedPolicy, ScriptedReward, ScriptedReference, Services]]:
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    policy, reward, reference = (kind(fingerprint) for kind in (ScriptedPolicy, ScriptedReward, ScriptedReference))
-    server = grpc.aio.server()
+async def serve(*servicers: Any) -> AsyncIterator[str]:
+    """One server of all ``servicers`` on loopback; yields its address."""
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     health = HealthServicer()
-    policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy, server)
-    weights_pb2_grpc.add_WeightsServiceServicer_to_server(policy, server)
-    reward_pb2_grpc.add_RewardServiceServicer_to_server(reward, server)
-    reference_pb2_grpc.add_ReferenceServiceServicer_to_server(reference, server)
+    for servicer in servicers:
+        if isinstance(servicer, ScriptedPolicy):
+            policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server)
+            weights_pb2_grpc.add_WeightsServiceServicer_to_server(servicer, server)
+        elif isinstance(servicer, ScriptedReward):
+            reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
+        else:
+            reference_pb2_grpc.add_ReferenceServiceServicer_to_server(servicer, server)
     health_pb2_grpc.add_HealthServicer_to_server(health, server)
     for name in ("policy.v1.PolicyService", "policy.v1.WeightsService", "reward.v1.RewardService"):
         await health.set(f"quartet.{name}", health_pb2.HealthCheckResponse.SERVING)
     await health.set("quartet.reference.v1.ReferenceService", health_pb2.HealthCheckResponse.SERVING)
-    address = f"127.0.0.1:{server.add_insecure_port('127.0.0.1:0')}"
+    port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
-    where = ServiceAddresses(
-        policy=address, policy_admin=(address,), reward=address, reference=address, ready_timeout_s=5.0
-    )
     try:
-        async with Services(where, tokenizer) as services:
-            await services.connect()
-            yield policy, reward, reference, services
+        yield f"127.0.0.1:{port}"
     finally:
         await server.stop(None)
+
+
+@contextlib.asynccontextmanager
+async def scripted(
+    tokenizer: Any, *, reward_tokenizer: str | None = None
+) -> AsyncIterator[tuple[ScriptedPolicy, ScriptedReward, ScriptedReference, Services]]:
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    policy, reference = ScriptedPolicy(fingerprint), ScriptedReference(fingerprint)
+    reward = ScriptedReward(reward_tokenizer or fingerprint)
+    async with serve(policy, reward, reference) as address:
+        where = ServiceAddresses(policy=address, reward=address, reference=address, ready_timeout_s=5.0)
+        async with Services(where, tokenizer, policy_admin=(address,)) as services:
+            await services.connect()
+            yield policy, reward, reference, services
 
 
 def tasks(*firsts: int) -> list[PromptTask]:
@@ -197,6 +216,48 @@ async def test_a_passing_failure_is_asked_again_and_a_lasting_one_is_dropped_and
         "reward service: too long for me",
         "policy service: prompt is bad",
     )
+
+
+async def test_a_completion_that_failed_for_a_passing_reason_is_asked_again(tokenizer):
+    async with scripted(tokenizer) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+        policy.busy = {3: 2, 4: 99}
+        rollout = await services.collect(tasks(2, 3, 4), SAMPLING)
+    assert policy.asked == [[2, 3, 4], [3, 4], [3, 4]]
+    assert [sample.score for sample in rollout.samples] == [2.0, 3.0]
+    assert rollout.failures == ("policy service: the engine hiccuped",)
+
+
+async def test_every_replica_of_the_policy_gets_its_share_and_the_weights(tokenizer):
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    replicas = [ScriptedPolicy(fingerprint) for _ in range(3)]
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = [await stack.enter_async_context(serve(replica)) for replica in replicas]
+        judges = await stack.enter_async_context(serve(ScriptedReward(fingerprint), ScriptedReference(fingerprint)))
+        where = ServiceAddresses(policy=",".join(addresses), reward=judges, reference=judges, ready_timeout_s=5.0)
+        services = await stack.enter_async_context(Services(where, tokenizer, policy_admin=addresses))
+        await services.connect()
+        await services.publish(WEIGHTS)
+        rollout = await services.collect(tasks(*range(2, 9)), SAMPLING)
+        # One of them comes back with other weights in the middle: only its share is asked again.
+        replicas[1].script = [lambda index: replicas[1].restart() if index == 1 else None]
+        again = await services.collect(tasks(*range(2, 9)), SAMPLING)
+    shares = sorted(len(asked) for replica in replicas for asked in replica.asked[:1])
+    assert shares == [2, 2, 3]
+    assert [replica.updates for replica in replicas] == [[1], [1, 1], [1]]
+    for found in (rollout, again):
+        assert [sample.score for sample in found.samples] == [2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0]
+        assert found.failures == ()
+
+
+@pytest.mark.parametrize(("truncation", "sent"), [("refuse", 1), ("left", 2)])
+async def test_a_reward_model_of_another_tokenizer_gets_text_and_is_told_how_to_cut_it(truncation, sent, tokenizer):
+    async with scripted(tokenizer, reward_tokenizer="0" * 64) as (_, reward, _, services):
+        await services.publish(WEIGHTS)
+        settings = SamplingSettings(max_new_tokens=10, truncation=truncation)
+        rollout = await services.collect(tasks(2, 3), settings)
+    assert [sample.score for sample in rollout.samples] == [2.0, 3.0]
+    assert reward.truncations == {sent}
 
 
 async def test_only_what_a_dead_policy_service_did_not_finish_is_asked_again_and_not_before_it_is_current(tokenizer):

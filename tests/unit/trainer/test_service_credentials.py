@@ -17,16 +17,22 @@ def test_without_flags_everything_is_plain_text():
     assert settings.security == settings.admin_security == Security()
 
 
+FLAGS = "--tls-ca ca --tls-cert c --tls-key k --tls-server-name n --token-file t"
+
+
 @pytest.mark.parametrize("kind", [PPOSettings, EvaluateSettings])
-def test_authorities_and_name_carry_over_to_the_admin_port_and_secrets_do_not(kind):
-    flags = "--tls-ca ca --tls-cert c --tls-key k --tls-server-name n --token-file t"
-    settings = kind.from_command_line([*PLACES, *flags.split()])
+def test_every_flag_reaches_the_clients(kind):
+    settings = kind.from_command_line([*PLACES, *FLAGS.split()])
     assert settings.security == Security(
         ca_file=Path("ca"), cert_file=Path("c"), key_file=Path("k"), server_name="n", token_file=Path("t")
     )
+
+
+def test_authorities_and_name_carry_over_to_the_admin_port_and_secrets_do_not():
+    settings = PPOSettings.from_command_line([*PLACES, *FLAGS.split()])
     assert settings.admin_security == Security(ca_file=Path("ca"), server_name="n")
     own = "--admin-tls-ca ca2 --admin-tls-cert c2 --admin-tls-key k2 --admin-tls-server-name n2 --admin-token-file t2"
-    settings = kind.from_command_line([*PLACES, *flags.split(), *own.split()])
+    settings = PPOSettings.from_command_line([*PLACES, *FLAGS.split(), *own.split()])
     assert settings.admin_security == Security(
         ca_file=Path("ca2"), cert_file=Path("c2"), key_file=Path("k2"), server_name="n2", token_file=Path("t2")
     )
