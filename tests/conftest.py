@@ -13,6 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from quartet.client import Security
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
@@ -155,7 +157,7 @@ def free_port() -> int:
 def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # type: ignore[no-untyped-def]
     """start_service("reward", model, "--flag", ...) starts it and waits until it is SERVING.
 
-    On free ports, or on those of ``like``, a service that ended.
+    On free ports, or on those of ``like``, a service that ended; asked with ``security``, where it has TLS.
     """
     from services.runtime.probe import probe
 
@@ -167,7 +169,12 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
     }
 
     def start(
-        name: str, model: Path, *flags: str, timeout_s: float = 120.0, like: LiveService | None = None
+        name: str,
+        model: Path,
+        *flags: str,
+        timeout_s: float = 120.0,
+        like: LiveService | None = None,
+        security: Security | None = None,
     ) -> LiveService:
         port, metrics_port, admin_port = free_port(), free_port(), free_port()
         if like is not None:
@@ -183,7 +190,7 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
         service = LiveService(process, f"127.0.0.1:{port}", f"127.0.0.1:{admin_port}", f"127.0.0.1:{metrics_port}", log)
         started.append(service)
         end = time.monotonic() + timeout_s
-        while probe(service.address, health[name], timeout_s=1.0) != "SERVING":
+        while probe(service.address, health[name], timeout_s=1.0, security=security) != "SERVING":
             if process.poll() is not None or time.monotonic() > end:
                 raise AssertionError(f"{name} is not serving (exit {process.poll()}):\n{log.read_text()[-4000:]}")
             time.sleep(0.2)

@@ -48,7 +48,7 @@ def load_tokenizer(folder: Path) -> Any:
         ModelError: it doesn't load or has no end token.
     """
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"model {str(folder)!r}: its tokenizer does not load: {error}") from error
     if tokenizer.eos_token_id is None:
@@ -129,7 +129,10 @@ def _from_pretrained(auto: Any, folder: Path, **arguments: Any) -> tuple[Any, li
     try:
         # A head that is missing or left over is expected here, and checked by the callers.
         with _quiet_transformers():
-            model, loading = auto.from_pretrained(folder, output_loading_info=True, **arguments)
+            # No code that comes with the model, and no pickles, which are code too.
+            model, loading = auto.from_pretrained(
+                folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **arguments
+            )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"model {str(folder)!r} does not load with {auto.__name__}: {error}") from error
     return model, sorted(loading["missing_keys"])

@@ -18,6 +18,7 @@ from quartet.settings import (
     Settings,
     UnitFloat,
 )
+from trainer.service_credentials import AdminCredentials, ServiceCredentials
 
 ClipRange = Annotated[PositiveFloat, Field(lt=1)]
 
@@ -30,7 +31,7 @@ def _target(addresses: str) -> str:
 Address = Annotated[str, AfterValidator(_target)]
 
 
-class ServiceAddresses(Settings):
+class ServiceAddresses(ServiceCredentials):
     """Where the services are, and how long to wait for them.
 
     An address is ``host:port``, several ``ip:port`` with commas between, or any gRPC URI.
@@ -56,7 +57,7 @@ class SamplingSettings(Settings):
     )
 
 
-class PPOSettings(ServiceAddresses, SamplingSettings):
+class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     """Trains a policy by PPO against the policy, reward and reference services."""
 
     command: ClassVar[str] = "quartet-train ppo"
@@ -159,7 +160,7 @@ class PPOSettings(ServiceAddresses, SamplingSettings):
             "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "reference",
             "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction",
         }  # fmt: skip
-        return self.model_dump(mode="json", exclude=free)
+        return self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

@@ -317,7 +317,7 @@ class PPORun:
 
 async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
     # gRPC's channels belong to the loop they are made in.
-    return Services(settings, tokenizer, policy_admin=settings.policy_admin)
+    return Services(settings, tokenizer, policy_admin=settings.policy_admin, admin_security=settings.admin_security)
 
 
 def _judges(info: ServiceInfo, normalisation: Normalisation | None) -> dict[str, object]:

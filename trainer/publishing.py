@@ -13,6 +13,7 @@ from torch import Tensor
 from quartet.client import (
     CallPolicy,
     PreconditionError,
+    Security,
     ServedBy,
     ServiceFailedError,
     UnavailableError,
@@ -54,9 +55,15 @@ class Weights:
 class Publisher:
     """Keeps every replica at the weights published last, under one version."""
 
-    def __init__(self, addresses: Sequence[str], call_policy: CallPolicy, ready_timeout_s: float) -> None:
-        """``addresses``: admin address of each replica."""
-        self._clients = [WeightsClient(address, policy=call_policy) for address in addresses]
+    def __init__(
+        self,
+        addresses: Sequence[str],
+        call_policy: CallPolicy,
+        ready_timeout_s: float,
+        security: Security | None = None,
+    ) -> None:
+        """``addresses``: admin address of each replica; ``security``: the admin port's."""
+        self._clients = [WeightsClient(address, policy=call_policy, security=security) for address in addresses]
         self._ready_timeout_s = ready_timeout_s
         self._weights: Weights | None = None
         self.version = 0

@@ -26,6 +26,7 @@ from quartet.client import (
     RewardClient,
     Sampling,
     ScoreItem,
+    Security,
     ServedBy,
     TokenSequence,
     Truncation,
@@ -110,21 +111,30 @@ class ServiceInfo:
 class Services:
     """The three services as the trainer uses them. Use it as an async context manager."""
 
-    def __init__(self, addresses: ServiceAddresses, tokenizer: Any, *, policy_admin: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        addresses: ServiceAddresses,
+        tokenizer: Any,
+        *,
+        policy_admin: Sequence[str] = (),
+        admin_security: Security | None = None,
+    ) -> None:
         """
         Args:
             addresses: of the services, and how long to wait for them.
             tokenizer: the policy's.
             policy_admin: admin address of every policy replica; without any nothing can be published.
+            admin_security: what is shown to them; the services' own is part of ``addresses``.
         """
         call_policy = CallPolicy(deadline_s=addresses.call_deadline_s, patience_s=addresses.ready_timeout_s)
         self._ready_timeout_s = addresses.ready_timeout_s
         self.tokenizer = tokenizer
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
-        self.policy = PolicyClient(addresses.policy, policy=call_policy)
-        self.reward = RewardClient(addresses.reward, policy=call_policy)
-        self.reference = ReferenceClient(addresses.reference, policy=call_policy)
-        self._publisher = Publisher(policy_admin, call_policy, addresses.ready_timeout_s)
+        security = addresses.security
+        self.policy = PolicyClient(addresses.policy, policy=call_policy, security=security)
+        self.reward = RewardClient(addresses.reward, policy=call_policy, security=security)
+        self.reference = ReferenceClient(addresses.reference, policy=call_policy, security=security)
+        self._publisher = Publisher(policy_admin, call_policy, addresses.ready_timeout_s, admin_security)
         # A stream is answered by one replica, so there are as many streams.
         self._streams = max(len(policy_admin), len(split_addresses(addresses.policy)))
         self._info: ServiceInfo | None = None

@@ -29,11 +29,17 @@ class Hosting:
 
     device: torch.device
     dtype: torch.dtype
+    trust_remote_code: bool = False
 
     @property
     def engine(self) -> str:
         """For people: what computes, and where."""
         return f"transformers {transformers.__version__} on {self.device.type}"
+
+    @property
+    def loading(self) -> dict[str, Any]:
+        """For ``from_pretrained``: code of the model's own only when asked for, and no pickles, which are code too."""
+        return {"dtype": self.dtype, "trust_remote_code": self.trust_remote_code, "use_safetensors": True}
 
     @property
     def dtype_name(self) -> str:
@@ -47,17 +53,17 @@ def choose_hosting(settings: ServiceSettings) -> Hosting:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     else:
         dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[settings.dtype]
-    return Hosting(device=device, dtype=dtype)
+    return Hosting(device=device, dtype=dtype, trust_remote_code=settings.trust_remote_code)
 
 
-def load_tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path, *, trust_remote_code: bool = False) -> Any:
     """The model's tokenizer.
 
     Raises:
         StartError: it does not load.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder)
+        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=trust_remote_code)
     except (OSError, ValueError, KeyError) as error:
         raise StartError(f"model {str(folder)!r}: its tokenizer does not load: {error}") from error
 

@@ -30,7 +30,7 @@ def main(argv: list[str] | None = None) -> None:
 async def serve(settings: PolicySettings) -> int:
     """Binds, loads, warms up, and serves until told to stop or the engine dies."""
     # Before anything heavy is imported, so that a wrong folder is refused at once.
-    folder = find_model(settings.model, revision=settings.revision)
+    folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     from services.hosting import model as hosting_model
     from services.policy.hosted import HostedPolicy
     from services.policy.servicer import PolicyServicer
@@ -55,6 +55,7 @@ async def serve(settings: PolicySettings) -> int:
                 name="weight updates (--admin-port)",
                 port=settings.admin_port,
                 services=(WEIGHTS_SERVICE,),
+                security=settings.admin_security,
                 add=lambda server: weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server),
             ),
         )
@@ -62,7 +63,9 @@ async def serve(settings: PolicySettings) -> int:
         engine = choose_engine(folder, settings)
         try:
             # First what is quick to load and refuse: a large engine takes minutes.
-            tokenizer = await asyncio.to_thread(hosting_model.load_tokenizer, folder)
+            tokenizer = await asyncio.to_thread(
+                hosting_model.load_tokenizer, folder, trust_remote_code=settings.trust_remote_code
+            )
             layout = read_layout(folder)
             await engine.start()
             model = await asyncio.to_thread(_describe, folder, settings, engine, tokenizer)
@@ -102,7 +105,8 @@ def _describe(folder: Path, settings: PolicySettings, engine: Engine, tokenizer:
 
     from services.hosting import model as hosting_model
 
-    end_tokens = hosting_model.end_tokens(folder, transformers.AutoConfig.from_pretrained(folder), tokenizer)
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=settings.trust_remote_code)
+    end_tokens = hosting_model.end_tokens(folder, config, tokenizer)
     if not end_tokens:
         raise StartError(f"model {str(folder)!r}: neither configuration nor tokenizer names an end token")
     return hosting_model.describe(

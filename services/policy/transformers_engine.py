@@ -126,7 +126,7 @@ class TransformersEngine:
             )
 
     def _read_model(self, folder: Path) -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=self.hosting.dtype)
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, **self.hosting.loading)
         return model.eval().to(self.hosting.device)
 
     async def generate(self, task: GenerationTask) -> Generated:

@@ -81,6 +81,8 @@ class VllmEngine:
         arguments = AsyncEngineArgs(
             model=str(self.folder),
             dtype=dtype,
+            trust_remote_code=settings.trust_remote_code,
+            load_format="safetensors",  # Never pickles, which are code.
             skip_tokenizer_init=True,  # The servicer has the tokenizer; the engine sees token ids alone.
             generation_config="vllm",  # Sampling is what the request says, never a file's defaults.
             logprobs_mode="processed_logprobs",

@@ -22,7 +22,7 @@ def main(argv: list[str] | None = None) -> None:
 async def serve(settings: ReferenceSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     # Before torch is imported, so that a wrong folder is refused at once.
-    folder = find_model(settings.model, revision=settings.revision)
+    folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     from services.reference.servicer import HostedReference, ReferenceServicer
 
     metrics = ServiceMetrics("reference")
@@ -43,7 +43,7 @@ async def serve(settings: ReferenceSettings) -> int:
         if settings.threads:
             torch.set_num_threads(settings.threads)
         hosting = hosting_model.choose_hosting(settings)
-        tokenizer = hosting_model.load_tokenizer(folder)
+        tokenizer = hosting_model.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
         chunk_mib = settings.chunk_mib or (16 if hosting.device.type == "cpu" else 1024)
         reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=chunk_mib * 2**20)
         reference.logprobs([ReferenceItem([0, 0, 0], 1, 1.0, True)])

@@ -76,7 +76,7 @@ class ReferenceModel:
         self.hosting = hosting
         try:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
-                folder, dtype=hosting.dtype, output_loading_info=True
+                folder, output_loading_info=True, **hosting.loading
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise StartError(f"model {str(folder)!r} does not load as a causal language model: {error}") from error

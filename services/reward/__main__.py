@@ -47,7 +47,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
         StartError, ModelFolderError: it cannot be hosted; the message says why.
     """
     # Before torch is imported, so that a wrong folder is refused at once.
-    folder = find_model(settings.model, revision=settings.revision)
+    folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     normalisation = read_normalisation(read_metadata(folder), str(folder))
 
     import torch
@@ -58,7 +58,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     if settings.threads:
         torch.set_num_threads(settings.threads)
     hosting = hosting_model.choose_hosting(settings)
-    tokenizer = hosting_model.load_tokenizer(folder)
+    tokenizer = hosting_model.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     scorer = TransformersScorer(folder, hosting=hosting, tokenizer=tokenizer)
     encoding = scorer.encoding(folder, tokenizer)
     scorer.score([[0, 0], [0]])

@@ -61,7 +61,7 @@ class TransformersScorer:
         self.hosting = hosting
         try:
             model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
-                folder, dtype=hosting.dtype, output_loading_info=True
+                folder, output_loading_info=True, **hosting.loading
             )
         except (OSError, ValueError, KeyError, RuntimeError) as error:
             raise StartError(f"model {str(folder)!r} does not load as a sequence classifier: {error}") from error

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Self
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from quartet.settings import NonNegativeFloat, Port, PositiveInt, Settings
+from quartet.settings import NonNegativeFloat, Port, PositiveFloat, PositiveInt, Settings
+from services.runtime.security import ListenerSecurity
 
 
 class ServiceSettings(Settings):
@@ -26,7 +28,48 @@ class ServiceSettings(Settings):
         False, description="an item's result does not depend on its batch companions, bit for bit; slower"
     )
     max_message_mib: PositiveInt = Field(64, description="largest message accepted or sent, MiB")
+    trust_remote_code: bool = Field(
+        False, description="run Python code that comes with the model; only for models whose authors you trust"
+    )
+    tls_cert: Path | None = Field(
+        None, description="PEM certificate chain; with --tls-key turns TLS on. All these files are read again on change"
+    )
+    tls_key: Path | None = Field(None, description="PEM private key of --tls-cert, without a password")
+    tls_client_ca: Path | None = Field(
+        None, description="PEM authorities: clients must show a certificate of one of them (mTLS)"
+    )
+    token_file: Path | None = Field(
+        None, description="bearer tokens that are accepted, one a line; health checks need none"
+    )
+    health_port: Port | None = Field(
+        None,
+        description="a further gRPC port, of health alone and without TLS: for probes that speak none; 0: a free one",
+    )
+    max_connections: PositiveInt = Field(1024, description="most connections of a listener; more are refused")
+    max_connection_calls: PositiveInt = Field(1024, description="most calls of one connection at a time; more wait")
+    max_calls: PositiveInt = Field(8192, description="most calls of a listener at a time; more are refused")
+    request_timeout_s: PositiveFloat = Field(60.0, description="seconds that a request may take to arrive whole")
+    handshake_timeout_s: PositiveFloat = Field(20.0, description="seconds that a client may take to open a connection")
+    max_connection_age_s: NonNegativeFloat = Field(
+        0.0, description="seconds until clients are asked to connect anew, with rotated certificates; 0: never"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, else one JSON object a line"
     )
+
+    @property
+    def security(self) -> ListenerSecurity:
+        """Credentials of the service's own port."""
+        return ListenerSecurity(
+            tls_cert=self.tls_cert,
+            tls_key=self.tls_key,
+            tls_client_ca=self.tls_client_ca,
+            token_file=self.token_file,
+        )
+
+    @model_validator(mode="after")
+    def _credentials_fit_together(self) -> Self:
+        if problem := self.security.problem():
+            raise ValueError(problem)
+        return self

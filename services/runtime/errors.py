@@ -33,6 +33,12 @@ class FailedPreconditionError(ServiceError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class UnauthenticatedError(ServiceError):
+    """No credentials, or none that are accepted. The message never repeats them."""
+
+    code = grpc.StatusCode.UNAUTHENTICATED
+
+
 class AbortedError(ServiceError):
     """Lost to a concurrent operation of the same kind."""
 

@@ -22,7 +22,7 @@ _LONGEST_REQUEST_ID = 128
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Wraps every handler of ours; health and reflection pass untouched."""
+    """Wraps every handler but those of health, which pass untouched."""
 
     def __init__(self, metrics: ServiceMetrics) -> None:
         self.metrics = metrics
@@ -34,7 +34,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     ) -> Any:
         handler = await continuation(handler_call_details)
         method: str = handler_call_details.method  # type: ignore[attr-defined]
-        if handler is None or method.startswith("/grpc."):
+        if handler is None or method.startswith("/grpc.health."):
             return handler
         metadata: Any = handler_call_details.invocation_metadata or ()  # type: ignore[attr-defined]
         request_id = next((value for key, value in metadata if key == REQUEST_ID), "")

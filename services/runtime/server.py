@@ -7,6 +7,7 @@ model is loaded, health says NOT_SERVING while it loads, and SERVING after the w
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import gc
 import os
 import signal
@@ -27,25 +28,33 @@ from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
 from services.runtime.interceptors import CallInterceptor
+from services.runtime.security import Gate, ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
 from services.runtime.telemetry import ServiceMetrics, configure_logging
 
 log = structlog.get_logger()
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
+_KEEPALIVE_MS = 60_000
+_IDLE_MS = 900_000
+# A scraper sends its request at once.
+_HTTP_TIMEOUT_S = 10.0
 
 
 @dataclass(kw_only=True)
 class Listener:
-    """One gRPC listener: where it binds and what it serves. TLS and credentials will be its fields too.
+    """One gRPC listener: where it binds, what it serves, and to whom.
 
-    ``add`` registers the servicers; ``services`` are their full names, for health and reflection.
+    ``add`` registers the servicers; ``services`` are their full names, for health and reflection; ``security`` is
+    that of the settings where it is None.
     """
 
     name: str
     port: int
     services: tuple[str, ...]
     add: Callable[[grpc.aio.Server], None]
+    security: ListenerSecurity | None = None
     server: grpc.aio.Server | None = field(default=None, init=False)
 
 
@@ -83,31 +92,52 @@ class ServiceRuntime:
         """Binds and starts the listeners, NOT_SERVING.
 
         Raises:
-            StartError: a port is taken or not allowed; names the listener, the address and what to do.
+            StartError: a port is taken or not allowed, or a certificate, key or token file is not usable; names the
+                listener and address or the flag and file, and what to do.
         """
-        options = [
-            # Without this two processes could share a port and split its calls between them.
-            ("grpc.so_reuseport", 0),
-            ("grpc.max_receive_message_length", self.settings.max_message_mib * 2**20),
-            ("grpc.max_send_message_length", self.settings.max_message_mib * 2**20),
-            # Clients' keepalive pings on idle links are welcome, not answered with too_many_pings.
-            ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
-            ("grpc.keepalive_permit_without_calls", 1),
-        ]
-        for listener in listeners:
+        if self.settings.health_port is not None:
+            nothing = ListenerSecurity()
+            health = Listener(
+                name="health (--health-port)",
+                port=self.settings.health_port,
+                services=(),
+                add=lambda server: None,
+                security=nothing,
+            )
+            listeners = (*listeners, health)
+        # All files first: none of them is refused while another listener is open already.
+        guards = [_guard(listener.security or self.settings.security) for listener in listeners]
+        for listener, (certificate, tokens) in zip(listeners, guards, strict=True):
             _require_free(self.settings.host, listener)
-            server = grpc.aio.server(interceptors=[CallInterceptor(self.metrics)], options=options)
+            gate = Gate(
+                tokens=tokens,
+                max_calls=self.settings.max_calls,
+                request_timeout_s=self.settings.request_timeout_s,
+            )
+            server = grpc.aio.server(
+                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings)
+            )
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
-            if self.settings.reflection:
+            if self.settings.reflection and listener.services:
                 names = (*listener.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
                 reflection.enable_server_reflection(names, server)
+            address = f"{self.settings.host}:{listener.port}"
             try:
-                port = server.add_insecure_port(f"{self.settings.host}:{listener.port}")
+                if certificate is None:
+                    port = server.add_insecure_port(address)
+                else:
+                    port = server.add_secure_port(address, certificate.credentials())
             except RuntimeError as error:
-                raise _cannot_listen(self.settings.host, listener, "the port is taken or not allowed") from error
+                reason = "the port is taken or not allowed"
+                if certificate is not None:
+                    reason += ", or gRPC does not take the kind of key in the certificate (RSA and ECDSA it does)"
+                raise _cannot_listen(self.settings.host, listener, reason) from error
             listener.server, listener.port = server, port
             self.listeners.append(listener)
+            if listener.services:
+                security = listener.security or self.settings.security
+                warn_of_exposure(self.settings.host, port, listener.name, security)
             for service in listener.services:
                 await self.health.set(service, _NOT_SERVING)
             await server.start()
@@ -128,6 +158,7 @@ class ServiceRuntime:
                 f"cannot listen on {self.settings.host}:{self.settings.metrics_port} for metrics: {error.strerror}; "
                 "stop what holds it or choose another --metrics-port"
             ) from error
+        server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
         return int(server.server_port)
 
     async def set_serving(self, serving: bool) -> None:
@@ -161,6 +192,49 @@ class ServiceRuntime:
         listeners, self.listeners = self.listeners, []
         await self.health.enter_graceful_shutdown()
         await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
+
+
+def _guard(security: ListenerSecurity) -> tuple[ServerCertificate | None, TokenCheck | None]:
+    certificate = ServerCertificate(security) if security.encrypted else None
+    if security.token_file is None:
+        return certificate, None
+    return certificate, TokenCheck(security.token_file, f"{security.prefix}token-file")
+
+
+def _channel_options(settings: ServiceSettings) -> list[tuple[str, int]]:
+    options = [
+        # Without this two processes could share a port and split its calls between them.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", settings.max_message_mib * 2**20),
+        ("grpc.max_send_message_length", settings.max_message_mib * 2**20),
+        # Clients' keepalive pings on idle links are welcome, not answered with too_many_pings.
+        ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
+        ("grpc.keepalive_permit_without_calls", 1),
+        # A client that opens a connection and says nothing, or a little now and then, loses it.
+        ("grpc.server_handshake_timeout_ms", int(settings.handshake_timeout_s * 1000)),
+        ("grpc.keepalive_time_ms", _KEEPALIVE_MS),
+        ("grpc.keepalive_timeout_ms", 20_000),
+        ("grpc.max_connection_idle_ms", _IDLE_MS),
+        ("grpc.max_allowed_incoming_connections", settings.max_connections),
+        ("grpc.max_concurrent_streams", settings.max_connection_calls),
+    ]
+    if settings.max_connection_age_s:
+        # What is in flight may finish: the limit is of connections, not of calls.
+        options.append(("grpc.max_connection_age_ms", max(1, int(settings.max_connection_age_s * 1000))))
+    return options
+
+
+def _impatient(handler: Any) -> type:
+    """The HTTP handler, which waits forever for a request, as one that gives up."""
+
+    class Impatient(handler):  # type: ignore[misc]
+        timeout = _HTTP_TIMEOUT_S
+
+        def handle(self) -> None:
+            with contextlib.suppress(TimeoutError, ConnectionError):
+                super().handle()
+
+    return Impatient
 
 
 def _require_free(host: str, listener: Listener) -> None:

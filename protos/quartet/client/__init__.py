@@ -6,6 +6,7 @@ async with RewardClient("127.0.0.1:50052") as reward:
 
 from quartet.client.channel import CallPolicy
 from quartet.client.errors import (
+    CredentialsError,
     DamagedError,
     DeadlineError,
     InvalidInputError,
@@ -29,11 +30,13 @@ from quartet.client.policy import (
 )
 from quartet.client.reference import LogProbs, LogProbsBatch, ReferenceClient, TokenSequence
 from quartet.client.reward import Normalisation, RewardClient, Score, ScoreItem, Scores, Truncation
+from quartet.client.security import Security
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 
 __all__ = [
     "CallPolicy",
     "Completion",
+    "CredentialsError",
     "DamagedError",
     "DeadlineError",
     "FailedCompletion",
@@ -56,6 +59,7 @@ __all__ = [
     "Score",
     "ScoreItem",
     "Scores",
+    "Security",
     "ServedBy",
     "ServiceFailedError",
     "TokenSequence",

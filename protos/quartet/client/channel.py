@@ -17,6 +17,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from quartet.client.errors import NotReadyError, UnavailableError, translate
+from quartet.client.security import Security
 
 T = TypeVar("T")
 
@@ -92,13 +93,13 @@ def _ip_version(address: str) -> int:
         return 0
 
 
-def open_channel(addresses: str, health_service: str) -> grpc.aio.Channel:
+def open_channel(addresses: str, health_service: str, security: Security) -> grpc.aio.Channel:
     """A channel that spreads calls over the replicas that report ``health_service`` as SERVING."""
     service_config = {
         "loadBalancingConfig": [{"round_robin": {}}],
         "healthCheckConfig": {"serviceName": health_service},
     }
-    options = [
+    options: list[tuple[str, object]] = [
         ("grpc.service_config", json.dumps(service_config)),
         ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
         ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
@@ -110,7 +111,7 @@ def open_channel(addresses: str, health_service: str) -> grpc.aio.Channel:
         # Two clients in one process must not share a connection that one of them closes.
         ("grpc.use_local_subchannel_pool", 1),
     ]
-    return grpc.aio.insecure_channel(target_of(addresses), options=options)
+    return security.open_channel(target_of(addresses), options)
 
 
 class ServiceClient:
@@ -119,11 +120,17 @@ class ServiceClient:
     health_service: str
     name: str
 
-    def __init__(self, addresses: str, *, policy: CallPolicy | None = None) -> None:
-        """``addresses``: see :func:`target_of`. Must be made inside a running event loop."""
+    def __init__(self, addresses: str, *, policy: CallPolicy | None = None, security: Security | None = None) -> None:
+        """``addresses``: see :func:`target_of`. Must be made inside a running event loop.
+
+        Raises:
+            CredentialsError: a file of ``security`` cannot be used.
+        """
         self.addresses = addresses
         self.policy = policy or CallPolicy()
-        self._channel = open_channel(addresses, self.health_service)
+        self.security = security or Security()
+        self._credentials = self.security.metadata_source(addresses)
+        self._channel = open_channel(addresses, self.health_service, self.security)
 
     async def __aenter__(self) -> Self:
         return self
@@ -147,13 +154,15 @@ class ServiceClient:
     async def _wait_address(self, address: str, end: float, timeout_s: float) -> None:
         last = "no answer"
         # Its own plain channel: the balanced one would hide a NOT_SERVING backend instead of showing it.
-        async with grpc.aio.insecure_channel(target_of(address)) as channel:
+        async with self.security.open_channel(target_of(address), []) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             request = health_pb2.HealthCheckRequest(service=self.health_service)
             while True:
                 remaining_s = end - time.monotonic()
                 try:
-                    reply = await stub.Check(request, timeout=max(0.05, min(2.0, remaining_s)))
+                    reply = await stub.Check(
+                        request, timeout=max(0.05, min(2.0, remaining_s)), metadata=self._credentials()
+                    )
                     last = health_pb2.HealthCheckResponse.ServingStatus.Name(reply.status)
                     if reply.status == health_pb2.HealthCheckResponse.SERVING:
                         return
@@ -167,6 +176,9 @@ class ServiceClient:
                     )
                 await asyncio.sleep(min(0.2, max(0.0, end - time.monotonic())))
 
+    def _metadata(self, request_id: str) -> tuple[tuple[str, str], ...]:
+        return ((REQUEST_ID, request_id), *self._credentials())
+
     async def _call(self, method: Callable[..., Awaitable[T]], request: Any) -> T:
         """One unary call that is safe to repeat, tried again with backoff while the service is away or overloaded."""
         request_id = new_request_id()
@@ -175,7 +187,7 @@ class ServiceClient:
         while True:
             try:
                 # Not wait_for_ready: that would wait for a service that is away until the deadline of an attempt.
-                return await method(request, timeout=self.policy.deadline_s, metadata=((REQUEST_ID, request_id),))
+                return await method(request, timeout=self.policy.deadline_s, metadata=self._metadata(request_id))
             except grpc.aio.AioRpcError as error:
                 typed = translate(error, self.name, request_id)
                 pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
@@ -190,7 +202,7 @@ class ServiceClient:
         """Metadata of a streaming call; its failures come out typed. Not retried: the caller knows what is missing."""
         request_id = new_request_id()
         try:
-            yield ((REQUEST_ID, request_id),)
+            yield self._metadata(request_id)
         except grpc.aio.AioRpcError as error:
             raise translate(error, self.name, request_id) from error
 

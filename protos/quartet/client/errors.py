@@ -35,6 +35,10 @@ class PreconditionError(QuartetError):
     """The service is not in the state the request needs: another tokenizer, a newer version, an update under way."""
 
 
+class CredentialsError(QuartetError):
+    """The service does not accept the credentials, or they cannot be used here; the message never has a token."""
+
+
 class UnavailableError(QuartetError):
     """The service cannot be reached, or is shutting down; the same call may succeed later."""
 
@@ -64,6 +68,8 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[QuartetError]] = {
     grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
     grpc.StatusCode.NOT_FOUND: InvalidInputError,
     grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
+    grpc.StatusCode.UNAUTHENTICATED: CredentialsError,
+    grpc.StatusCode.PERMISSION_DENIED: CredentialsError,
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.ABORTED: PreconditionError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import tomllib
@@ -19,6 +20,7 @@ from trainer.ppo_config import PPOSettings
 ROOT = Path(__file__).resolve().parents[3]
 OVERLAYS = ["base", "overlays/local", "overlays/gpu"]
 ADMIN_PORT = 50061
+SECURED = {"overlay": "overlays/local", "component": "components/security"}
 
 Document = dict[str, Any]
 
@@ -337,3 +339,51 @@ def test_the_trainer_is_given_services_that_exist_and_folders_that_are_mounted(r
     reference = rendered.environment(workload_of(rendered, "reference"))
     # PPO starts from the weights that the policy service has loaded, and is held near those of the reference.
     assert settings.model == policy["QUARTET_POLICY_MODEL"] == reference["QUARTET_REFERENCE_MODEL"]
+
+
+@pytest.fixture
+def secured(tmp_path: Path) -> Rendered:
+    """The local overlay with the component security, in an overlay as a user would write it."""
+    paths = {name: os.path.relpath(ROOT / "k8s" / path, tmp_path) for name, path in SECURED.items()}
+    (tmp_path / "kustomization.yaml").write_text(
+        "apiVersion: kustomize.config.k8s.io/v1beta1\nkind: Kustomization\n"
+        f"resources: [{paths['overlay']}]\ncomponents: [{paths['component']}]\n"
+    )
+    return render(str(tmp_path))
+
+
+def credentials_of(workload: Document) -> set[str]:
+    """Paths of the files that the container finds under /credentials."""
+    (mount,) = [mount for mount in container_of(workload)["volumeMounts"] if mount["name"] == "credentials"]
+    (volume,) = [volume for volume in pod_of(workload)["volumes"] if volume["name"] == "credentials"]
+    assert mount["readOnly"] is True
+    assert volume["projected"]["defaultMode"] == 0o440
+    sources = [source["secret"] for source in volume["projected"]["sources"]]
+    return {f"{mount['mountPath']}/{item['path']}" for secret in sources for item in secret["items"]}
+
+
+def test_with_security_each_pod_has_the_secrets_that_its_settings_name_and_no_others(secured, services, read_settings):
+    for document in secured.documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    for component, service in services.items():
+        workload = workload_of(secured, component)
+        settings = read_settings(service.settings, secured.environment(workload))
+        named = {settings.tls_cert, settings.tls_key, settings.token_file}
+        if component == "policy":
+            named.add(settings.admin_token_file)
+        assert {str(path) for path in named} == credentials_of(workload)
+    job = workload_of(secured, "trainer")
+    settings = read_settings(PPOSettings, secured.environment(job), container_of(job)["args"][1:])
+    # The key of the services is none of the trainer's business.
+    named = {settings.tls_ca, settings.token_file, settings.admin_token_file}
+    assert {str(path) for path in named} == credentials_of(job)
+    assert settings.admin_security.encrypted
+
+
+def test_with_security_probes_have_a_port_without_tls(secured, services, read_settings):
+    for component, service in services.items():
+        workload = workload_of(secured, component)
+        port = read_settings(service.settings, secured.environment(workload)).health_port
+        assert ports_of(workload)["health"] == port
+        for probe in ("startupProbe", "readinessProbe", "livenessProbe"):
+            assert container_of(workload)[probe]["grpc"]["port"] == port

@@ -9,6 +9,7 @@ from google.rpc import error_details_pb2, status_pb2
 
 from quartet.client import (
     CallPolicy,
+    CredentialsError,
     DamagedError,
     DeadlineError,
     InvalidInputError,
@@ -46,7 +47,8 @@ EXPECTED = {
     grpc.StatusCode.DATA_LOSS: DamagedError,
     grpc.StatusCode.INTERNAL: ServiceFailedError,
     grpc.StatusCode.UNKNOWN: ServiceFailedError,
-    grpc.StatusCode.PERMISSION_DENIED: ServiceFailedError,
+    grpc.StatusCode.PERMISSION_DENIED: CredentialsError,
+    grpc.StatusCode.UNAUTHENTICATED: CredentialsError,
 }
 
 

@@ -67,6 +67,55 @@ def test_a_hub_id_that_cannot_be_had_says_that_neither_folder_nor_hub_has_it(mon
         find_model("nobody/nothing")
 
 
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model.pt", "weights.ckpt"])
+def test_pickled_weights_are_refused_with_the_way_out_and_never_opened(folder, name):
+    (folder / "model.safetensors").unlink()
+    (folder / name).write_bytes(b"")
+    with pytest.raises(ModelFolderError, match=rf"pickled \({name}\), and a pickle runs .* save_pretrained\(folder\)"):
+        find_model(str(folder))
+
+
+@pytest.mark.parametrize("shard", ["../../secret.safetensors", "/etc/passwd", "sub/a.safetensors", "..", "a\\b"])
+def test_an_index_that_leads_out_of_the_folder_is_refused(folder, shard):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors", "b": shard}}))
+    with pytest.raises(ModelFolderError) as refused:
+        find_model(str(folder))
+    assert str(refused.value).endswith(
+        f"model.safetensors.index.json names {shard!r}, which is not a file of the folder"
+    )
+    index.write_text(json.dumps({"weight_map": {"a": "model.safetensors"}}))
+    assert find_model(str(folder)) == folder
+    index.write_text("[]")
+    with pytest.raises(ModelFolderError, match=r"model\.safetensors\.index\.json is no index of weights"):
+        find_model(str(folder))
+
+
+def test_names_and_revisions_that_are_paths_in_disguise_are_refused(folder, monkeypatch):
+    monkeypatch.setattr("quartet.model_folder._download", lambda *_: pytest.fail("asked the hub"))
+    with pytest.raises(ModelFolderError, match="a name has no NUL character"):
+        find_model(f"{folder}\0.safe")
+    for revision in ("../../../refs", "a/../b", "/etc", "", "a b", "~x"):
+        with pytest.raises(ModelFolderError, match="must be a branch, tag or commit"):
+            find_model("someone/model", revision=revision)
+    for revision in ("main", "v1.0", "refs/pr/3", "0123abc"):
+        assert find_model(str(folder), revision=revision) == folder
+
+
+@pytest.mark.parametrize(("with_code", "wanted"), [(False, False), (True, True)])
+def test_code_of_a_hub_model_is_fetched_only_when_asked_for(folder, monkeypatch, with_code, wanted):
+    asked = {}
+
+    def snapshot_download(model, *, revision, allow_patterns):
+        asked["patterns"] = allow_patterns
+        return str(folder)
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", snapshot_download)
+    assert find_model("someone/model", with_code=with_code) == folder
+    assert ("*.py" in asked["patterns"]) is wanted
+    assert not {"*.bin", "*.pt", "*"} & set(asked["patterns"])
+
+
 def test_metadata_is_merged_and_kept_whole(folder):
     assert read_metadata(folder) == {}
     write_metadata(folder, kind="reward", append_eos=True)

@@ -178,6 +178,44 @@ async def test_an_address_that_is_not_ours_is_refused_with_the_reason(start):
     assert "Cannot assign requested address" in said
 
 
+async def test_an_address_open_to_a_network_is_served_with_a_warning(start):
+    service = start("--host", "0.0.0.0", "--health-port", "0")
+    await service.wait_health("SERVING")
+    service.process.terminate()
+    code, said = await service.end()
+    assert code == 0
+    (warning,) = [line for line in said.splitlines() if '"listener_open_to_anyone"' in line]
+    assert '"listener": "the slow service", "host": "0.0.0.0"' in warning
+    assert '"level": "warning"' in warning
+    assert "set --token-file or --tls-client-ca" in warning
+
+
+async def test_more_connections_than_allowed_are_closed_and_silent_ones_make_room(start):
+    service = start("--max-connections", "4", "--handshake-timeout-s", "1.5")
+    await service.wait_health("SERVING")
+    await asyncio.sleep(0.2)  # The probe's connection closes.
+    port = int(service.address.rpartition(":")[2])
+    silent = [socket.create_connection(("127.0.0.1", port), timeout=5) for _ in range(7)]
+
+    def closed(connection: socket.socket, timeout_s: float) -> bool:
+        connection.settimeout(timeout_s)
+        try:
+            while connection.recv(1024):
+                pass
+        except TimeoutError:
+            return False
+        except ConnectionError:
+            return True
+        return True
+
+    assert sum([await asyncio.to_thread(closed, connection, 0.1) for connection in silent]) == 3
+    assert [await asyncio.to_thread(closed, connection, 5.0) for connection in silent] == [True] * 7
+    async with RewardClient(service.address) as client:
+        assert len((await client.score([ITEM])).results) == 1
+    for connection in silent:
+        connection.close()
+
+
 def test_metrics_are_served_over_http(start):
     service = start()
 
@@ -199,13 +237,12 @@ async def test_reflection_is_served_exactly_when_asked_for(start, wanted):
     service = start(*(["--reflection"] if wanted else []))
     await service.wait_health("SERVING")
     async with grpc.aio.insecure_channel(service.address) as channel:
-        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo(
-            iter([reflection_pb2.ServerReflectionRequest(list_services="")])
-        )
+        call = reflection_pb2_grpc.ServerReflectionStub(channel).ServerReflectionInfo()
         if wanted:
+            await call.write(reflection_pb2.ServerReflectionRequest(list_services=""))
             names = {found.name for found in (await call.read()).list_services_response.service}
             assert names == {SERVICE, "grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
-        else:
+        else:  # Not written to: that would race with the refusal, and fail as such.
             with pytest.raises(grpc.aio.AioRpcError) as refused:
                 await call.read()
             assert refused.value.code() is grpc.StatusCode.UNIMPLEMENTED
@@ -221,4 +258,5 @@ def test_the_probe_for_containers_exits_0_exactly_when_serving(start):
     assert done.returncode == 1
     assert done.stdout.startswith("UNAVAILABLE: ")
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
-    assert (done.returncode, done.stderr) == (2, "usage: python -m services.runtime.probe HOST:PORT [SERVICE]\n")
+    assert done.returncode == 2
+    assert "the following arguments are required: HOST:PORT" in done.stderr

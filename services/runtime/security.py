@@ -1,0 +1,382 @@
+"""Who may call, and how much of the service one caller can hold: TLS, bearer tokens, limits.
+
+All files are read at the start, where a wrong one is refused, and again when they change: a certificate or a token is
+rotated by replacing its file. A file that becomes unusable changes nothing and is logged as an error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import hmac
+import ipaddress
+import ssl
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+import grpc
+import structlog
+from google.protobuf.message import DecodeError
+
+from quartet.token_file import Stamp, TokenFile, TokenFileError, stamp_of
+from services.runtime.errors import (
+    DeadlineExceededError,
+    InvalidArgumentError,
+    OverloadedError,
+    ServiceError,
+    StartError,
+    UnauthenticatedError,
+    status_metadata,
+)
+
+log = structlog.get_logger()
+
+# Open to everybody: probes and balancing clients have no credentials, and it tells nothing but readiness.
+_OPEN = "/grpc.health.v1.Health/"
+_SCHEME = "bearer"
+_SHORT_TOKEN = 16
+_RETRY_AFTER_MS = 1000
+
+
+@dataclass(frozen=True, kw_only=True)
+class ListenerSecurity:
+    """Credentials of one listener. Without any it is open to whoever reaches its port.
+
+    ``tls_cert`` (a PEM chain) and ``tls_key`` turn TLS on, ``tls_client_ca`` asks clients for a certificate of one of
+    its authorities, ``token_file`` for a bearer token. ``prefix`` stands before the names of the flags in messages.
+    """
+
+    tls_cert: Path | None = None
+    tls_key: Path | None = None
+    tls_client_ca: Path | None = None
+    token_file: Path | None = None
+    prefix: str = "--"
+
+    def problem(self) -> str | None:
+        """What of these does not go together, None when all does."""
+        if (self.tls_cert is None) != (self.tls_key is None):
+            given, missing = ("cert", "key") if self.tls_key is None else ("key", "cert")
+            return f"{self.prefix}tls-{given} is set without {self.prefix}tls-{missing}: TLS needs both"
+        if self.tls_client_ca is not None and self.tls_cert is None:
+            return f"{self.prefix}tls-client-ca is set without {self.prefix}tls-cert and {self.prefix}tls-key"
+        return None
+
+    @property
+    def encrypted(self) -> bool:
+        return self.tls_cert is not None
+
+    @property
+    def knows_callers(self) -> bool:
+        """Whether a caller must show a token or a certificate."""
+        return self.token_file is not None or self.tls_client_ca is not None
+
+
+def warn_of_exposure(host: str, port: int, listener: str, security: ListenerSecurity) -> None:
+    """Says in the log what is open on an address that is not loopback."""
+    if is_loopback(host):
+        return
+    where = {"listener": listener, "host": host, "port": port}
+    if not security.knows_callers:
+        log.warning(
+            "listener_open_to_anyone",
+            **where,
+            encrypted=security.encrypted,
+            advice=f"whoever reaches the port may call: set {security.prefix}token-file or "
+            f"{security.prefix}tls-client-ca, and {security.prefix}tls-cert with {security.prefix}tls-key",
+        )
+    elif not security.encrypted:
+        log.warning(
+            "tokens_in_clear_text",
+            **where,
+            advice=f"whoever sees the traffic sees the tokens: set {security.prefix}tls-cert and "
+            f"{security.prefix}tls-key",
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether an address to bind reaches this machine alone. A name other than localhost is taken not to."""
+    bare = host.strip("[]")
+    if bare == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(bare).is_loopback
+    except ValueError:
+        return False
+
+
+class ServerCertificate:
+    """The certificate of a listener, and the authorities of its clients; both as their files are now."""
+
+    def __init__(self, security: ListenerSecurity) -> None:
+        """
+        Raises:
+            StartError: a file is missing or not PEM, or the key belongs to another certificate.
+        """
+        assert security.tls_cert is not None
+        assert security.tls_key is not None
+        self.security = security
+        self.cert, self.key, self.client_ca = security.tls_cert, security.tls_key, security.tls_client_ca
+        self._stamp = self._stamp_now()
+        self._first = self._read()
+
+    def credentials(self) -> grpc.ServerCredentials:
+        """For ``add_secure_port``; looks at the files at every handshake."""
+        return grpc.dynamic_ssl_server_credentials(
+            self._first,
+            self._changed,  # type: ignore[arg-type]  # None means no change, which the stubs leave out.
+            require_client_authentication=self.client_ca is not None,
+        )
+
+    def _stamp_now(self) -> Stamp | None:
+        return stamp_of([path for path in (self.cert, self.key, self.client_ca) if path is not None])
+
+    def _changed(self) -> grpc.ServerCertificateConfiguration | None:
+        """The new configuration, None where nothing changed; called by gRPC in a thread of its own, must not raise."""
+        stamp = self._stamp_now()
+        if stamp == self._stamp:
+            return None
+        try:
+            configuration = self._read()
+        except StartError as error:
+            if stamp == self._stamp_now():  # Else it is being replaced: the next handshake sees it whole.
+                self._stamp = stamp
+                log.error("certificate_not_rotated", reason=str(error), serving="the one read before")
+            return None
+        if stamp != self._stamp_now():
+            return None
+        self._stamp = stamp
+        log.info("certificate_rotated", certificate=str(self.cert))
+        return configuration
+
+    def _read(self) -> grpc.ServerCertificateConfiguration:
+        flag = self.security.prefix
+        key = _bytes_of(f"{flag}tls-key", self.key)
+        chain = _bytes_of(f"{flag}tls-cert", self.cert)
+        _require_pair(flag, self.cert, self.key)
+        authorities = None
+        if self.client_ca is not None:
+            authorities = _bytes_of(f"{flag}tls-client-ca", self.client_ca)
+            _require_authorities(f"{flag}tls-client-ca", self.client_ca, authorities)
+        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
+
+
+def _bytes_of(flag: str, path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise StartError(f"{flag} is {str(path)!r}: {error.strerror}") from error
+
+
+def _require_pair(flag: str, cert: Path, key: Path) -> None:
+    """gRPC would refuse a wrong pair as well, but without a word about what is wrong with it."""
+    named = f"{flag}tls-cert is {str(cert)!r}, {flag}tls-key is {str(key)!r}"
+
+    def encrypted() -> NoReturn:
+        raise StartError(
+            f"{flag}tls-key is {str(key)!r}: encrypted; give a key without a password, readable by us alone"
+        )
+
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_verify_locations(cafile=cert)
+    except (ssl.SSLError, OSError) as error:
+        raise StartError(f"{flag}tls-cert is {str(cert)!r}: not a PEM certificate") from error
+    try:
+        context.load_cert_chain(cert, key, password=encrypted)
+    except ssl.SSLError as error:
+        if error.reason == "KEY_VALUES_MISMATCH":
+            raise StartError(f"{named}: the key does not belong to the certificate") from error
+        raise StartError(f"{flag}tls-key is {str(key)!r}: not a PEM private key for {str(cert)!r}") from error
+    except OSError as error:
+        raise StartError(f"{named}: {error.strerror}") from error
+
+
+def _require_authorities(flag: str, path: Path, content: bytes) -> None:
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_verify_locations(cadata=content.decode("ascii"))
+    except (ssl.SSLError, UnicodeDecodeError, ValueError) as error:
+        raise StartError(f"{flag} is {str(path)!r}: no PEM certificates") from error
+
+
+class TokenCheck:
+    """Which bearer tokens are accepted."""
+
+    def __init__(self, path: Path, flag: str) -> None:
+        """
+        Raises:
+            StartError: the file is missing, empty, or not made of tokens.
+        """
+        try:
+            self._file = TokenFile(path, on_problem=lambda problem: log.error("tokens_not_rotated", reason=problem))
+        except TokenFileError as error:
+            raise StartError(f"{flag}: {error}") from error
+        self._of: tuple[str, ...] = ()
+        self._digests: list[bytes] = []
+        if short := sum(len(token) < _SHORT_TOKEN for token in self._file.tokens):
+            log.warning("tokens_short", file=str(path), tokens=short, characters_advised=_SHORT_TOKEN)
+
+    @property
+    def digests(self) -> list[bytes]:
+        """SHA-256 of every token accepted now."""
+        tokens = self._file.tokens
+        if tokens is not self._of:
+            self._of, self._digests = tokens, [_digest(token) for token in tokens]
+        return self._digests
+
+    def refusal(self, metadata: Any) -> str | None:
+        """Why a call with this metadata is refused, None when it is accepted. Never tells what was sent."""
+        sent = [value for key, value in metadata or () if key == "authorization"]
+        if not sent:
+            return "no token: send the metadata authorization: Bearer TOKEN"
+        if len(sent) > 1:
+            return f"{len(sent)} authorization entries in the metadata: send one"
+        scheme, _, token = str(sent[0]).partition(" ")
+        if scheme.lower() != _SCHEME or not token.strip():
+            return "the authorization metadata is not of the form: Bearer TOKEN"
+        digest = _digest(token.strip())
+        # Against all of them, whichever fits: the time says nothing about where a token differs.
+        fits = [hmac.compare_digest(digest, known) for known in self.digests]
+        return None if any(fits) else "the token is not accepted: it is wrong, or has been replaced"
+
+
+def _digest(token: str) -> bytes:
+    return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
+
+
+class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
+    """Stands before every call of a listener but health: the token, room for one more call, a request in time.
+
+    A refused call costs no memory: its request is not read. It stands inside CallInterceptor, which counts and logs
+    what it raises.
+    """
+
+    def __init__(self, *, tokens: TokenCheck | None, max_calls: int, request_timeout_s: float) -> None:
+        self.tokens = tokens
+        self.max_calls = max_calls
+        self.request_timeout_s = request_timeout_s
+        self.calls = 0
+        self.watches = 0
+
+    async def intercept_service(
+        self,
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
+        handler_call_details: grpc.HandlerCallDetails,
+    ) -> Any:
+        handler = await continuation(handler_call_details)
+        method: str = handler_call_details.method  # type: ignore[attr-defined]
+        if handler is None:
+            return None
+        if method.startswith(_OPEN):
+            return self._admit_health(handler)
+        if self.tokens is not None:
+            reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
+            if reason is not None:
+                return _refusing(UnauthenticatedError(reason))
+        if self.calls >= self.max_calls:
+            return _refusing(
+                OverloadedError(
+                    f"{self.calls} calls are in hand, at most {self.max_calls} are taken; try again later",
+                    retry_after_ms=_RETRY_AFTER_MS,
+                )
+            )
+        return self._admit(handler)
+
+    def _admit_health(self, handler: Any) -> Any:
+        """Checks are short and always answered, whatever else goes on; watches last, and so are counted apart."""
+        if not handler.response_streaming:
+
+            async def check(_: Any, context: Any) -> Any:
+                try:
+                    request = await self._read(context)
+                except ServiceError as error:
+                    await context.abort(error.code, error.message)
+                return await handler.unary_unary(request, context)
+
+            deserialise = _refusing_damage(handler.request_deserializer)
+            return grpc.stream_unary_rpc_method_handler(check, deserialise, handler.response_serializer)
+        if self.watches >= self.max_calls:
+            error = OverloadedError(f"{self.watches} watches of health are open, at most {self.max_calls} are taken")
+            return _refusing(error, inside=False)
+        task = asyncio.current_task()
+        assert task is not None
+        self.watches += 1
+        task.add_done_callback(self._release_watch)
+        return handler
+
+    def _release_watch(self, _: Any) -> None:
+        self.watches -= 1
+
+    def _admit(self, handler: Any) -> Any:
+        """The handler, its call counted until its task ends, and its request waited for no longer than allowed."""
+        task = asyncio.current_task()
+        assert task is not None
+        self.calls += 1
+        task.add_done_callback(self._release)
+        deserialise = _refusing_damage(handler.request_deserializer)
+        serialise = handler.response_serializer
+        if handler.request_streaming:
+            # What comes when is the servicer's to judge.
+            if handler.response_streaming:
+                return grpc.stream_stream_rpc_method_handler(handler.stream_stream, deserialise, serialise)
+            return grpc.stream_unary_rpc_method_handler(handler.stream_unary, deserialise, serialise)
+        # As handlers of a stream of requests: gRPC would wait for a single one by itself, for ever.
+        if handler.response_streaming:
+
+            async def streaming(_: Any, context: Any) -> AsyncIterator[Any]:
+                request = await self._read(context)
+                async with contextlib.aclosing(handler.unary_stream(request, context)) as replies:
+                    async for reply in replies:
+                        yield reply
+
+            return grpc.stream_stream_rpc_method_handler(streaming, deserialise, serialise)
+
+        async def unary(_: Any, context: Any) -> Any:
+            return await handler.unary_unary(await self._read(context), context)
+
+        return grpc.stream_unary_rpc_method_handler(unary, deserialise, serialise)
+
+    def _release(self, _: Any) -> None:
+        self.calls -= 1
+
+    async def _read(self, context: Any) -> Any:
+        try:
+            async with asyncio.timeout(self.request_timeout_s):
+                request = await context.read()
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"the request did not arrive whole within {self.request_timeout_s:g} s"
+            ) from error
+        if request is grpc.aio.EOF:  # type: ignore[attr-defined]
+            raise InvalidArgumentError("the call ended without a request, or with one larger than is accepted")
+        return request
+
+
+def _refusing_damage(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
+    """A deserialiser for which bytes that are no message are the caller's fault."""
+    if deserialise is None:
+        return None
+
+    def checked(content: bytes) -> Any:
+        try:
+            return deserialise(content)
+        except DecodeError as error:
+            raise InvalidArgumentError(f"the request is not a message of its type: {error}") from error
+
+    return checked
+
+
+def _refusing(error: ServiceError, *, inside: bool = True) -> Any:
+    """A handler that reads nothing and refuses. As one of streams, because gRPC reads a single request by itself.
+
+    ``inside``: CallInterceptor stands around it, and makes the status of the error.
+    """
+
+    async def refuse(requests: Any, context: Any) -> Any:
+        if not inside:
+            await context.abort(error.code, error.message, status_metadata(error))
+        raise error
+
+    return grpc.stream_unary_rpc_method_handler(refuse)

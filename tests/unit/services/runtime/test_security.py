@@ -1,0 +1,535 @@
+"""Wrong credentials are refused at the start with flag and file, at a call without a word of the secret."""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import os
+import re
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import grpc
+import pytest
+from structlog.testing import capture_logs
+
+pytest.importorskip("cryptography", reason="no cryptography here to make certificates with")
+
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+from grpc_health.v1._async import HealthServicer
+
+from quartet import token_file
+from quartet.client import CallPolicy, CredentialsError, OverloadedError, RewardClient, ScoreItem, Security
+from quartet.client.channel import pushback_s
+from quartet.common.v1 import common_pb2
+from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
+from quartet.token_file import TokenFile, read_tokens
+from services.policy.config import PolicySettings
+from services.reward.config import RewardSettings
+from services.runtime.errors import StartError
+from services.runtime.interceptors import CallInterceptor
+from services.runtime.security import (
+    Gate,
+    ListenerSecurity,
+    ServerCertificate,
+    TokenCheck,
+    is_loopback,
+    warn_of_exposure,
+)
+from services.runtime.server import ServiceRuntime
+from services.runtime.telemetry import ServiceMetrics
+from tests.certificates import Authority, replace
+
+TOKEN, OTHER, THIRD = "alpha-0123456789abcdef", "beta-0123456789abcdef", "gamma-0123456789abcdef"
+ITEM = ScoreItem(prompt="a", response="b")
+ONCE = CallPolicy(patience_s=0.0)
+SCORE = "/quartet.reward.v1.RewardService/Score"
+AUTHORITY = Authority.make()
+
+
+@pytest.fixture
+def tokens(tmp_path: Path) -> Path:
+    path = tmp_path / "tokens"
+    path.write_text(f"{TOKEN}\n")
+    return path
+
+
+@pytest.fixture
+def looking_always(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_file, "LOOK_EVERY_S", 0.0)
+
+
+# Tokens -----------------------------------------------------------------------------------------------------------
+
+
+def test_tokens_are_the_lines_without_comments_and_spaces_around(tokens):
+    tokens.write_text(f"# of the trainer\n  {TOKEN}  \n\n{OTHER}\r\n")
+    assert read_tokens(tokens) == (TOKEN, OTHER)
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "is empty: write a token into it, for example of `openssl rand -hex 32`"),
+        (b"\n  \n# nothing\n", "is empty: write a token"),
+        (f"{OTHER}\n{TOKEN} and more\n".encode(), "line 2: a token is visible ASCII characters without a space"),
+        ("schlüssel-0123456789".encode(), "line 1: a token is visible ASCII"),
+        (TOKEN.encode() + b"\x00", "line 1: a token is visible ASCII"),
+        (b"x" * 5000, "line 1: 5000 characters long, at most 4096 go with every call"),
+        (b"x" * (1024 * 1024 + 1), "larger than 1048576 bytes, so it holds no tokens"),
+        (None, "No such file or directory"),
+    ],
+)
+def test_a_token_file_that_holds_no_tokens_is_refused_at_the_start_without_its_content(tokens, content, said):
+    tokens.unlink() if content is None else tokens.write_bytes(content)
+    with pytest.raises(StartError) as refused:
+        TokenCheck(tokens, "--token-file")
+    message = str(refused.value)
+    assert message.startswith(f"--token-file: token file '{tokens}'")
+    assert said in message
+    assert TOKEN not in message
+    assert OTHER not in message
+    with pytest.raises(CredentialsError, match=re.escape(said)):
+        Security(token_file=tokens).metadata_source("127.0.0.1:1")
+
+
+def test_a_token_file_is_read_again_when_it_changes_and_not_more_often_than_once_a_second(tokens, monkeypatch):
+    now_s = [1000.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now_s[0])
+    file = TokenFile(tokens, on_problem=pytest.fail)
+    replace(tokens, f"{OTHER}\n{TOKEN}\n".encode())
+    now_s[0] += 0.9
+    assert file.tokens == (TOKEN,)
+    now_s[0] += 0.2
+    assert file.tokens == (OTHER, TOKEN)
+    tokens.write_text(THIRD)  # In place.
+    now_s[0] += 1.1
+    assert file.tokens == (THIRD,)
+
+
+def test_a_token_file_is_followed_through_links_as_mounted_secrets_are(tmp_path, looking_always):
+    for number, token in enumerate((TOKEN, OTHER)):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "tokens").write_text(token)
+    (tmp_path / "now").symlink_to("0")
+    file = TokenFile(tmp_path / "now" / "tokens", on_problem=pytest.fail)
+    assert file.tokens == (TOKEN,)
+    (tmp_path / "next").symlink_to("1")
+    os.replace(tmp_path / "next", tmp_path / "now")
+    assert file.tokens == (OTHER,)
+
+
+def test_an_unusable_file_leaves_the_last_tokens_in_force_and_is_told_once_for_each_state(tokens, looking_always):
+    said: list[str] = []
+    file = TokenFile(tokens, on_problem=said.append)
+    replace(tokens, b"")
+    assert [file.tokens, file.tokens] == [(TOKEN,), (TOKEN,)]
+    tokens.unlink()
+    assert [file.tokens, file.tokens] == [(TOKEN,), (TOKEN,)]
+    assert [("is empty" in line, "No such file" in line) for line in said] == [(True, False), (False, True)]
+    assert all(line.endswith("the tokens read before stay in force") for line in said)
+    tokens.write_text(OTHER)
+    assert file.tokens == (OTHER,)
+
+
+@pytest.mark.parametrize(
+    ("metadata", "said"),
+    [
+        ((("authorization", f"Bearer {TOKEN}"),), None),
+        ((("user-agent", "x"), ("authorization", f"bEARER  {OTHER} ")), None),
+        ((), "no token: send the metadata authorization: Bearer TOKEN"),
+        (None, "no token: send the metadata authorization: Bearer TOKEN"),
+        ((("authorization", THIRD),), "the authorization metadata is not of the form: Bearer TOKEN"),
+        ((("authorization", f"Basic {TOKEN}"),), "the authorization metadata is not of the form: Bearer TOKEN"),
+        ((("authorization", "Bearer "),), "the authorization metadata is not of the form: Bearer TOKEN"),
+        ((("authorization", f"Bearer {THIRD}"),), "the token is not accepted: it is wrong, or has been replaced"),
+        ((("authorization", f"Bearer {TOKEN[:-1]}"),), "the token is not accepted: it is wrong, or has been replaced"),
+        ((("authorization", f"Bearer {TOKEN}x"),), "the token is not accepted: it is wrong, or has been replaced"),
+        (
+            (("authorization", f"Bearer {TOKEN}"), ("authorization", f"Bearer {THIRD}")),
+            "2 authorization entries in the metadata: send one",
+        ),
+    ],
+)
+def test_every_token_of_the_file_is_accepted_and_nothing_else(tokens, metadata, said):
+    tokens.write_text(f"{TOKEN}\n{OTHER}\n")
+    assert TokenCheck(tokens, "--token-file").refusal(metadata) == said
+
+
+def test_a_token_is_compared_in_constant_time_with_all_of_them_whichever_fits(tokens, monkeypatch):
+    tokens.write_text(f"{TOKEN}\n{OTHER}\n{THIRD}\n")
+    check = TokenCheck(tokens, "--token-file")
+    compared: list[tuple[int, int]] = []
+    real = hmac.compare_digest
+
+    def counting(one: bytes, other: bytes) -> bool:
+        compared.append((len(one), len(other)))
+        return real(one, other)
+
+    monkeypatch.setattr(hmac, "compare_digest", counting)
+    assert check.refusal((("authorization", f"Bearer {TOKEN}"),)) is None
+    assert check.refusal((("authorization", "Bearer x"),)) is not None
+    assert compared == [(32, 32)] * 6  # Digests, so that lengths tell nothing either.
+
+
+def test_short_tokens_are_warned_of_without_being_shown(tokens):
+    tokens.write_text(f"{TOKEN}\nhunter2\n")
+    with capture_logs() as events:
+        TokenCheck(tokens, "--token-file")
+    assert [(e["event"], e["log_level"], e["tokens"]) for e in events] == [("tokens_short", "warning", 1)]
+    assert "hunter2" not in str(events)
+
+
+# Certificates -----------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def security(tmp_path: Path) -> ListenerSecurity:
+    cert, key = AUTHORITY.sign("service").write(tmp_path, "service")
+    authority = tmp_path / "clients.crt"
+    authority.write_bytes(AUTHORITY.certificate_pem)
+    return ListenerSecurity(tls_cert=cert, tls_key=key, tls_client_ca=authority)
+
+
+def test_a_whole_set_of_files_is_taken(security):
+    assert isinstance(ServerCertificate(security).credentials(), grpc.ServerCredentials)
+
+
+OTHERS = AUTHORITY.sign("another service")
+DAMAGES: dict[str, tuple[str, bytes | None, str]] = {
+    "no certificate": ("tls_cert", None, "--tls-cert is '{path}': No such file or directory"),
+    "no key": ("tls_key", None, "--tls-key is '{path}': No such file or directory"),
+    "no authorities": ("tls_client_ca", None, "--tls-client-ca is '{path}': No such file or directory"),
+    "an empty certificate": ("tls_cert", b"", "--tls-cert is '{path}': not a PEM certificate"),
+    "a key as certificate": ("tls_cert", OTHERS.key_pem(), "--tls-cert is '{path}': not a PEM certificate"),
+    "a cut certificate": ("tls_cert", OTHERS.certificate_pem[:200], "--tls-cert is '{path}': not a PEM certificate"),
+    "a certificate as key": ("tls_key", OTHERS.certificate_pem, "--tls-key is '{path}': not a PEM private key"),
+    "a cut key": ("tls_key", OTHERS.key_pem()[:100], "--tls-key is '{path}': not a PEM private key"),
+    "another key": ("tls_key", OTHERS.key_pem(), "the key does not belong to the certificate"),
+    "a locked key": ("tls_key", OTHERS.key_pem(b"secret"), "--tls-key is '{path}': encrypted; give a key without"),
+    "authorities that are none": ("tls_client_ca", b"x", "--tls-client-ca is '{path}': no PEM certificates"),
+    "authorities that are a key": ("tls_client_ca", OTHERS.key_pem(), "--tls-client-ca is '{path}': no PEM cert"),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_file_is_refused_with_its_flag_and_name(security, damage):
+    field, content, said = DAMAGES[damage]
+    path: Path = getattr(security, field)
+    path.unlink() if content is None else path.write_bytes(content)
+    with pytest.raises(StartError) as refused:
+        ServerCertificate(security)
+    assert said.format(path=path) in str(refused.value)
+    assert "BEGIN" not in str(refused.value)
+
+
+def test_files_that_change_are_taken_once_and_a_wrong_pair_is_never_taken(security, tmp_path):
+    held = ServerCertificate(security)
+    assert held._changed() is None
+    AUTHORITY.sign("service").write(tmp_path, "service")
+    with capture_logs() as events:
+        assert isinstance(held._changed(), grpc.ServerCertificateConfiguration)
+        assert held._changed() is None
+    assert [e["event"] for e in events] == ["certificate_rotated"]
+    replace(tmp_path / "service.key", OTHERS.key_pem())
+    with capture_logs() as events:
+        assert held._changed() is None
+        assert held._changed() is None
+    assert [(e["event"], e["log_level"]) for e in events] == [("certificate_not_rotated", "error")]
+    assert "does not belong" in events[0]["reason"]
+    (tmp_path / "service.key").unlink()
+    assert held._changed() is None
+    OTHERS.write(tmp_path, "service")
+    assert isinstance(held._changed(), grpc.ServerCertificateConfiguration)
+
+
+# Settings ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("settings", "flags", "said"),
+    [
+        (RewardSettings, "--tls-cert a", "--tls-cert is set without --tls-key: TLS needs both"),
+        (RewardSettings, "--tls-key a", "--tls-key is set without --tls-cert: TLS needs both"),
+        (RewardSettings, "--tls-client-ca a", "--tls-client-ca is set without --tls-cert and --tls-key"),
+        (PolicySettings, "--admin-tls-cert a", "--admin-tls-cert is set without --admin-tls-key: TLS needs both"),
+        (PolicySettings, "--admin-tls-client-ca a", "--admin-tls-client-ca is set without --admin-tls-cert"),
+        (PolicySettings, "--token-file a", "the admin port, which replaces the weights, would not: set --admin-token"),
+        (PolicySettings, "--tls-cert a --tls-key b --tls-client-ca c", "set --admin-token-file or --admin-tls-client"),
+        (PolicySettings, "--token-file a --admin-token-file a", "--token-file and --admin-token-file are both 'a'"),
+        (RewardSettings, "--max-connections 0", "--max-connections is '0': Input should be greater than or equal to 1"),
+        (RewardSettings, "--request-timeout-s 0", "--request-timeout-s is '0': Input should be greater than 0"),
+    ],
+)
+def test_flags_that_do_not_go_together_are_refused(settings, flags, said, capsys):
+    with pytest.raises(SystemExit) as ended:
+        settings.from_command_line(["--model", "m", *flags.split()])
+    assert ended.value.code == 2
+    assert said in capsys.readouterr().err
+
+
+def test_the_admin_port_takes_over_the_certificate_and_never_who_may_call():
+    flags = "--tls-cert a --tls-key b --tls-client-ca c --token-file d --admin-token-file e"
+    settings = PolicySettings.from_command_line(["--model", "m", *flags.split()])
+    assert settings.admin_security == ListenerSecurity(
+        tls_cert=Path("a"), tls_key=Path("b"), token_file=Path("e"), prefix="--admin-"
+    )
+    own = "--admin-tls-cert f --admin-tls-key g --admin-tls-client-ca h"
+    settings = PolicySettings.from_command_line(["--model", "m", *flags.split(), *own.split()])
+    assert settings.admin_security == ListenerSecurity(
+        tls_cert=Path("f"), tls_key=Path("g"), tls_client_ca=Path("h"), token_file=Path("e"), prefix="--admin-"
+    )
+
+
+@pytest.mark.parametrize(
+    ("host", "loopback"),
+    [
+        *[(host, True) for host in ("127.0.0.1", "127.8.8.8", "localhost", "[::1]", "::1")],
+        *[(host, False) for host in ("0.0.0.0", "[::]", "10.0.0.1", "example.org", "")],
+    ],
+)
+def test_loopback_is_told_from_the_rest(host, loopback):
+    assert is_loopback(host) is loopback
+
+
+PEM, TOKENS = Path("x.pem"), Path("tokens")
+TLS = ListenerSecurity(tls_cert=PEM, tls_key=PEM)
+
+
+@pytest.mark.parametrize(
+    ("host", "security", "events"),
+    [
+        ("127.0.0.1", ListenerSecurity(), []),
+        ("127.0.0.1", ListenerSecurity(token_file=TOKENS), []),
+        ("0.0.0.0", ListenerSecurity(), ["listener_open_to_anyone"]),
+        ("0.0.0.0", TLS, ["listener_open_to_anyone"]),
+        ("0.0.0.0", ListenerSecurity(token_file=TOKENS), ["tokens_in_clear_text"]),
+        ("0.0.0.0", ListenerSecurity(tls_cert=PEM, tls_key=PEM, token_file=TOKENS), []),
+        ("0.0.0.0", ListenerSecurity(tls_cert=PEM, tls_key=PEM, tls_client_ca=PEM), []),
+    ],
+)
+def test_what_is_open_to_a_network_is_warned_of(host, security, events):
+    with capture_logs() as logged:
+        warn_of_exposure(host, 50052, "the reward service", security)
+    assert [event["event"] for event in logged] == events
+    assert all(event["log_level"] == "warning" and "--t" in event["advice"] for event in logged)
+
+
+# The client's side ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"tls": True, "cert_file": PEM}, "cert_file is set without key_file"),
+        ({"tls": True, "key_file": PEM}, "key_file is set without cert_file"),
+        ({"cert_file": PEM, "key_file": PEM}, "cert_file is set without TLS: set ca_file, or tls"),
+        ({"server_name": "reward"}, "server_name is set without TLS"),
+        ({"token": TOKEN, "token_file": TOKENS}, "token and token_file are both set"),
+        ({"token": ""}, "token is empty, or has something else than visible ASCII"),
+        ({"token": f"{TOKEN}\n"}, "token is empty, or has something else than visible ASCII"),
+    ],
+)
+def test_client_credentials_that_do_not_go_together_are_refused_without_the_token(fields, said):
+    with pytest.raises(CredentialsError, match=re.escape(said)) as refused:
+        Security(**fields)
+    assert TOKEN not in str(refused.value)
+
+
+async def test_client_files_that_cannot_be_used_are_named(tmp_path):
+    with pytest.raises(CredentialsError, match=r"ca_file is '.*nothing': No such file or directory"):
+        RewardClient("127.0.0.1:1", security=Security(ca_file=tmp_path / "nothing"))
+    (tmp_path / "text").write_text("no certificate")
+    with pytest.raises(CredentialsError, match=r"ca_file is '.*text': not a PEM file"):
+        RewardClient("127.0.0.1:1", security=Security(ca_file=tmp_path / "text"))
+
+
+def test_a_token_is_no_part_of_what_security_looks_like_printed():
+    assert TOKEN not in repr(Security(token=TOKEN))
+
+
+@pytest.mark.parametrize(
+    ("addresses", "warned"),
+    [
+        *[(name, False) for name in ("127.0.0.1:1,localhost:2", "dns:///localhost:1", "[::1]:1", "unix:/tmp/x")],
+        *[(name, True) for name in ("reward:1", "dns:///quartet-reward:1", "127.0.0.1:1,10.0.0.1:1")],
+    ],
+)
+def test_a_token_that_leaves_the_machine_in_clear_text_is_warned_of(addresses, warned, caplog):
+    Security(token=TOKEN).metadata_source(addresses)
+    assert ("clear text" in caplog.text) is warned
+    assert TOKEN not in caplog.text
+    caplog.clear()
+    Security(token=TOKEN, tls=True).metadata_source(addresses)
+    assert caplog.text == ""
+
+
+# The gate ---------------------------------------------------------------------------------------------------------
+
+
+class House(reward_pb2_grpc.RewardServiceServicer):
+    """Scores 1.0 when the door is open."""
+
+    def __init__(self) -> None:
+        self.door = asyncio.Event()
+        self.door.set()
+        self.metrics = ServiceMetrics("test")
+
+    async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
+        await self.door.wait()
+        ok = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
+        return reward_pb2.ScoreResponse(results=[reward_pb2.ScoreResult(status=ok, score=1.0)])
+
+    def counted(self, code: str) -> float:
+        labels = {"method": "Score", "code": code}
+        return self.metrics.registry.get_sample_value("quartet_test_calls_total", labels) or 0.0
+
+
+@pytest.fixture
+async def open_house():  # type: ignore[no-untyped-def]
+    """open_house(gate) serves a house behind it and returns both the house and its address."""
+    servers = []
+
+    async def serve(gate: Gate) -> tuple[House, str]:
+        house = House()
+        server = grpc.aio.server(interceptors=[CallInterceptor(house.metrics), gate])
+        reward_pb2_grpc.add_RewardServiceServicer_to_server(house, server)
+        health = HealthServicer()
+        for name in ("", RewardClient.health_service):
+            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
+        health_pb2_grpc.add_HealthServicer_to_server(health, server)
+        port = server.add_insecure_port("127.0.0.1:0")
+        await server.start()
+        servers.append(server)
+        return house, f"127.0.0.1:{port}"
+
+    yield serve
+    for server in servers:
+        await server.stop(0)
+
+
+async def until(true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end
+        await asyncio.sleep(0.01)
+
+
+async def test_a_refused_token_is_counted_and_logged_and_neither_sent_back_nor_written(open_house, tokens):
+    house, address = await open_house(
+        Gate(tokens=TokenCheck(tokens, "--token-file"), max_calls=8, request_timeout_s=60)
+    )
+    with capture_logs() as events:
+        async with RewardClient(address, policy=ONCE, security=Security(token=OTHER)) as client:
+            with pytest.raises(CredentialsError) as refused:
+                await client.score([ITEM])
+    assert refused.value.code is grpc.StatusCode.UNAUTHENTICATED
+    assert refused.value.message == "the token is not accepted: it is wrong, or has been replaced"
+    assert house.counted("UNAUTHENTICATED") == 1
+    assert [e["code"] for e in events if e["event"] == "call_refused"] == ["UNAUTHENTICATED"]
+    assert not {OTHER, TOKEN} & set(re.findall(r"[\w-]+", str(events)))
+    async with RewardClient(address, policy=ONCE, security=Security(token=TOKEN)) as client:
+        assert (await client.score([ITEM])).results[0].score == 1.0
+
+
+async def test_a_refused_call_is_not_read(open_house, tokens):
+    _, address = await open_house(Gate(tokens=TokenCheck(tokens, "--token-file"), max_calls=8, request_timeout_s=60))
+    async with grpc.aio.insecure_channel(address) as channel:
+        # Bytes that are no message would be refused as such, were they read.
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(SCORE)(b"\xff\xff")
+    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
+
+
+async def test_no_more_calls_are_taken_than_allowed_and_each_makes_room_however_it_ends(open_house):
+    gate = Gate(tokens=None, max_calls=3, request_timeout_s=60)
+    house, address = await open_house(gate)
+    house.door.clear()
+    async with RewardClient(address, policy=ONCE) as client, grpc.aio.insecure_channel(address) as channel:
+        held = [asyncio.create_task(client.score([ITEM])) for _ in range(3)]
+        await until(lambda: gate.calls == 3)
+        with pytest.raises(OverloadedError, match="3 calls are in hand, at most 3 are taken"):
+            await client.score([ITEM])
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(SCORE)(b"")
+        assert pushback_s(refused.value) == 1.0
+        held[0].cancel()  # Gone while it is answered.
+        await until(lambda: gate.calls == 2)
+        endless = channel.stream_unary(SCORE)()  # Gone before it has sent anything.
+        await until(lambda: gate.calls == 3)
+        endless.cancel()
+        await until(lambda: gate.calls == 2)
+        house.door.set()
+        await asyncio.gather(*held[1:])
+        await until(lambda: gate.calls == 0)
+        assert (await client.score([ITEM])).results[0].score == 1.0
+
+
+async def test_a_request_that_does_not_arrive_is_given_up_and_one_that_is_no_message_is_the_callers_fault(open_house):
+    gate = Gate(tokens=None, max_calls=3, request_timeout_s=0.3)
+    house, address = await open_house(gate)
+    async with grpc.aio.insecure_channel(address) as channel:
+        start_s = time.monotonic()
+        with pytest.raises(grpc.aio.AioRpcError) as slow:
+            await channel.stream_unary(SCORE)()  # Opened, and then not a byte.
+        assert 0.25 < time.monotonic() - start_s < 3.0
+        assert slow.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert slow.value.details() == "the request did not arrive whole within 0.3 s"
+        with pytest.raises(grpc.aio.AioRpcError) as empty:
+            await channel.stream_unary(SCORE)(iter(()))
+        assert empty.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        with pytest.raises(grpc.aio.AioRpcError) as damaged:
+            await channel.unary_unary(SCORE)(b"\xff\xff")
+        assert damaged.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        assert "the request is not a message of its type" in (damaged.value.details() or "")
+    assert (house.counted("DEADLINE_EXCEEDED"), house.counted("INVALID_ARGUMENT")) == (1, 2)
+    # The limit is of the request: an answer may take longer.
+    house.door.clear()
+    asyncio.get_running_loop().call_later(0.6, house.door.set)
+    async with RewardClient(address, policy=ONCE) as client:
+        assert (await client.score([ITEM])).results[0].score == 1.0
+
+
+async def test_health_is_checked_however_much_is_watched_and_watches_are_bounded(open_house):
+    gate = Gate(tokens=None, max_calls=2, request_timeout_s=0.3)
+    _, address = await open_house(gate)
+    async with grpc.aio.insecure_channel(address) as channel:
+        health = health_pb2_grpc.HealthStub(channel)
+        request = health_pb2.HealthCheckRequest(service="")
+        watches = [health.Watch(request) for _ in range(2)]
+        assert [(await watch.read()).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await health.Watch(request).read()
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.value.details() == "2 watches of health are open, at most 2 are taken"
+        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
+        check = "/grpc.health.v1.Health/Check"
+        with pytest.raises(grpc.aio.AioRpcError) as slow:
+            await channel.stream_unary(check)()
+        assert slow.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        with pytest.raises(grpc.aio.AioRpcError) as damaged:
+            await channel.unary_unary(check)(b"\xff")
+        assert damaged.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+        watches[0].cancel()
+        await until(lambda: gate.watches == 1)
+        assert (await health.Watch(request).read()).status == health_pb2.HealthCheckResponse.SERVING
+
+
+def test_the_metrics_port_gives_up_on_a_client_that_says_nothing_or_trickles(monkeypatch, capfd):
+    monkeypatch.setattr("services.runtime.server._HTTP_TIMEOUT_S", 0.5)
+    settings = RewardSettings(model="m", metrics_port=0)
+    port = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test")).serve_metrics()
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5) as silent,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as half,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as scraper,
+    ):
+        half.sendall(b"GET /metrics HT")
+        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert scraper.recv(15).startswith(b"HTTP/1.0 200")
+        assert (silent.recv(1), half.recv(1)) == (b"", b"")
+    time.sleep(0.1)
+    assert "Traceback" not in capfd.readouterr().err
