@@ -1,4 +1,7 @@
-"""``make bench``: all measurements of this machine in one run, and whether they are where they should be."""
+"""``make bench``: all measurements of this machine in one run, and whether they are where they should be.
+
+``python -m bench batcher`` measures what the batcher costs, alone and in seconds.
+"""
 
 from __future__ import annotations
 
@@ -6,10 +9,11 @@ import datetime
 import json
 import os
 import platform
+import sys
 from importlib import metadata
 from pathlib import Path
 
-from bench import generation, ppo_overhead
+from bench import batcher, generation, ppo_overhead
 
 OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
 
@@ -17,6 +21,11 @@ OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
 def main() -> None:
     where = machine()
     print("; ".join(f"{name} {value}" for name, value in where.items()))
+    if sys.argv[1:] == ["batcher"]:
+        print("\n".join(("", *batcher.measure(batcher.Load()).lines())))
+        return
+    if sys.argv[1:]:
+        sys.exit(f"bench: unknown measurement {' '.join(sys.argv[1:])!r}: say batcher, or nothing for all")
     asked = generation.Load()
     print(
         f"\ngeneration: {asked.prompts} concurrent requests of {asked.prompt_tokens} + {asked.new_tokens} tokens",

@@ -10,7 +10,7 @@ import jinja2
 from pydantic import Field
 
 from quartet.common.v1 import common_pb2
-from quartet.settings import NonNegativeInt, PositiveInt
+from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveInt
 from services.runtime.batcher import BatchLimits
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
@@ -26,6 +26,12 @@ class ForwardSettings(ServiceSettings):
     max_queued_tokens: PositiveInt = Field(
         4_000_000, description="most tokens waiting; a request that would exceed it is refused whole"
     )
+    max_held_mib: PositiveInt = Field(
+        256, description="most MiB of requests in hand; a request that would exceed it is refused before any work"
+    )
+    max_wait_s: NonNegativeFloat = Field(
+        2.0, description="seconds after which the oldest item waiting begins every second batch, out of turn"
+    )
     threads: NonNegativeInt = Field(0, description="processor threads of the model; 0: as many as torch chooses")
 
     @property
@@ -35,6 +41,8 @@ class ForwardSettings(ServiceSettings):
             max_batch_tokens=self.max_batch_tokens,
             max_batch_items=1 if self.deterministic else self.max_batch_items,
             max_queued_tokens=self.max_queued_tokens,
+            max_held_bytes=self.max_held_mib * 2**20,
+            max_wait_s=self.max_wait_s,
         )
 
 
@@ -102,6 +110,12 @@ class WorkClock:
 
     def stop(self) -> common_pb2.WorkInterval:
         return common_pb2.WorkInterval(start_unix_ns=self.start_unix_ns, end_unix_ns=time.time_ns())
+
+
+def caller(context: Any) -> str:
+    """Whose turns a call takes: one connection is one caller."""
+    peer: str = context.peer()
+    return peer
 
 
 def time_remaining_s(context: Any) -> float | None:

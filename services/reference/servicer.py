@@ -11,6 +11,7 @@ from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
 from services.reference.logprobs import ReferenceItem, ReferenceModel, ReferenceResult
+from services.runtime.admission import Hold
 from services.runtime.batcher import Batcher, ItemError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
@@ -44,6 +45,12 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
 
     async def LogProbs(self, request: reference_pb2.LogProbsRequest, context: Any) -> reference_pb2.LogProbsResponse:
         hosted = self._hosted()
+        with hosted.batcher.hold(request.ByteSize()) as hold:
+            return await self._logprobs(hosted, request, context, hold)
+
+    async def _logprobs(
+        self, hosted: HostedReference, request: reference_pb2.LogProbsRequest, context: Any, hold: Hold
+    ) -> reference_pb2.LogProbsResponse:
         serving.require_items(len(request.items))
         serving.require_same_tokenizer(request.tokenizer_fingerprint, hosted.model.served_by.tokenizer_fingerprint)
         temperature = request.temperature if request.HasField("temperature") else 1.0
@@ -59,6 +66,8 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
                 ready,
                 [len(item.token_ids) for item in ready],
                 time_remaining_s=serving.time_remaining_s(context),
+                caller=serving.caller(context),
+                hold=hold,
             )
         )
         work = clock.stop()

@@ -12,6 +12,7 @@ from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
 from services.reward.scorer import Encoding, Scorer
+from services.runtime.admission import Hold
 from services.runtime.batcher import Batcher, ItemError
 from services.runtime.errors import FailedPreconditionError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
@@ -49,6 +50,12 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
 
     async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
         hosted = self._hosted()
+        with hosted.batcher.hold(request.ByteSize()) as hold:
+            return await self._score(hosted, request, context, hold)
+
+    async def _score(
+        self, hosted: HostedReward, request: reward_pb2.ScoreRequest, context: Any, hold: Hold
+    ) -> reward_pb2.ScoreResponse:
         serving.require_items(len(request.items))
         if any(item.prompt.WhichOneof("content") == "token_ids" for item in request.items):
             serving.require_same_tokenizer(request.tokenizer_fingerprint, hosted.model.served_by.tokenizer_fingerprint)
@@ -65,6 +72,8 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             [item.token_ids for item in ready],
             [len(item.token_ids) for item in ready],
             time_remaining_s=serving.time_remaining_s(context),
+            caller=serving.caller(context),
+            hold=hold,
         )
         work = clock.stop()
         answers = iter(scores)

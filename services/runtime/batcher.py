@@ -1,8 +1,11 @@
 """Forms model batches from whatever waits, with no timer: the next batch forms while the model runs.
 
-One thread owns the model. A batch holds the oldest item and its neighbours in length, up to a budget of padded tokens,
-so that nothing starves and little is padded. A call's items are admitted whole or refused whole, split over batches as
-the budget demands, and joined again in order. What was cancelled or expired is dropped before it reaches the model.
+One thread owns the model. A call's items are admitted whole or refused whole (``admission``), wait in a line that is
+fair between callers and fills batches with neighbours in length (``waiting``), are split over batches as the budget
+demands, and joined again in order. What was cancelled or expired is dropped before it reaches the model.
+
+The thread and the event loop meet under one lock, which either holds only to change the line. The thread never waits
+for the loop beyond that: what a batch has finished goes to the loop in one callback.
 """
 
 from __future__ import annotations
@@ -10,14 +13,17 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import structlog
 
-from services.runtime.errors import DeadlineExceededError, OverloadedError, UnavailableError
+from services.runtime.admission import Admission, Hold
+from services.runtime.errors import DeadlineExceededError, ServiceError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
+from services.runtime.waiting import Call, Entry, WaitingLine
 
 log = structlog.get_logger()
 
@@ -35,32 +41,31 @@ class ItemError:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """Budgets. Tokens count padding in a batch (items x longest), and not in the queue."""
+    """Budgets. Tokens count padding in a batch (items x longest), and not in the queue.
+
+    ``max_held_bytes``: of all requests from arrival to answer. ``max_wait_s``: age from which the oldest item begins
+    every second batch.
+    """
 
     max_batch_tokens: int
     max_batch_items: int
     max_queued_tokens: int
+    max_held_bytes: int = 256 * 2**20
+    max_wait_s: float = 2.0
 
 
 @dataclass(eq=False)
-class _Call(Generic[Result]):
-    """One caller's list, until all of it is answered."""
+class _Request(Generic[Item, Result]):
+    """One caller's list, until all of it is answered. ``results`` is the model thread's alone."""
 
     loop: asyncio.AbstractEventLoop
     future: asyncio.Future[list[Result | ItemError]]
+    items: Sequence[Item]
     results: list[Result | ItemError | None]
-    deadline_s: float | None
-    missing: int
-    cancelled: bool = False
+    missing: int = field(init=False)
 
-
-@dataclass(eq=False)
-class _Entry(Generic[Item, Result]):
-    item: Item
-    tokens: int
-    index: int
-    call: _Call[Result]
-    enqueued_s: float = field(default_factory=time.monotonic)
+    def __post_init__(self) -> None:
+        self.missing = len(self.items)
 
 
 class Batcher(Generic[Item, Result]):
@@ -78,55 +83,87 @@ class Batcher(Generic[Item, Result]):
         metrics: ServiceMetrics,
     ) -> None:
         self._process = process
-        self._limits = limits
         self._metrics = metrics
-        self._waiting: list[_Entry[Item, Result]] = []  # In order of arrival.
-        self._queued_tokens = 0
+        self.admission = Admission(
+            max_queued_tokens=limits.max_queued_tokens, max_held_bytes=limits.max_held_bytes, metrics=metrics
+        )
+        self._line: WaitingLine[_Request[Item, Result]] = WaitingLine(
+            max_batch_tokens=limits.max_batch_tokens,
+            max_batch_items=limits.max_batch_items,
+            max_wait_s=limits.max_wait_s,
+        )
+        self._unanswered: set[_Request[Item, Result]] = set()
         self._changed = threading.Condition()
         self._closed = False
+        # Asked when somebody looks: nothing to keep up to date, and true also while a batch takes long.
+        metrics.queue_tokens.set_function(lambda: self.admission.queued_tokens)
+        metrics.held_bytes.set_function(lambda: self.admission.held_bytes)
+        metrics.queue_items.set_function(lambda: self._line.items)
+        metrics.queue_oldest_seconds.set_function(self._oldest_age_s)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
+    def hold(self, size_bytes: int) -> AbstractContextManager[Hold]:
+        """Admits a request by its size, before any work; to be held until it is answered. See ``Admission.hold``."""
+        return self.admission.hold(size_bytes)
+
     async def submit(
-        self, items: Sequence[Item], tokens: Sequence[int], *, time_remaining_s: float | None = None
+        self,
+        items: Sequence[Item],
+        tokens: Sequence[int],
+        *,
+        time_remaining_s: float | None = None,
+        caller: Hashable | None = None,
+        hold: Hold | None = None,
     ) -> list[Result | ItemError]:
         """Results of ``items``, which have ``tokens`` tokens each, in order. Cancelling drops what has not begun.
 
+        Args:
+            time_remaining_s: after it nobody wants the results; None: ever.
+            caller: calls of one caller share its turns; None: a caller of its own.
+            hold: what ``hold`` gave for the request that these items are of.
+
         Raises:
+            InvalidArgumentError: the list is longer than the whole queue.
             OverloadedError: the queue has no room for all of it; nothing was begun.
             DeadlineExceededError: ``time_remaining_s`` passed while it waited.
             UnavailableError: the service is shutting down.
         """
-        loop = asyncio.get_running_loop()
-        call: _Call[Result] = _Call(
-            loop=loop,
-            future=loop.create_future(),
-            results=[None] * len(items),
-            deadline_s=None if time_remaining_s is None else time.monotonic() + time_remaining_s,
-            missing=len(items),
-        )
+        if len(items) != len(tokens):
+            raise ValueError(f"{len(items)} items, but tokens of {len(tokens)}")
         if not items:
             return []
-        total = sum(tokens)
+        if time_remaining_s is not None and time_remaining_s <= 0:
+            self._metrics.refused.labels("expired").inc()
+            raise DeadlineExceededError("the deadline had passed before the request could wait")
+        loop = asyncio.get_running_loop()
+        request: _Request[Item, Result] = _Request(loop, loop.create_future(), items, [None] * len(items))
+        now_s = time.monotonic()
+        call = Call(
+            request,
+            tokens,
+            arrived_s=now_s,
+            caller=caller,
+            deadline_s=None if time_remaining_s is None else now_s + time_remaining_s,
+        )
         with self._changed:
             if self._closed:
+                self._metrics.refused.labels("closing").inc()
                 raise UnavailableError("the service is shutting down")
-            if self._queued_tokens and self._queued_tokens + total > self._limits.max_queued_tokens:
-                raise OverloadedError(
-                    f"{self._queued_tokens} tokens are waiting, {total} more would exceed "
-                    f"{self._limits.max_queued_tokens}; try again later",
-                    retry_after_ms=500,
-                )
-            self._waiting += [
-                _Entry(item, count, index, call) for index, (item, count) in enumerate(zip(items, tokens, strict=True))
-            ]
-            self._queued_tokens += total
-            self._metrics.queue_tokens.set(self._queued_tokens)
+            self.admission.enqueue(call.waiting_tokens, hold)
+            self._line.add(call)
+            self._unanswered.add(request)
             self._changed.notify()
         try:
-            return await call.future
+            return await request.future
+        except asyncio.CancelledError:
+            self._metrics.refused.labels("cancelled").inc()
+            raise
         finally:
-            call.cancelled = True  # Harmless when done; when cancelled, the thread drops the rest.
+            if call.waiting or request in self._unanswered:
+                with self._changed:
+                    self.admission.leave(self._line.drop(call))
+                    self._unanswered.discard(request)
 
     def close(self) -> None:
         """Refuses new work, answers what waits, and ends the thread."""
@@ -136,85 +173,95 @@ class Batcher(Generic[Item, Result]):
         self._thread.join()
 
     def _run(self) -> None:
-        while True:
+        try:
+            while (batch := self._next_batch()) is not None:
+                if batch:
+                    self._answer(batch, self._results(batch))
+        finally:
+            # Whatever ends the thread, nobody is left waiting for it.
             with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._closed)
-                if not self._waiting:
-                    return
-                batch = self._take()
-            if not batch:
-                continue
-            start_s = time.monotonic()
-            results: Sequence[Result | ItemError]
-            try:
-                results = self._process([entry.item for entry in batch])
-                if len(results) != len(batch):
-                    raise RuntimeError(f"{len(results)} results for {len(batch)} items")
-            except Exception as error:
-                log.error("batch_failed", items=len(batch), exc_info=error)
-                results = [ItemError(f"the model failed: {type(error).__name__}", retryable=True)] * len(batch)
-            self._metrics.batch_seconds.observe(time.monotonic() - start_s)
-            self._metrics.batch_tokens.observe(max(entry.tokens for entry in batch) * len(batch))
-            for entry, result in zip(batch, results, strict=True):
-                self._answer(entry, result)
+                self._closed = True
+                left = list(self._unanswered)
+            if left:
+                log.error("model_thread_ended", calls=len(left), exc_info=True)
+                error = UnavailableError("the model has stopped; try again later")
+                self._settle([(request, error) for request in left])
 
-    def _take(self) -> list[_Entry[Item, Result]]:
-        """Removes the next batch from the queue. Called with the lock held."""
-        now_s = time.monotonic()
-        alive = []
-        for entry in self._waiting:
-            if entry.call.cancelled:
-                self._queued_tokens -= entry.tokens
-            elif entry.call.deadline_s is not None and entry.call.deadline_s < now_s:
-                self._queued_tokens -= entry.tokens
-                self._refuse(entry.call, DeadlineExceededError("the deadline passed while the request waited"))
-            else:
-                alive.append(entry)
-        batch = self._choose(alive)
-        chosen = {id(entry) for entry in batch}
-        self._waiting = [entry for entry in alive if id(entry) not in chosen]
-        self._queued_tokens -= sum(entry.tokens for entry in batch)
-        self._metrics.queue_tokens.set(self._queued_tokens)
-        self._metrics.queue_oldest_seconds.set(now_s - self._waiting[0].enqueued_s if self._waiting else 0.0)
+    def _next_batch(self) -> list[Entry[_Request[Item, Result]]] | None:
+        """Waits for work and takes it from the line; None at the end. Empty when all of it had expired."""
+        with self._changed:
+            while not self._line.items:
+                if self._closed:
+                    return None
+                self._changed.wait()
+            now_s = time.monotonic()
+            before = self._line.tokens
+            expired = self._line.expire(now_s)
+            batch = self._line.take(now_s)
+            self.admission.leave(before - self._line.tokens)
+        if batch:
+            self._metrics.queue_seconds.observe(now_s - min(entry.call.arrived_s for entry in batch))
+        if expired:
+            self._metrics.refused.labels("expired").inc(len(expired))
+            error = DeadlineExceededError("the deadline passed while the request waited")
+            self._settle([(call.payload, error) for call in expired])
         return batch
 
-    def _choose(self, alive: list[_Entry[Item, Result]]) -> list[_Entry[Item, Result]]:
-        """The oldest item, then its neighbours in length while the padded budget lasts."""
-        if not alive:
-            return []
-        order = sorted(alive, key=lambda entry: entry.tokens)
-        low = high = order.index(alive[0])  # The window [low, high] of the order grows to the nearer side.
-        while high - low + 1 < self._limits.max_batch_items:
-            below = order[low - 1].tokens if low > 0 else None
-            above = order[high + 1].tokens if high + 1 < len(order) else None
-            size = high - low + 2
-            fits_above = above is not None and above * size <= self._limits.max_batch_tokens
-            fits_below = below is not None and order[high].tokens * size <= self._limits.max_batch_tokens
-            if fits_above and (not fits_below or above - order[high].tokens <= order[low].tokens - below):  # type: ignore[operator]
-                high += 1
-            elif fits_below:
-                low -= 1
-            else:
-                break
-        return order[low : high + 1]
+    def _results(self, batch: list[Entry[_Request[Item, Result]]]) -> Sequence[Result | ItemError]:
+        """What the model says to each item of ``batch``."""
+        tokens = sum(entry.tokens for entry in batch)
+        padded = max(entry.tokens for entry in batch) * len(batch)
+        start_s = time.monotonic()
+        results: Sequence[Result | ItemError]
+        try:
+            results = self._process([entry.call.payload.items[entry.index] for entry in batch])
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} items")
+        except Exception as error:
+            log.error("batch_failed", items=len(batch), exc_info=error)
+            results = [ItemError(f"the model failed: {type(error).__name__}", retryable=True)] * len(batch)
+        else:
+            self.admission.served(tokens, time.monotonic() - start_s)
+        self._metrics.batch_seconds.observe(time.monotonic() - start_s)
+        self._metrics.batch_tokens.observe(padded)
+        self._metrics.batch_occupancy.observe(tokens / padded if padded else 1.0)
+        return results
 
-    def _answer(self, entry: _Entry[Item, Result], result: Result | ItemError) -> None:
-        call = entry.call
-        call.results[entry.index] = result
-        call.missing -= 1
-        if call.missing == 0:
-            results: list[Result | ItemError] = list(call.results)  # type: ignore[arg-type]
-            call.loop.call_soon_threadsafe(_settle, call.future, results)
+    def _answer(self, batch: list[Entry[_Request[Item, Result]]], results: Sequence[Result | ItemError]) -> None:
+        """Puts each result in its place, and hands over the lists that are whole now."""
+        done: list[tuple[_Request[Item, Result], list[Any] | ServiceError]] = []
+        for entry, result in zip(batch, results, strict=True):
+            request = entry.call.payload
+            request.results[entry.index] = result
+            request.missing -= 1
+            if not request.missing:
+                done.append((request, request.results))
+        self._settle(done)
 
-    def _refuse(self, call: _Call[Result], error: DeadlineExceededError) -> None:
-        call.cancelled = True
-        call.loop.call_soon_threadsafe(_settle, call.future, error)
+    def _settle(self, done: Sequence[tuple[_Request[Item, Result], list[Any] | ServiceError]]) -> None:
+        """Tells those who wait, each event loop in one callback."""
+        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[asyncio.Future[Any], list[Any] | ServiceError]]] = {}
+        with self._changed:
+            for request, outcome in done:
+                self._unanswered.discard(request)
+                by_loop.setdefault(request.loop, []).append((request.future, outcome))
+        for loop, outcomes in by_loop.items():
+            try:
+                loop.call_soon_threadsafe(_set_outcomes, outcomes)
+            except RuntimeError:  # The loop is closed: nobody is there to be told.
+                log.warning("answers_without_a_reader", calls=len(outcomes))
+
+    def _oldest_age_s(self) -> float:
+        with self._changed:
+            oldest_s = self._line.oldest_s()
+        return 0.0 if oldest_s is None else time.monotonic() - oldest_s
 
 
-def _settle(future: asyncio.Future[list[Result | ItemError]], outcome: list[Result | ItemError] | Exception) -> None:
-    if future.done():
-        return
-    if isinstance(outcome, Exception):
-        future.set_exception(outcome)
-    else:
-        future.set_result(outcome)
+def _set_outcomes(outcomes: Iterable[tuple[asyncio.Future[Any], list[Any] | ServiceError]]) -> None:
+    for future, outcome in outcomes:
+        if future.done():  # Cancelled meanwhile.
+            continue
+        if isinstance(outcome, ServiceError):
+            future.set_exception(outcome)
+        else:
+            future.set_result(outcome)

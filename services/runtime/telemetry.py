@@ -10,6 +10,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 # From a millisecond to ten minutes: an interactive score and a long generation share the scale.
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
+SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 
@@ -58,13 +59,34 @@ class ServiceMetrics:
         self.tokens = Counter(f"{prefix}_tokens_total", "Tokens by kind", ["kind"], registry=self.registry)
         self.weights_version = Gauge(f"{prefix}_weights_version", "Version of the weights", registry=self.registry)
         self.queue_tokens = Gauge(f"{prefix}_queue_tokens", "Tokens waiting for the model", registry=self.registry)
+        self.queue_items = Gauge(f"{prefix}_queue_items", "Items waiting for the model", registry=self.registry)
+        self.held_bytes = Gauge(f"{prefix}_held_bytes", "Bytes of requests in hand", registry=self.registry)
         self.queue_oldest_seconds = Gauge(
             f"{prefix}_queue_oldest_seconds", "Age of the oldest waiting item", registry=self.registry
+        )
+        self.queue_seconds = Histogram(
+            f"{prefix}_queue_seconds",
+            "Longest wait of the items of a batch",
+            buckets=LATENCY_BUCKETS_S,
+            registry=self.registry,
+        )
+        self.refused = Counter(
+            f"{prefix}_refused_total",
+            "Calls refused or dropped before the model was done with them, by reason: "
+            "queue_tokens, queue_bytes, too_large, expired, cancelled, closing",
+            ["reason"],
+            registry=self.registry,
         )
         self.batch_tokens = Histogram(
             f"{prefix}_batch_tokens",
             "Tokens of a model batch, padding included",
             buckets=TOKEN_BUCKETS,
+            registry=self.registry,
+        )
+        self.batch_occupancy = Histogram(
+            f"{prefix}_batch_occupancy",
+            "Share of a model batch that is tokens, not padding",
+            buckets=SHARE_BUCKETS,
             registry=self.registry,
         )
         self.batch_seconds = Histogram(

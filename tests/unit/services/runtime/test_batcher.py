@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import random
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -13,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.runtime.batcher import Batcher, BatchLimits, ItemError
-from services.runtime.errors import DeadlineExceededError, OverloadedError, UnavailableError
+from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
 PLUG = ("plug", 0)
@@ -76,22 +78,12 @@ def test_every_call_gets_its_results_in_order_whatever_the_batches(calls, max_to
     results = asyncio.run(run())
     assert results == [[f"{c}.{i}:{n}" for i, n in enumerate(lengths)] for c, lengths in enumerate(calls)]
 
-    waiting = [(f"{c}.{i}", n) for c, lengths in enumerate(calls) for i, n in enumerate(lengths)]
     for batch in model.batches[1:]:
         longest = max(n for _, n in batch)
         assert len(batch) == 1 or len(batch) * longest <= max_tokens  # Padding included.
         assert len(batch) <= max_items
-        assert waiting[0] in batch  # The oldest is always taken: nothing starves.
-        rest = [item for item in waiting if item not in batch]
-        shortest = min(n for _, n in batch)
-        assert all(n <= shortest or n >= longest for _, n in rest)  # Neighbours in length: little padding.
-        if len(batch) < max_items:  # And full: nobody else would fit beside them.
-            above = [n for _, n in rest if n >= longest]
-            below = [n for _, n in rest if n <= shortest]
-            assert not above or (len(batch) + 1) * min(above) > max_tokens
-            assert not below or (len(batch) + 1) * longest > max_tokens
-        waiting = rest
-    assert waiting == []
+    went = sorted(item for batch in model.batches[1:] for item in batch)
+    assert went == sorted((f"{c}.{i}", n) for c, lengths in enumerate(calls) for i, n in enumerate(lengths))
 
 
 @settings(max_examples=60, deadline=None)
@@ -120,11 +112,14 @@ def test_a_request_is_admitted_whole_or_refused_whole(sizes, room):
     queued = 0
     admitted: set[str] = set()
     for c, (lengths, outcome) in enumerate(zip(sizes, outcomes, strict=True)):
-        if queued and queued + sum(lengths) > room:
+        if sum(lengths) > room:  # Never to be had, however long one waits.
+            assert isinstance(outcome, InvalidArgumentError)
+            assert f"{sum(lengths)} tokens, at most {room} may wait" in outcome.message
+        elif queued + sum(lengths) > room:
             assert isinstance(outcome, OverloadedError)
-            assert outcome.retry_after_ms == 500
+            assert outcome.retry_after_ms == 1000  # The model has not finished a batch that would tell its rate.
             assert f"{queued} tokens are waiting, {sum(lengths)} more would exceed {room}" in outcome.message
-        else:  # One larger than the whole queue is taken when nothing waits: it could never be otherwise.
+        else:
             queued += sum(lengths)
             assert outcome == [f"{c}.{i}:{n}" for i, n in enumerate(lengths)]
             admitted |= {f"{c}.{i}" for i in range(len(lengths))}
@@ -150,7 +145,7 @@ async def test_what_was_cancelled_or_expired_never_reaches_the_model():
     await plugged
     assert model.batches == [[PLUG], [("patient", 2)]]
     # Their place in the queue is free again: this would be refused beside four tokens that nobody waits for.
-    assert batcher._queued_tokens == 0
+    assert batcher.admission.queued_tokens == 0
     await asyncio.to_thread(batcher.close)
 
 
@@ -219,7 +214,7 @@ async def test_an_empty_list_is_answered_at_once_and_counts_must_match():
     model = Model()
     batcher = make(model, limits())
     assert await batcher.submit([], []) == []
-    with pytest.raises(ValueError, match="zip"):
+    with pytest.raises(ValueError, match="1 items, but tokens of 2"):
         await batcher.submit([("a", 1)], [1, 2])
     assert await batcher.submit([("a", 1)], [1]) == ["a:1"]
     await asyncio.to_thread(batcher.close)
@@ -233,3 +228,220 @@ async def test_a_lone_item_is_not_kept_waiting_for_company():
         await batcher.submit([("a", 1)], [1])
     assert time.monotonic() - start_s < 1.0
     await asyncio.to_thread(batcher.close)
+
+
+async def test_the_model_goes_on_while_the_event_loop_is_blocked_and_answers_a_batch_in_one_callback(monkeypatch):
+    model = Model()
+    batcher = make(model, limits(items=8))
+    callbacks = 0
+    loop = asyncio.get_running_loop()
+    schedule = loop.call_soon_threadsafe
+
+    def counted(callback, *arguments, **options):
+        nonlocal callbacks
+        callbacks += callback.__module__ == "services.runtime.batcher"
+        return schedule(callback, *arguments, **options)
+
+    plugged = await plug(batcher, model)
+    calls = [asyncio.create_task(batcher.submit([(f"{n}", 1)], [1])) for n in range(80)]
+    await asyncio.sleep(0)
+    monkeypatch.setattr(loop, "call_soon_threadsafe", counted)
+    model.release.set()
+    end_s = time.monotonic() + 5
+    while len(model.batches) < 11 and time.monotonic() < end_s:
+        time.sleep(0.001)  # noqa: ASYNC251  The loop is blocked on purpose.
+    assert len(model.batches) == 11
+    assert not any(call.done() for call in calls)
+    assert await asyncio.gather(*calls) == [[f"{n}:1"] for n in range(80)]
+    await plugged
+    assert callbacks == 11  # The plug's, and one for each batch of eight calls.
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_a_caller_with_one_item_is_not_behind_ten_thousand_of_another():
+    model = Model()
+    batcher = make(model, limits(items=100))
+    plugged = await plug(batcher, model)
+    many = asyncio.create_task(batcher.submit([(f"{n}", 1) for n in range(10_000)], [1] * 10_000, caller="many"))
+    await asyncio.sleep(0)
+    one = asyncio.create_task(batcher.submit([("one", 700)], [700], caller="one"))
+    await asyncio.sleep(0)
+    model.release.set()
+    assert await one == ["one:700"]
+    assert len(await many) == 10_000
+    await plugged
+    assert [("one", 700) in batch for batch in model.batches[:3]] == [False, False, True]
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_a_refused_request_is_told_to_come_back_when_the_queue_will_be_done():
+    def slow(items: list[str]) -> list[str]:
+        time.sleep(0.1)
+        return items
+
+    batcher = Batcher(slow, limits=limits(tokens=100, items=1, queued=500), metrics=ServiceMetrics("test"))
+    await batcher.submit(["measured"], [100])  # 1,000 tokens a second.
+    waiting = [asyncio.create_task(batcher.submit([f"{n}"], [100])) for n in range(5)]
+    await asyncio.sleep(0.02)  # One is in the model, four wait.
+    start_s = time.monotonic()
+    with pytest.raises(OverloadedError) as refused:
+        await batcher.submit(["too much"], [101])
+    assert refused.value.retry_after_ms == pytest.approx(400, rel=0.3)
+    await asyncio.gather(*waiting)
+    assert time.monotonic() - start_s == pytest.approx(refused.value.retry_after_ms / 1000 + 0.08, rel=0.5)
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_what_had_expired_on_arrival_is_refused_at_once():
+    model = Model()
+    batcher = make(model, limits())
+    with pytest.raises(DeadlineExceededError, match="had passed before"):
+        await batcher.submit([("late", 1)], [1], time_remaining_s=0.0)
+    await asyncio.to_thread(batcher.close)
+    assert model.batches == []
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+async def test_whatever_ends_the_model_thread_everybody_is_answered():
+    model = Model()
+
+    def process(items: list[tuple[str, int]]) -> Sequence[str | ItemError]:
+        model.process(items)
+        raise SystemExit("a library called exit")
+
+    batcher = Batcher(process, limits=limits(), metrics=ServiceMetrics("test"))
+    plugged = await plug(batcher, model)
+    waiting = asyncio.create_task(batcher.submit([("waiting", 1)], [1]))
+    await asyncio.sleep(0.01)
+    model.release.set()
+    outcomes = await asyncio.wait_for(asyncio.gather(plugged, waiting, return_exceptions=True), 5)
+    assert [type(outcome) for outcome in outcomes] == [UnavailableError, UnavailableError]
+    with pytest.raises(UnavailableError):
+        await batcher.submit([("late", 1)], [1])
+    assert batcher.admission.queued_tokens == 0
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_answers_for_an_event_loop_that_is_gone_hurt_nobody():
+    model = Model()
+    batcher = make(model, limits())
+    plugged = await plug(batcher, model)
+
+    def abandon() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.create_task(batcher.submit([("abandoned", 1)], [1]))
+        loop.run_until_complete(asyncio.sleep(0.01))
+        task._log_destroy_pending = False
+        loop.close()
+
+    await asyncio.to_thread(abandon)
+    model.release.set()
+    assert await batcher.submit([("next", 1)], [1]) == ["next:1"]
+    await plugged
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_metrics_tell_what_waits_what_was_refused_and_how_full_batches_are():
+    model = Model()
+    metrics = ServiceMetrics("test")
+    batcher = Batcher(model.process, limits=limits(queued=100), metrics=metrics)
+
+    def value(name: str, **labels: str) -> float | None:
+        return metrics.registry.get_sample_value(f"quartet_test_{name}", labels)
+
+    with batcher.hold(321) as hold:
+        plugged = await plug(batcher, model)
+        waiting = asyncio.create_task(batcher.submit([("a", 20), ("b", 60)], [20, 60], hold=hold))
+        cancelled = asyncio.create_task(batcher.submit([("c", 5)], [5]))
+        await asyncio.sleep(0.05)
+        assert value("queue_tokens") == 85
+        assert value("queue_items") == 3
+        assert value("held_bytes") == 321
+        age_s = value("queue_oldest_seconds")
+        assert age_s is not None
+        assert 0.05 <= age_s < 5
+        cancelled.cancel()
+        with pytest.raises(OverloadedError):
+            await batcher.submit([("d", 30)], [30])
+        model.release.set()
+        await waiting
+    await plugged
+    assert [value(name) for name in ("queue_tokens", "queue_items", "held_bytes", "queue_oldest_seconds")] == [
+        0,
+        0,
+        0,
+        0,
+    ]
+    assert value("refused_total", reason="cancelled") == 1
+    assert value("refused_total", reason="queue_tokens") == 1
+    assert value("batch_occupancy_count") == 2
+    assert value("batch_occupancy_sum") == pytest.approx(1 + 80 / 120)  # The plug alone; 20 and 60 in 2 x 60.
+    assert value("batch_tokens_sum") == 1 + 120
+    assert value("queue_seconds_count") == 2
+    await asyncio.to_thread(batcher.close)
+
+
+async def test_thousands_of_cancellations_deadlines_and_errors_leave_nothing_behind():
+    draw = random.Random(0)
+    seen: Counter[str] = Counter()
+
+    def process(items: list[str]) -> list[str | ItemError]:
+        seen.update(items)
+        time.sleep(draw.random() * 0.0005)
+        if draw.random() < 0.02:
+            raise ValueError("a bad batch")
+        return [ItemError("bad item", retryable=False) if item.endswith("7") else f"={item}" for item in items]
+
+    batcher = Batcher(process, limits=limits(tokens=4000, items=32, queued=100_000), metrics=ServiceMetrics("test"))
+    outcomes: Counter[str] = Counter()
+
+    async def caller(name: int) -> None:
+        chance = random.Random(name)
+        for turn in range(25):
+            items = [f"{name}.{turn}.{n}" for n in range(chance.choice((1, 1, 2, 8, 40)))]
+            lengths = [chance.randint(1, 300) for _ in items]
+            remaining_s = chance.choice((None, None, 0.0, 0.002, 0.02, 10.0))
+            try:
+                with batcher.hold(sum(lengths)) as hold:
+                    submitted = asyncio.ensure_future(
+                        batcher.submit(items, lengths, time_remaining_s=remaining_s, caller=name % 17, hold=hold)
+                    )
+                    if chance.random() < 0.4:
+                        await asyncio.sleep(chance.random() * 0.01)
+                        submitted.cancel()
+                    results = await submitted
+            except asyncio.CancelledError:
+                outcomes["cancelled"] += 1
+            except DeadlineExceededError:
+                assert remaining_s is not None
+                outcomes["expired"] += 1
+            except OverloadedError as error:
+                outcomes["overloaded"] += 1
+                await asyncio.sleep(chance.random() * (error.retry_after_ms or 0) / 1000)
+            except UnavailableError:
+                outcomes["closing"] += 1
+            else:
+                outcomes["answered"] += 1
+                assert len(results) == len(items)
+                for item, result in zip(items, results, strict=True):
+                    failed = ItemError("the model failed: ValueError", retryable=True)
+                    assert result in (
+                        ItemError("bad item", retryable=False) if item.endswith("7") else f"={item}",
+                        failed,
+                    )
+                    assert seen[item] == 1
+
+    callers = [asyncio.create_task(caller(name)) for name in range(200)]
+    await asyncio.wait(callers, timeout=0.8)
+    closing = asyncio.create_task(asyncio.to_thread(batcher.close))  # In the middle of it, if it takes that long.
+    await asyncio.wait_for(asyncio.gather(*callers), 30)
+    await closing
+    assert sum(outcomes.values()) == 200 * 25  # Every call had an end, and one only.
+    assert all(outcomes[end] > 50 for end in ("cancelled", "expired", "answered")), outcomes
+    assert max(seen.values()) == 1
+    assert (batcher.admission.queued_tokens, batcher.admission.held_bytes, batcher.admission._expected_tokens) == (
+        0,
+        0,
+        0,
+    )
+    assert (batcher._line.items, batcher._line.tokens, len(batcher._line), len(batcher._unanswered)) == (0, 0, 0, 0)

@@ -1,0 +1,157 @@
+"""What a service takes in hand: requests whole or not at all, by bytes before any work and by tokens before the model.
+
+Refusing must be cheap, or overload costs the throughput that it threatens. A request's size in bytes is known as it
+arrives: by the measured tokens of a byte it is refused then, not after it was tokenised, when the queue will have no
+room for it. The exact count decides once it is known.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import threading
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.runtime.errors import InvalidArgumentError, OverloadedError
+from services.runtime.telemetry import ServiceMetrics
+
+# Seconds of the model's work, and bytes of requests, after which a measurement counts half.
+_RATE_HALF_LIFE_S = 10.0
+_RATIO_HALF_LIFE_BYTES = 1e6
+# Asked for while nothing has been measured yet, and the least and most that is ever asked for.
+_UNMEASURED_MS, _LEAST_MS, _MOST_MS = 1000, 10, 60_000
+
+
+class _MovingRatio:
+    """Sum of one thing over the sum of another, where older ones fade."""
+
+    def __init__(self, half_life: float) -> None:
+        self._half_life = half_life
+        self._above = 0.0
+        self._below = 0.0
+
+    def add(self, above: float, below: float) -> None:
+        kept = 0.5 ** (below / self._half_life)
+        self._above = self._above * kept + above
+        self._below = self._below * kept + below
+
+    @property
+    def value(self) -> float:
+        """0 while nothing is known."""
+        return self._above / self._below if self._below > 0 else 0.0
+
+
+@dataclass(eq=False)
+class Hold:
+    """A request in hand: its bytes, and the tokens that it is expected to queue until they are counted."""
+
+    size_bytes: int
+    expected_tokens: int
+
+
+class Admission:
+    """Counts what is in hand, refuses what would exceed it, and says when to come back. Safe for threads."""
+
+    def __init__(self, *, max_queued_tokens: int, max_held_bytes: int, metrics: ServiceMetrics) -> None:
+        self._max_tokens = max_queued_tokens
+        self._max_bytes = max_held_bytes
+        self._metrics = metrics
+        self._lock = threading.Lock()
+        self._expected_tokens = 0
+        self._rate = _MovingRatio(_RATE_HALF_LIFE_S)
+        self._tokens_per_byte = _MovingRatio(_RATIO_HALF_LIFE_BYTES)
+        self.queued_tokens = 0
+        self.held_bytes = 0
+
+    @contextlib.contextmanager
+    def hold(self, size_bytes: int) -> Iterator[Hold]:
+        """Holds a request of ``size_bytes`` on the wire from its arrival until it is answered, or refuses it whole.
+
+        Raises:
+            InvalidArgumentError: it is larger than everything that may be held.
+            OverloadedError: there is no room for it now.
+        """
+        with self._lock:
+            if size_bytes > self._max_bytes:
+                self._metrics.refused.labels("too_large").inc()
+                raise InvalidArgumentError(
+                    f"the request has {size_bytes} bytes, at most {self._max_bytes} are held at a time "
+                    "(max_held_mib); split it"
+                )
+            if self.held_bytes + size_bytes > self._max_bytes:
+                raise self._overloaded(
+                    "queue_bytes",
+                    f"requests of {self.held_bytes} bytes are in hand, {size_bytes} more would exceed "
+                    f"{self._max_bytes}; try again later",
+                )
+            expected = min(math.ceil(size_bytes * self._tokens_per_byte.value), self._max_tokens)
+            # Counted before and expected: an estimate refuses nothing while nothing waits.
+            ahead = self.queued_tokens + self._expected_tokens
+            if ahead and ahead + expected > self._max_tokens:
+                raise self._overloaded(
+                    "queue_tokens",
+                    f"{ahead} tokens are waiting or being read, about {expected} more would exceed "
+                    f"{self._max_tokens}; try again later",
+                )
+            hold = Hold(size_bytes, expected)
+            self.held_bytes += size_bytes
+            self._expected_tokens += expected
+        try:
+            yield hold
+        finally:
+            with self._lock:
+                self.held_bytes -= size_bytes
+                self._expected_tokens -= hold.expected_tokens
+
+    def enqueue(self, tokens: int, hold: Hold | None = None) -> None:
+        """Counts ``tokens`` as waiting, in place of what was expected of ``hold``, or refuses them whole.
+
+        Raises:
+            InvalidArgumentError: they are more than may ever wait.
+            OverloadedError: there is no room for them now.
+        """
+        with self._lock:
+            if hold is not None:
+                self._expected_tokens -= hold.expected_tokens
+                hold.expected_tokens = 0
+                self._tokens_per_byte.add(tokens, hold.size_bytes)
+            if tokens > self._max_tokens:
+                self._metrics.refused.labels("too_large").inc()
+                raise InvalidArgumentError(
+                    f"the request has {tokens} tokens, at most {self._max_tokens} may wait at a time "
+                    "(max_queued_tokens); split it"
+                )
+            if self.queued_tokens + tokens > self._max_tokens:
+                raise self._overloaded(
+                    "queue_tokens",
+                    f"{self.queued_tokens} tokens are waiting, {tokens} more would exceed {self._max_tokens}; "
+                    "try again later",
+                )
+            self.queued_tokens += tokens
+
+    def leave(self, tokens: int) -> None:
+        """Counts ``tokens`` as waiting no more: they go to the model, or nobody wants them."""
+        with self._lock:
+            self.queued_tokens -= tokens
+
+    def served(self, tokens: int, seconds: float) -> None:
+        """The model took ``seconds`` for a batch with ``tokens`` tokens, padding not counted."""
+        with self._lock:
+            self._rate.add(tokens, seconds)
+
+    @property
+    def tokens_per_s(self) -> float:
+        """What the model does while it works; 0 until the first batch is done."""
+        return self._rate.value
+
+    def _overloaded(self, reason: str, message: str) -> OverloadedError:
+        self._metrics.refused.labels(reason).inc()
+        return OverloadedError(message, retry_after_ms=self._drained_ms())
+
+    def _drained_ms(self) -> int:
+        """How long the model will work on what waits or is being read now."""
+        if self.tokens_per_s <= 0:
+            return _UNMEASURED_MS
+        ahead = self.queued_tokens + self._expected_tokens
+        return round(min(max(1000 * ahead / self.tokens_per_s, _LEAST_MS), _MOST_MS))
