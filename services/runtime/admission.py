@@ -85,10 +85,10 @@ class Admission:
                     f"requests of {self.held_bytes} bytes are in hand, {size_bytes} more would exceed "
                     f"{self._max_bytes}; try again later",
                 )
+            # At most the limit, so that an estimate refuses nothing while nothing waits.
             expected = min(math.ceil(size_bytes * self._tokens_per_byte.value), self._max_tokens)
-            # Counted before and expected: an estimate refuses nothing while nothing waits.
             ahead = self.queued_tokens + self._expected_tokens
-            if ahead and ahead + expected > self._max_tokens:
+            if ahead + expected > self._max_tokens:
                 raise self._overloaded(
                     "queue_tokens",
                     f"{ahead} tokens are waiting or being read, about {expected} more would exceed "

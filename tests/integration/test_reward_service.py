@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
 import urllib.request
 
+import grpc
 import pytest
 import torch
 from transformers import AutoModelForSequenceClassification
 
 from quartet.client import InvalidInputError, ItemFailure, PreconditionError, RewardClient, Score, ScoreItem, Truncation
+from quartet.client.channel import pushback_s
 from quartet.fingerprint import safetensors_fingerprint, tokenizer_fingerprint
 from quartet.model_folder import write_metadata
+from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +35,10 @@ def direct_scores(folder, sequences):
     model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
     with torch.inference_mode():
         return [model(input_ids=torch.tensor([ids])).logits[0, 0].item() for ids in sequences]
+
+
+def read_metrics(service) -> str:
+    return urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=5).read().decode()
 
 
 PAIRS = [("hello", " thanks"), ("my phone screen is broken", " sorry we can help"), ("refund", " no"), ("", "great")]
@@ -149,8 +157,49 @@ async def test_deterministic_mode_gives_the_same_bits_alone_and_in_company(start
     assert live.stop() == 0
 
 
+async def test_a_full_service_refuses_whole_requests_with_a_pushback_and_retries_are_answered(
+    start_service, reward_folder, tokenizer
+):
+    live = start_service("reward", reward_folder, "--max-queued-tokens", "600", "--max-held-mib", "1")
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    request = reward_pb2.ScoreRequest(tokenizer_fingerprint=fingerprint)
+    for _ in range(4):
+        item = request.items.add()
+        item.prompt.token_ids.ids.extend([5] * 100)
+        item.response_token_ids.ids.extend([7] * 25)
+    async with grpc.aio.insecure_channel(live.address) as channel:
+        stub = reward_pb2_grpc.RewardServiceStub(channel)
+        await stub.Score(request)  # Its rate is known now.
+        calls = [stub.Score(request) for _ in range(200)]
+        outcomes = await asyncio.gather(*calls, return_exceptions=True)
+    refused = [error for error in outcomes if isinstance(error, grpc.aio.AioRpcError)]
+    assert {error.code() for error in refused} == {grpc.StatusCode.RESOURCE_EXHAUSTED}
+    assert 0 < len(refused) < 200
+    assert all(0.01 <= pushback_s(error) < 10 for error in refused)
+    assert all("would exceed 600; try again later" in (error.details() or "") for error in refused)
+    scores = {result.score for reply in outcomes if not isinstance(reply, Exception) for result in reply.results}
+    assert len({round(score, 4) for score in scores}) == 1
+
+    items = [ScoreItem(prompt=[5] * 100, response=[7] * 25)] * 4
+    async with RewardClient(live.address) as client:
+        replies = await asyncio.gather(*(client.score(items, tokenizer_fingerprint=fingerprint) for _ in range(20)))
+        assert all(isinstance(result, Score) for reply in replies for result in reply.results)
+        with pytest.raises(
+            InvalidInputError, match=r"625 tokens, at most 600 may wait at a time \(max_queued_tokens\)"
+        ):
+            await client.score(items[:1] * 5, tokenizer_fingerprint=fingerprint)
+        with pytest.raises(InvalidInputError, match=r"bytes, at most 1048576 are held at a time \(max_held_mib\)"):
+            await client.score([ScoreItem(prompt="a" * 2**20, response="b")])
+    text = await asyncio.to_thread(read_metrics, live)
+    assert 'quartet_reward_refused_total{reason="queue_tokens"}' in text
+    assert 'quartet_reward_refused_total{reason="too_large"} 2.0' in text
+    for gauge in ("queue_tokens", "queue_items", "held_bytes", "queue_oldest_seconds"):
+        assert f"quartet_reward_{gauge} 0.0" in text
+    assert live.stop() == 0
+
+
 def test_metrics_count_items_and_tokens(service):
-    text = urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=5).read().decode()
+    text = read_metrics(service)
     assert 'quartet_reward_items_total{status="ITEM_STATUS_CODE_OK"}' in text
     assert 'quartet_reward_calls_total{code="INVALID_ARGUMENT",method="Score"}' in text
     assert "quartet_reward_queue_tokens 0.0" in text
