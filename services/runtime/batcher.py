@@ -136,6 +136,8 @@ class Batcher(Generic[Item, Result]):
         if time_remaining_s is not None and time_remaining_s <= 0:
             self._metrics.refused.labels("expired").inc()
             raise DeadlineExceededError("the deadline had passed before the request could wait")
+        total = sum(tokens)
+        self.admission.enqueue(total, hold)  # Before anything is made for each item: refusing is cheap.
         loop = asyncio.get_running_loop()
         request: _Request[Item, Result] = _Request(loop, loop.create_future(), items, [None] * len(items))
         now_s = time.monotonic()
@@ -148,9 +150,9 @@ class Batcher(Generic[Item, Result]):
         )
         with self._changed:
             if self._closed:
+                self.admission.leave(total)
                 self._metrics.refused.labels("closing").inc()
                 raise UnavailableError("the service is shutting down")
-            self.admission.enqueue(call.waiting_tokens, hold)
             self._line.add(call)
             self._unanswered.add(request)
             self._changed.notify()
