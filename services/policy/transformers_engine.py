@@ -209,11 +209,14 @@ class TransformersEngine:
             self._finish()
 
     def _admit(self) -> None:
+        rows: list[_Row] = []
         with self._changed:
             # An update that waits for the running ones to finish must not be starved by newcomers.
             free = 0 if self._update is not None else self._slots - (len(self._batch.rows) if self._batch else 0)
-            rows = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        rows = [row for row in rows if not row.future.cancelled()]
+            while self._waiting and len(rows) < free:
+                # Who has left takes no place of those who wait behind him.
+                if not (row := self._waiting.popleft()).future.cancelled():
+                    rows.append(row)
         if not rows:
             return
         prompts = [row.task.prompt_ids + row.token_ids for row in rows]
