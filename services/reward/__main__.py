@@ -53,7 +53,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     import torch
 
     from services.hosting import model as hosting_model
-    from services.reward.scorer import TransformersScorer
+    from services.reward.scorer import ScorerItem, TransformersScorer
 
     if settings.threads:
         torch.set_num_threads(settings.threads)
@@ -61,7 +61,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     tokenizer = hosting_model.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     scorer = TransformersScorer(folder, hosting=hosting, tokenizer=tokenizer)
     encoding = scorer.encoding(folder, tokenizer)
-    scorer.score([[0, 0], [0]])
+    scorer.score([ScorerItem([0, 0]), ScorerItem([0])])
     end_tokens = hosting_model.end_tokens(folder, scorer.model.config, tokenizer)
     return HostedReward(
         scorer=scorer,

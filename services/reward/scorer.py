@@ -22,14 +22,26 @@ from services.hosting.packed import HiddenStates, prepack
 from services.runtime.errors import StartError
 
 
+@dataclass(frozen=True, slots=True)
+class ScorerItem:
+    """Token ids of one item, used exactly as they are.
+
+    ``segments``: of a sentence pair, 0 for each token of the first text and 1 for each of the second, as the tokenizer
+    tells them; None where it tells none.
+    """
+
+    token_ids: Sequence[int]
+    segments: Sequence[int] | None = None
+
+
 class Scorer(Protocol):
     """What the servicer needs of a reward model. ``score`` runs in one thread alone."""
 
     vocab_size: int
     max_sequence_tokens: int
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        """Raw score of each sequence of token ids, used exactly as they are."""
+    def score(self, items: Sequence[ScorerItem]) -> list[float]:
+        """Raw score of each item."""
         ...
 
 
@@ -80,6 +92,8 @@ class TransformersScorer:
         pad_id = model.config.pad_token_id
         self.pad_id = int(pad_id if pad_id is not None else tokenizer.pad_token_id or 0)
         self.is_decoder = isinstance(self.head, torch.nn.Linear)
+        # Some encoders tell the texts of a pair apart by more than the token between them.
+        self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
         if self.is_decoder:
             self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
         elif hosting.device.type == "cpu":
@@ -103,8 +117,8 @@ class TransformersScorer:
         return Encoding(pair=False, end_token_id=int(tokenizer.eos_token_id))
 
     @torch.inference_mode()
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        scores_B = self._decoder(sequences) if self.is_decoder else self._encoder(sequences)
+    def score(self, items: Sequence[ScorerItem]) -> list[float]:
+        scores_B = self._decoder([item.token_ids for item in items]) if self.is_decoder else self._encoder(items)
         scores: list[float] = scores_B.tolist()
         return scores
 
@@ -115,7 +129,11 @@ class TransformersScorer:
         bias = self.head.bias.float() if self.head.bias is not None else None
         return F.linear(hidden_BD.float(), self.head.weight.float(), bias).squeeze(1)
 
-    def _encoder(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        ids_BS, mask_BS = pad_right(sequences, self.pad_id, self.hosting.device)
-        logits_B1: Tensor = self.model(input_ids=ids_BS, attention_mask=mask_BS.long()).logits
+    def _encoder(self, items: Sequence[ScorerItem]) -> Tensor:
+        ids_BS, mask_BS = pad_right([item.token_ids for item in items], self.pad_id, self.hosting.device)
+        inputs = {"input_ids": ids_BS, "attention_mask": mask_BS.long()}
+        if self.has_segments:
+            segments = [item.segments or [0] * len(item.token_ids) for item in items]
+            inputs["token_type_ids"] = pad_right(segments, 0, self.hosting.device)[0]
+        logits_B1: Tensor = self.model(**inputs).logits
         return logits_B1.float().squeeze(1)

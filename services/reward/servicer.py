@@ -11,7 +11,7 @@ from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
-from services.reward.scorer import Encoding, Scorer
+from services.reward.scorer import Encoding, Scorer, ScorerItem
 from services.runtime.admission import Hold
 from services.runtime.batcher import Batcher, ItemError
 from services.runtime.errors import FailedPreconditionError, UnavailableError
@@ -27,7 +27,7 @@ class HostedReward:
     tokenizer: Any
     model: common_pb2.ModelInfo
     normalisation: reward_pb2.Normalisation | None
-    batcher: Batcher[list[int], float]
+    batcher: Batcher[ScorerItem, float]
 
 
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
@@ -69,8 +69,8 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         ready = [item for item in prepared if isinstance(item, _Prepared)]
         clock = serving.WorkClock()
         scores = await hosted.batcher.submit(
-            [item.token_ids for item in ready],
-            [len(item.token_ids) for item in ready],
+            [item.tokens for item in ready],
+            [item.count for item in ready],
             time_remaining_s=serving.time_remaining_s(context),
             caller=serving.caller(context),
             hold=hold,
@@ -85,16 +85,38 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         ]
         for result in results:
             self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
-        self.metrics.tokens.labels("scored").inc(sum(len(item.token_ids) for item in ready))
+        self.metrics.tokens.labels("scored").inc(sum(item.count for item in ready))
         return reward_pb2.ScoreResponse(results=results, served_by=hosted.model.served_by, work=work)
 
 
 @dataclass(frozen=True, slots=True)
 class _Prepared:
-    """Token ids of one item, ready for the model."""
+    """One item, ready for the model."""
+
+    tokens: ScorerItem
+    truncated: bool = False
+
+    @property
+    def count(self) -> int:
+        return len(self.tokens.token_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class _Encoded:
+    """Token ids, the segments that an encoder's tokenizer tells, and how many special tokens must stay in front."""
 
     token_ids: list[int]
-    truncated: bool
+    segments: list[int] | None = None
+    head: int = 0
+
+    def last(self, count: int) -> ScorerItem:
+        """Without as many tokens on the left, behind the special ones, as are more than ``count``."""
+        ids, segments = (
+            None if x is None else [*x[: self.head], *x[self.head + len(x) - count :]]
+            for x in (self.token_ids, self.segments)
+        )
+        assert ids is not None
+        return ScorerItem(ids, segments)
 
 
 def _prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, left: bool) -> _Prepared | str:
@@ -108,32 +130,33 @@ def _prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, left: bool) -> _P
     if (form == "token_ids") != (response_form == "response_token_ids"):
         return f"prompt is {form} but response is {response_form}: both must be token ids, or neither"
     if form == "token_ids":
-        token_ids = [*item.prompt.token_ids.ids, *item.response_token_ids.ids]
         if not item.response_token_ids.ids:
             return "response_token_ids is empty: there is nothing to score"
+        encoded = _Encoded([*item.prompt.token_ids.ids, *item.response_token_ids.ids])
     else:
         if not item.response_text and item.response_unfinished:
             return "response_text is empty and unfinished: there is nothing to score"
         try:
-            token_ids = _encode(hosted, item)
+            encoded = _encode(hosted, item)
         except serving.ItemRefusedError as error:
             return str(error)
-    if not token_ids:
+    count = len(encoded.token_ids)
+    if not count:
         return "prompt and response have no tokens: there is nothing to score"
-    if (reason := out_of_range(token_ids, hosted.scorer.vocab_size)) is not None:
+    if (reason := out_of_range(encoded.token_ids, hosted.scorer.vocab_size)) is not None:
         return reason
     limit = hosted.scorer.max_sequence_tokens
-    if len(token_ids) > limit:
+    if count > limit:
         if not left:
             return (
-                f"prompt and response have {len(token_ids)} tokens, the model takes {limit}; "
+                f"prompt and response have {count} tokens, the model takes {limit}; "
                 "shorten them, or ask for truncation LEFT"
             )
-        return _Prepared(token_ids[-limit:], truncated=True)
-    return _Prepared(token_ids, truncated=False)
+        return _Prepared(encoded.last(limit), truncated=True)
+    return _Prepared(ScorerItem(encoded.token_ids, encoded.segments))
 
 
-def _encode(hosted: HostedReward, item: reward_pb2.ScoreItem) -> list[int]:
+def _encode(hosted: HostedReward, item: reward_pb2.ScoreItem) -> _Encoded:
     """
     Raises:
         ItemRefusedError: the chat template refuses the messages.
@@ -141,11 +164,15 @@ def _encode(hosted: HostedReward, item: reward_pb2.ScoreItem) -> list[int]:
     is_chat = item.prompt.WhichOneof("content") == "messages"
     prompt = serving.chat_text(hosted.tokenizer, item.prompt.messages.messages) if is_chat else item.prompt.text
     if hosted.encoding.pair:
-        return list(hosted.tokenizer(prompt, item.response_text).input_ids)
+        pair = hosted.tokenizer(prompt, item.response_text, return_special_tokens_mask=True)
+        mask = pair["special_tokens_mask"]
+        # An encoder reads its score off the first token: it stays, whatever is dropped.
+        head = mask.index(0) if 0 in mask else len(mask)
+        return _Encoded(list(pair["input_ids"]), pair.get("token_type_ids"), head)
     ids = _plain_ids(hosted, prompt) + _plain_ids(hosted, item.response_text)
     if hosted.encoding.end_token_id is not None and not item.response_unfinished:
         ids.append(hosted.encoding.end_token_id)
-    return ids
+    return _Encoded(ids)
 
 
 def _plain_ids(hosted: HostedReward, text: str) -> list[int]:
@@ -159,9 +186,7 @@ def _result(
         return reward_pb2.ScoreResult(status=serving.failed(score.reason, score.retryable))
     if not math.isfinite(score):
         return reward_pb2.ScoreResult(status=serving.invalid(f"the model's score is {score}, not a finite number"))
-    result = reward_pb2.ScoreResult(
-        status=serving.ok(), score=score, token_count=len(item.token_ids), truncated=item.truncated
-    )
+    result = reward_pb2.ScoreResult(status=serving.ok(), score=score, token_count=item.count, truncated=item.truncated)
     if normalisation is not None:
         result.normalised_score = (score - normalisation.mean) / normalisation.std
     return result

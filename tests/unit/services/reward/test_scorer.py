@@ -19,7 +19,7 @@ from transformers import AutoModelForSequenceClassification
 
 from quartet.model_folder import write_metadata
 from services.hosting.model import Hosting
-from services.reward.scorer import Encoding, TransformersScorer
+from services.reward.scorer import Encoding, ScorerItem, TransformersScorer
 from services.runtime.errors import StartError
 
 TOLERANCE = 2e-5
@@ -33,6 +33,10 @@ def hosting(dtype: torch.dtype = torch.float32) -> Hosting:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> TransformersScorer:
     return TransformersScorer(folder, hosting=hosting(dtype), tokenizer=TOKENIZER)
+
+
+def scores_of(scorer: TransformersScorer, sequences: Sequence[Sequence[int]]) -> list[float]:
+    return scorer.score([ScorerItem(sequence) for sequence in sequences])
 
 
 def ragged(count: int = 9, seed: int = 1) -> list[list[int]]:
@@ -82,7 +86,7 @@ def folders(make_reward_model, tmp_path_factory) -> dict[str, Path]:
 def test_a_batch_of_any_lengths_has_the_scores_that_transformers_gives_each_alone(folders, kind):
     expected = direct(folders[kind], ragged())
     scorer = load(folders[kind])
-    assert scorer.score(ragged()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    assert scores_of(scorer, ragged()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
     gaps = [abs(x - y) for x, y in itertools.combinations(expected, 2)]
     assert min(gaps) > 2 * TOLERANCE  # They tell the sequences apart.
     assert (scorer.vocab_size, scorer.max_sequence_tokens) == (300, 128)
@@ -91,17 +95,17 @@ def test_a_batch_of_any_lengths_has_the_scores_that_transformers_gives_each_alon
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "bert"])
 def test_no_companion_and_no_padding_changes_a_score(folders, kind):
     scorer = load(folders[kind])
-    alone = [scorer.score([sequence])[0] for sequence in ragged()]
+    alone = [scores_of(scorer, [sequence])[0] for sequence in ragged()]
     for batch in (ragged(), ragged()[::-1], [*ragged(), *ragged(seed=2)]):
-        for sequence, score in zip(batch, scorer.score(batch), strict=True):
+        for sequence, score in zip(batch, scores_of(scorer, batch), strict=True):
             if sequence in ragged():
                 assert score == pytest.approx(alone[ragged().index(sequence)], rel=TOLERANCE, abs=TOLERANCE)
     # What padding is filled with makes no difference, not in a single bit.
-    padded = scorer.score(ragged())
+    padded = scores_of(scorer, ragged())
     scorer.pad_id = 299
     if scorer.is_decoder:
         scorer.hidden_states.pad_id = 299
-    assert scorer.score(ragged()) == padded
+    assert scores_of(scorer, ragged()) == padded
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
@@ -110,14 +114,14 @@ def test_a_decoder_that_has_to_be_padded_gives_the_same_scores(folders, kind):
     scorer = load(folders[kind])
     scorer.hidden_states.packed = False
     scorer.model.set_attn_implementation("sdpa")
-    assert scorer.score(ragged()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
+    assert scores_of(scorer, ragged()) == pytest.approx(expected, rel=TOLERANCE, abs=TOLERANCE)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_pad_and_end_tokens_in_a_sequence_are_tokens_like_others(folders, kind):
     """Their place is told by the lengths, not by the ids: transformers itself would score [5, 6, 0] at 6."""
     sequences = [[5, 6], [5, 6, 0], [5, 6, 0, 0], [0], [0, 0, 7], [5, 1, 6, 1], [5, 1]]
-    scores = load(folders[kind]).score(sequences)
+    scores = scores_of(load(folders[kind]), sequences)
     assert scores == pytest.approx(direct(folders[kind], sequences), rel=TOLERANCE, abs=TOLERANCE)
     assert len({round(x, 3) for x in scores}) == len(sequences)
 
@@ -132,10 +136,10 @@ def test_in_half_precision_the_score_itself_is_not_rounded(folders):
         hidden_ND, places = scorer.hidden_states(ragged())
     assert hidden_ND.dtype == torch.bfloat16
     exact = [float(hidden_ND[place[-1]].double() @ weight_D) for place in places]
-    assert scorer.score(ragged()) == pytest.approx(exact, rel=TOLERANCE, abs=TOLERANCE)
+    assert scores_of(scorer, ragged()) == pytest.approx(exact, rel=TOLERANCE, abs=TOLERANCE)
     # Nor is it far from the score of the model in full precision.
-    assert scorer.score(ragged()) == pytest.approx(direct(folder, ragged()), abs=0.1 * max(map(abs, exact)))
-    scores = torch.tensor(scorer.score(ragged()))
+    assert scores_of(scorer, ragged()) == pytest.approx(direct(folder, ragged()), abs=0.1 * max(map(abs, exact)))
+    scores = torch.tensor(scores_of(scorer, ragged()))
     assert (scores != scores.bfloat16().float()).float().mean() > 0.8
 
 

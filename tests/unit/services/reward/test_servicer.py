@@ -10,14 +10,14 @@ from typing import Any
 import grpc
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForSequenceClassification, BertConfig, BertForSequenceClassification
 
 from quartet.client.errors import translate
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import tokenizer_fingerprint
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting.model import Hosting
-from services.reward.scorer import Encoding, TransformersScorer
+from services.reward.scorer import Encoding, ScorerItem, TransformersScorer
 from services.reward.servicer import HostedReward, RewardServicer
 from services.runtime.batcher import Batcher, BatchLimits
 from services.runtime.telemetry import ServiceMetrics
@@ -43,9 +43,9 @@ class ScriptedScorer:
     answer: Callable[[Sequence[int]], float] = exact
     seen: list[list[int]] = field(default_factory=list)
 
-    def score(self, sequences: Sequence[Sequence[int]]) -> list[float]:
-        self.seen += [list(sequence) for sequence in sequences]
-        return [self.answer(sequence) for sequence in sequences]
+    def score(self, items: Sequence[ScorerItem]) -> list[float]:
+        self.seen += [list(item.token_ids) for item in items]
+        return [self.answer(item.token_ids) for item in items]
 
 
 def of_ids(prompt: Sequence[int], response: Sequence[int]) -> reward_pb2.ScoreItem:
@@ -184,19 +184,77 @@ async def test_a_model_trained_without_end_tokens_is_given_none(house, tokenizer
     assert reply.results[1].status.reason == "prompt and response have no tokens: there is nothing to score"
 
 
-async def test_an_encoder_is_given_the_pair_as_its_tokenizer_makes_it(house):
-    calls = []
+def pair_tokenizer() -> Any:
+    """As an encoder has it: [CLS] first [SEP] second [SEP], the two told apart by their segments, too."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
 
-    class Pairs:
-        def __call__(self, *texts: str) -> Any:
-            calls.append(texts)
-            return type("Encoded", (), {"input_ids": [2, 10, 3, 11, 3]})
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", *(f"w{i}" for i in range(296))]
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    backend.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]",
+        pair="[CLS] $A [SEP] $B:1 [SEP]:1",
+        special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+        model_input_names=["input_ids", "token_type_ids", "attention_mask"],
+    )
 
-    house.change(encoding=Encoding(pair=True, end_token_id=None), tokenizer=Pairs())
-    for unfinished in (False, True):
-        (result,) = (await house.score([of_text("hello", "please", unfinished=unfinished)])).results
-        assert (result.score, result.token_count) == (exact([2, 10, 3, 11, 3]), 5)
-    assert calls == [("hello", "please")] * 2
+
+async def test_an_encoder_scores_a_pair_as_transformers_does_segments_included(make_house, tmp_path):
+    torch.manual_seed(1)
+    model = BertForSequenceClassification(
+        BertConfig(
+            vocab_size=300,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=LONGEST,
+            num_labels=1,
+        )
+    ).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    tokenizer = pair_tokenizer()
+    hosting = Hosting(device=torch.device("cpu"), dtype=torch.float32)
+    scorer = TransformersScorer(tmp_path, hosting=hosting, tokenizer=tokenizer)
+    house = await make_house(scorer, scorer.encoding(tmp_path, tokenizer))
+    house.change(tokenizer=tokenizer)
+    exact_model = model.double()
+
+    @torch.inference_mode()
+    def direct(first: str, second: str) -> float:
+        return exact_model(**tokenizer(first, second, return_tensors="pt")).logits.item()
+
+    pairs = [("w1", "w2"), ("w1 w2", "w3 w4 w5"), ("w9 w8 w7", "w6"), ("", "w1 w2"), ("w5", "")]
+    results = (await house.score([of_text(*pair) for pair in pairs])).results
+    expected = [direct(*pair) for pair in pairs]
+    assert [r.score for r in results] == pytest.approx(expected, abs=2e-5)
+    without = [
+        exact_model(input_ids=tokenizer(*pair, return_tensors="pt").input_ids).logits.item() for pair in pairs[:4]
+    ]
+    assert min(abs(x - y) for x, y in zip(expected, without, strict=False)) > 1e-3  # The segments matter.
+    # Whether the response ended by itself is nothing that a pair can say.
+    unfinished = (await house.score([of_text(*pairs[1], unfinished=True)])).results
+    assert unfinished[0].score == pytest.approx(expected[1], abs=2e-5)
+    # Dropped are the oldest words of the prompt: the token that the score is read off stays in front.
+    long = of_text("w1 w2 w3 w4 w5 w6 w7 w8", "w9 w10 w11")
+    refused, (cut,) = (
+        (await house.score([long])).results,
+        (await house.score([long], truncation=reward_pb2.TRUNCATION_POLICY_LEFT)).results,
+    )
+    assert "prompt and response have 14 tokens, the model takes 12" in refused[0].status.reason
+    assert (cut.truncated, cut.token_count) == (True, LONGEST)
+    assert cut.score == pytest.approx(direct("w3 w4 w5 w6 w7 w8", "w9 w10 w11"), abs=2e-5)
 
 
 async def test_each_refused_item_says_why_and_never_reaches_the_model(house):
