@@ -243,7 +243,6 @@ def _vllm(model: Path, texts: list[Text]) -> None:
         str(model),
         runner="pooling",
         dtype="float32",
-        skip_tokenizer_init=True,
         enforce_eager=True,
         enable_prefix_caching=False,
     )
