@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -148,9 +150,12 @@ class LiveService:
 
 
 def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port below those that the system hands out itself: while a service is restarted, no connection takes it."""
+    while True:
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            port = random.SystemRandom().randrange(15_000, 32_000)
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 @pytest.fixture(scope="session")

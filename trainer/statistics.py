@@ -13,6 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from trainer.wording import fixed
+
 Floats = Sequence[float] | npt.NDArray[np.float64]
 
 _NORMAL_975 = 1.959963984540054
@@ -31,7 +33,8 @@ class Interval:
         return {"value": self.value, "low": self.low, "high": self.high, "count": self.count}
 
     def __str__(self) -> str:
-        return f"{self.value:.3f} [{self.low:.3f}, {self.high:.3f}]"
+        value, low, high = (fixed(x, 3) for x in (self.value, self.low, self.high))
+        return f"{value} [{low}, {high}]"
 
 
 def mean_interval(values_N: Floats) -> Interval:

@@ -6,6 +6,7 @@ hashed on the way. Nothing here touches the weights that serve.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -109,7 +110,7 @@ class StagedCheckpoint:
             parent: where the folder is made.
 
         Raises:
-            OverloadedError: there is not enough room.
+            OverloadedError: there is not enough room; nothing is left behind.
         """
         self.specs = list(specs)
         self.received_bytes = 0
@@ -133,11 +134,19 @@ class StagedCheckpoint:
                 f"the weights have {self._starts[-1] / _GIB:.2f} GiB, {parent} has {free / _GIB:.2f} GiB free: "
                 "give the service more room or another --staging-dir"
             )
-        self.folder = Path(tempfile.mkdtemp(prefix="quartet-weights-", dir=parent))
-        self.path = self.folder / WEIGHTS_FILE
-        self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
-        os.ftruncate(self._file, self._starts[-1])
-        os.pwrite(self._file, struct.pack("<Q", len(header)) + header, 0)
+        # The room seen above may be gone by now.
+        with contextlib.ExitStack() as undo:
+            try:
+                self.folder = Path(tempfile.mkdtemp(prefix="quartet-weights-", dir=parent))
+                undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
+                self.path = self.folder / WEIGHTS_FILE
+                self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+                undo.callback(os.close, self._file)
+                os.ftruncate(self._file, self._starts[-1])
+                self._write(struct.pack("<Q", len(header)) + header, 0)
+            except OSError as error:
+                raise OverloadedError(f"the weights could not be staged in {parent}: {error}") from error
+            undo.pop_all()
 
     def __enter__(self) -> Self:
         return self
@@ -173,11 +182,9 @@ class StagedCheckpoint:
             )
         self._hash.update(data)
         try:
-            written = os.pwrite(self._file, data, self._starts[tensor_index] + self._filled)
+            self._write(data, self._starts[tensor_index] + self._filled)
         except OSError as error:
             raise OverloadedError(f"the weights could not be staged in {self.folder.parent}: {error}") from error
-        if written != len(data):
-            raise OverloadedError(f"the weights could not be staged in {self.folder.parent}: no room")
         self._filled += len(data)
         self.received_bytes += len(data)
 
@@ -197,6 +204,10 @@ class StagedCheckpoint:
                 field="commit.weights_fingerprint",
             )
         return fingerprint
+
+    def _write(self, data: bytes, offset: int) -> None:
+        if os.pwrite(self._file, data, offset) != len(data):
+            raise OSError("no room")
 
     def _end_tensor(self) -> None:
         spec = self.specs[self._index]

@@ -24,6 +24,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
@@ -33,7 +34,16 @@ from services.policy.engine import EngineFailedError, Finish, Generated, Generat
 from services.policy.staging import WEIGHTS_FILE
 from services.runtime.errors import StartError
 
-_POSSIBLE_ERRORS = (RuntimeError, ValueError, KeyError, IndexError, TypeError, OSError, AttributeError)
+_POSSIBLE_ERRORS = (
+    SafetensorError,
+    RuntimeError,
+    ValueError,
+    KeyError,
+    IndexError,
+    TypeError,
+    OSError,
+    AttributeError,
+)
 
 
 @dataclass(eq=False, kw_only=True)
@@ -92,6 +102,7 @@ class TransformersEngine:
         self._slots = 1 if settings.deterministic else settings.max_concurrent
         self._model: Any = None
         self._waiting: deque[_Row] = deque()
+        self._joining: list[_Row] = []  # No longer waiting, and not in the batch yet.
         self._batch: _Batch | None = None
         self._update: _Update | None = None
         self._changed = threading.Condition()
@@ -183,7 +194,7 @@ class TransformersEngine:
         """Answers everybody who waits, so that nobody waits for ever."""
         with self._changed:
             self._failure = self._failure or reason
-            waiting: list[Future[Any]] = [row.future for row in self._waiting]
+            waiting: list[Future[Any]] = [row.future for row in (*self._waiting, *self._joining)]
             if self._batch is not None:
                 waiting += [row.future for row in self._batch.rows]
             if self._update is not None:
@@ -209,11 +220,15 @@ class TransformersEngine:
             self._finish()
 
     def _admit(self) -> None:
+        rows: list[_Row] = []
         with self._changed:
             # An update that waits for the running ones to finish must not be starved by newcomers.
             free = 0 if self._update is not None else self._slots - (len(self._batch.rows) if self._batch else 0)
-            rows = [self._waiting.popleft() for _ in range(min(free, len(self._waiting)))]
-        rows = [row for row in rows if not row.future.cancelled()]
+            while self._waiting and len(rows) < free:
+                # Who has left takes no place of those who wait behind him.
+                if not (row := self._waiting.popleft()).future.cancelled():
+                    rows.append(row)
+            self._joining = rows
         if not rows:
             return
         prompts = [row.task.prompt_ids + row.token_ids for row in rows]
@@ -233,6 +248,7 @@ class TransformersEngine:
         self._sample(rows, output.logits[:, -1])
         joined = _Batch(rows=rows, cache=output.past_key_values, mask_BS=mask_BS)
         self._batch = joined if self._batch is None else _join(self._batch, joined)
+        self._joining = []
         self._finish()
 
     def _forward(self, batch: _Batch) -> Tensor:
@@ -306,13 +322,16 @@ class TransformersEngine:
         update = self._update
         if update is None or (update.in_flight is InFlight.FINISH and self._batch is not None):
             return
-        running = self._batch.rows if self._batch is not None else []
-        self._batch = None
-        if update.in_flight is InFlight.ABORT:
-            for row in [*running, *self._waiting]:
-                _answer(row, Finish.ABORTED)
-            running = []
-            self._waiting.clear()
+        aborted: list[_Row] = []
+        with self._changed:
+            # At the head of those who wait, where they are answered whatever happens; who comes meanwhile stays last.
+            self._waiting.extendleft(reversed(self._batch.rows if self._batch is not None else []))
+            self._batch = None
+            if update.in_flight is InFlight.ABORT:
+                aborted = list(self._waiting)
+                self._waiting.clear()
+        for row in aborted:
+            _answer(row, Finish.ABORTED)
         start_s = time.monotonic()
         try:
             # transformers reads folders: give it the configuration beside the weights. The old model serves until
@@ -321,13 +340,10 @@ class TransformersEngine:
             assert update.path.name == WEIGHTS_FILE
             model = self._read_model(update.path.parent)
         except _POSSIBLE_ERRORS as error:
-            with self._changed:
-                self._waiting.extend(running)  # Answered with the others.
             self._fail(f"the update to version {update.version} failed: {error}")
             raise
         self._model, self.version = model, update.version
         with self._changed:
-            self._waiting.extendleft(reversed(running))
             self._update = None
         if not update.future.cancelled():
             update.future.set_result(time.monotonic() - start_s)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import structlog
 
@@ -25,6 +26,8 @@ from services.runtime.errors import (
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 _IN_FLIGHT = {
     weights_pb2.IN_FLIGHT_POLICY_UNSPECIFIED: InFlight.KEEP,
@@ -76,39 +79,39 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     ) -> weights_pb2.UpdateWeightsResponse:
         begin: weights_pb2.BeginUpdate | None = None
         staged: StagedCheckpoint | None = None
-        try:
-            async for step in steps:
-                kind = step.WhichOneof("step")
-                if (kind == "begin") != (begin is None):
-                    raise InvalidArgumentError(
-                        f"step is {kind or 'not set'}: an update is one begin, then chunks, then one commit",
-                        field="step",
-                    )
-                if kind == "begin":
-                    begin = step.begin
-                    staged = await asyncio.to_thread(self._open, hosted, begin)
-                    await context.send_initial_metadata(((UPDATE_ACCEPTED, "1"),))
-                elif kind == "chunk" and staged is not None:
-                    # Hashing and copying hold no lock of the interpreter: generation's loop goes on beside them.
-                    await asyncio.to_thread(staged.write, step.chunk.tensor_index, step.chunk.data)
-                elif kind == "commit" and staged is not None and begin is not None:
-                    fingerprint = await asyncio.to_thread(staged.finish, step.commit.weights_fingerprint)
-                    # From here on it runs to its end, even when the client leaves: half an update would be no weights.
-                    self._applying = asyncio.create_task(self._apply(hosted, begin, staged, fingerprint))
-                    self._applying.add_done_callback(self._applied)
-                    staged = None  # Closed by _apply.
-                    return await asyncio.shield(self._applying)
-                else:
-                    raise InvalidArgumentError("step is not set: give begin, chunk or commit", field="step")
-        except ServiceError:
-            if staged is not None:
-                # A status that overtakes a client still sending would reach it as a broken pipe: take the rest in.
-                async for _ in steps:
-                    pass
-            raise
-        finally:
-            if staged is not None:
-                staged.__exit__()
+        with contextlib.ExitStack() as opened:
+            try:
+                async for step in steps:
+                    kind = step.WhichOneof("step")
+                    if (kind == "begin") != (begin is None):
+                        raise InvalidArgumentError(
+                            f"step is {kind or 'not set'}: an update is one begin, then chunks, then one commit",
+                            field="step",
+                        )
+                    if kind == "begin":
+                        begin = step.begin
+                        staged = await _in_thread(self._open, hosted, begin, opened)
+                        await context.send_initial_metadata(((UPDATE_ACCEPTED, "1"),))
+                    elif kind == "chunk" and staged is not None:
+                        # Hashing and copying hold no lock of the interpreter: generation's loop goes on beside them.
+                        await _in_thread(staged.write, step.chunk.tensor_index, step.chunk.data)
+                    elif kind == "commit" and staged is not None and begin is not None:
+                        fingerprint = await _in_thread(staged.finish, step.commit.weights_fingerprint)
+                        # From here on it runs to its end, even when the client leaves: half an update would be no
+                        # weights.
+                        opened.pop_all()  # Closed by _apply.
+                        self._applying = asyncio.create_task(self._apply(hosted, begin, staged, fingerprint))
+                        self._applying.add_done_callback(self._applied)
+                        staged = None
+                        return await asyncio.shield(self._applying)
+                    else:
+                        raise InvalidArgumentError("step is not set: give begin, chunk or commit", field="step")
+            except ServiceError:
+                if staged is not None:
+                    # A status that overtakes a client still sending would reach it as a broken pipe: take the rest in.
+                    async for _ in steps:
+                        pass
+                raise
         raise DataLossError("the stream ended before its commit; the old weights go on serving")
 
     def _applied(self, task: asyncio.Task[weights_pb2.UpdateWeightsResponse]) -> None:
@@ -116,7 +119,10 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         if not task.cancelled() and (error := task.exception()) is not None:
             log.error("update_failed", reason=str(error))
 
-    def _open(self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate) -> StagedCheckpoint:
+    def _open(
+        self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate, opened: contextlib.ExitStack
+    ) -> StagedCheckpoint:
+        """``opened`` closes it."""
         current = hosted.model.served_by.weights_version
         if begin.weights_version <= current:
             raise FailedPreconditionError(
@@ -129,7 +135,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
             )
         specs = [TensorSpec(name=t.name, dtype=t.dtype, shape=tuple(t.shape)) for t in begin.tensors]
         hosted.layout.check(specs, self.max_bytes)
-        return StagedCheckpoint(specs, self.staging)
+        return opened.enter_context(StagedCheckpoint(specs, self.staging))
 
     async def _apply(
         self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate, staged: StagedCheckpoint, fingerprint: str
@@ -155,3 +161,17 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return weights_pb2.UpdateWeightsResponse(
             served_by=served_by, received_bytes=staged.received_bytes, pause_seconds=pause_s
         )
+
+
+async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
+    """Runs in a thread, and is waited for even when the client leaves: what it works on must not be closed below it."""
+    work = asyncio.create_task(asyncio.to_thread(function, *arguments))
+    try:
+        return await asyncio.shield(work)
+    except asyncio.CancelledError:
+        while not work.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([work])
+        if not work.cancelled():
+            work.exception()  # Seen: nobody is left to be told.
+        raise

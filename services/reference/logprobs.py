@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -78,7 +79,7 @@ class ReferenceModel:
             model, loading = transformers.AutoModelForCausalLM.from_pretrained(
                 folder, output_loading_info=True, **hosting.loading
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise StartError(f"model {str(folder)!r} does not load as a causal language model: {error}") from error
         if missing := sorted(loading["missing_keys"]):
             raise StartError(

@@ -106,8 +106,9 @@ def _prepare(
 def _result(result: ReferenceResult | ItemError) -> reference_pb2.LogProbsResult:
     if isinstance(result, ItemError):
         return reference_pb2.LogProbsResult(status=serving.failed(result.reason, result.retryable))
-    if not all(map(math.isfinite, result.logprobs)):
-        return reference_pb2.LogProbsResult(
-            status=serving.invalid("the model gives a log-probability that is not a finite number")
-        )
+    for name, values in (("a log-probability", result.logprobs), ("an entropy", result.entropies)):
+        if not all(map(math.isfinite, values)):
+            return reference_pb2.LogProbsResult(
+                status=serving.invalid(f"the model gives {name} that is not a finite number")
+            )
     return reference_pb2.LogProbsResult(status=serving.ok(), logprobs=result.logprobs, entropies=result.entropies)

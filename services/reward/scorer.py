@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -63,7 +64,7 @@ class TransformersScorer:
             model, loading = transformers.AutoModelForSequenceClassification.from_pretrained(
                 folder, output_loading_info=True, **hosting.loading
             )
-        except (OSError, ValueError, KeyError, RuntimeError) as error:
+        except (SafetensorError, OSError, ValueError, KeyError, RuntimeError) as error:
             raise StartError(f"model {str(folder)!r} does not load as a sequence classifier: {error}") from error
         if missing := sorted(loading["missing_keys"]):
             raise StartError(

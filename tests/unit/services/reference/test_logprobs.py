@@ -126,3 +126,96 @@ def test_logits_far_apart_neither_overflow_nor_vanish(tmp_path):
 def test_a_folder_that_is_no_language_model_is_refused(tmp_path, make_reward_model):
     with pytest.raises(StartError, match="is not a language model: its checkpoint lacks lm_head"):
         load(make_reward_model())
+
+
+@pytest.mark.parametrize("positions", [1, 2, 3, 100])
+@pytest.mark.parametrize("part", [1, 7, 300])
+def test_wherever_chunks_and_parts_begin_the_figures_are_the_same(tmp_path, monkeypatch, positions, part):
+    folder = save(tmp_path, "Llama")
+    whole = load(folder).logprobs(items(0.8))
+    monkeypatch.setattr(reference, "_CPU_PART", part)
+    model = load(folder, chunk_bytes=2 * 4 * part * positions)
+    assert (len(model.head.parts), model.chunk_positions) == (-(-300 // part), positions)
+    for found, expected in zip(model.logprobs(items(0.8)), whole, strict=True):
+        assert found.logprobs == pytest.approx(expected.logprobs, abs=2e-5)
+        assert found.entropies == pytest.approx(expected.entropies, abs=2e-5)
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_no_companion_and_no_padding_changes_a_figure(tmp_path, packed):
+    model = load(save(tmp_path, "Llama"))
+    assert model.hidden_states.packed
+    if not packed:
+        model.hidden_states.packed = False
+        model.model.set_attn_implementation("sdpa")
+    batch = items(0.7)
+    alone = [model.logprobs([item])[0] for item in batch]
+    for order in (batch, batch[::-1], [*batch, *batch]):
+        for item, found in zip(order, model.logprobs(order), strict=True):
+            expected = alone[batch.index(item)]
+            assert len(found.logprobs) == len(item.token_ids) - item.response_start
+            assert found.logprobs == pytest.approx(expected.logprobs, abs=2e-5)
+            assert found.entropies == pytest.approx(expected.entropies, abs=2e-5)
+    padded = model.logprobs(batch)
+    model.hidden_states.pad_id = 299  # What padding is filled with makes no difference, not in a single bit.
+    assert model.logprobs(batch) == padded
+
+
+def test_figures_of_a_part_of_a_response_are_those_of_the_whole(tmp_path):
+    """Where the response begins says what is told, and not what is computed."""
+    model = load(save(tmp_path, "Llama"))
+    ids = list(range(3, 43))
+    whole, part, last = model.logprobs([ReferenceItem(ids, start, 0.9, True) for start in (1, 15, 39)])
+    assert part.logprobs == pytest.approx(whole.logprobs[14:], abs=2e-5)
+    assert part.entropies == pytest.approx(whole.entropies[14:], abs=2e-5)
+    assert (len(last.logprobs), len(last.entropies)) == (1, 1)
+    assert last.logprobs == pytest.approx(whole.logprobs[-1:], abs=2e-5)
+
+
+def test_probabilities_of_all_next_tokens_add_up_to_one_and_give_the_entropy(tmp_path):
+    model = load(save(tmp_path, "Llama"))
+    results = model.logprobs([ReferenceItem([5, 6, 7, token], 3, 0.6, True) for token in range(300)])
+    logprobs_V = torch.tensor([result.logprobs[0] for result in results], dtype=torch.float64)
+    assert logprobs_V.exp().sum().item() == pytest.approx(1.0, abs=1e-4)
+    entropy = -(logprobs_V.exp() * logprobs_V).sum().item()
+    assert [result.entropies[0] for result in results] == pytest.approx([entropy] * 300, abs=2e-4)
+
+
+def test_a_model_whose_logits_are_no_plain_projection_is_refused(tmp_path):
+    # BERT transforms its hidden states once more before it projects them.
+    config = transformers.BertConfig(
+        vocab_size=300,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        is_decoder=True,
+    )
+    torch.manual_seed(0)
+    model = transformers.BertLMHeadModel(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path)
+    with pytest.raises(StartError, match="its logits are not a plain projection of its last hidden state"):
+        load(tmp_path)
+
+
+def without_weights(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+
+
+def cut_off(folder: Path) -> None:
+    data = (folder / "model.safetensors").read_bytes()
+    (folder / "model.safetensors").write_bytes(data[: len(data) // 2])
+
+
+def of_no_known_kind(folder: Path) -> None:
+    (folder / "config.json").write_text('{"model_type": "nothing-known"}')
+
+
+@pytest.mark.parametrize("damage", [without_weights, cut_off, of_no_known_kind])
+def test_a_folder_that_does_not_load_is_refused_in_one_line(tmp_path, damage):
+    damage(save(tmp_path, "Llama"))
+    with pytest.raises(StartError, match=r"model '.*' does not load as a causal language model: "):
+        load(tmp_path)

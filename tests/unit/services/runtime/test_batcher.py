@@ -366,6 +366,7 @@ async def test_metrics_tell_what_waits_what_was_refused_and_how_full_batches_are
         assert age_s is not None
         assert 0.05 <= age_s < 5
         cancelled.cancel()
+        await asyncio.wait([cancelled])
         with pytest.raises(OverloadedError):
             await batcher.submit([("d", 30)], [30])
         model.release.set()

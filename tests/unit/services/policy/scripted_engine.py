@@ -1,0 +1,110 @@
+"""An engine without a model: a test says when and how each completion and each weight update ends."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight
+
+
+def generated(
+    task: GenerationTask,
+    *,
+    token_ids: list[int] | None = None,
+    logprobs: list[float] | None = None,
+    finish: Finish = Finish.LENGTH,
+    version_spans: list[tuple[int, int]] | None = None,
+) -> Generated:
+    """What the engine answers unless told otherwise: tokens by which prompt and seed can be told again."""
+    token_ids = [task.seed % 293, sum(task.prompt_ids) % 293] if token_ids is None else token_ids
+    return Generated(
+        token_ids=token_ids,
+        logprobs=[-0.25 * (i + 1) for i in range(len(token_ids))] if logprobs is None else logprobs,
+        finish=finish,
+        version_spans=[(0, len(token_ids))] if version_spans is None else version_spans,
+        start_unix_ns=1_000,
+        end_unix_ns=2_000,
+    )
+
+
+async def at_once(task: GenerationTask) -> Generated:
+    return generated(task)
+
+
+@dataclass
+class AppliedUpdate:
+    """What the engine was told to load, read from the staged file at the moment it was told."""
+
+    version: int
+    in_flight: InFlight
+    folder: Path
+    tensors: dict[str, torch.Tensor]
+
+
+@dataclass
+class ScriptedEngine:
+    """Implements services.policy.engine.Engine. ``gate`` closed holds every completion; ``update_gate``, updates."""
+
+    name: str = "scripted"
+    vocab_size: int = 300
+    max_sequence_tokens: int = 128
+    dtype: str = "float32"
+    answer: Callable[[GenerationTask], Awaitable[Generated]] = at_once
+    gate: asyncio.Event = field(default_factory=asyncio.Event)
+    update_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    update_begun: asyncio.Event = field(default_factory=asyncio.Event)
+    update_error: Exception | None = None
+    tasks: list[GenerationTask] = field(default_factory=list)
+    running: int = 0
+    cancelled: int = 0
+    updates: list[AppliedUpdate] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.gate.set()
+        self.update_gate.set()
+
+    async def start(self) -> None:
+        """There is nothing to load."""
+
+    async def generate(self, task: GenerationTask) -> Generated:
+        self.tasks.append(task)
+        self.running += 1
+        try:
+            await self.gate.wait()
+            return await self.answer(task)
+        except asyncio.CancelledError:
+            self.cancelled += 1
+            raise
+        finally:
+            self.running -= 1
+
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+        self.update_begun.set()
+        await self.update_gate.wait()
+        if self.update_error is not None:
+            raise self.update_error
+        # Read now and not before, as an engine does: the file must still be there.
+        self.updates.append(AppliedUpdate(version, in_flight, safetensors.parent, load_file(safetensors)))
+        return 0.125
+
+    async def check(self) -> None:
+        if isinstance(self.update_error, EngineFailedError):
+            raise self.update_error
+
+    async def stop(self) -> None:
+        """There is nothing to end."""
+
+
+async def until(true: Callable[[], bool], timeout_s: float = 5.0) -> None:
+    """Returns when it is true, and fails when it does not become so."""
+    end_s = time.monotonic() + timeout_s
+    while not true():
+        assert time.monotonic() < end_s
+        await asyncio.sleep(0.005)
