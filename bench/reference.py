@@ -1,6 +1,6 @@
 """Log-probabilities of given tokens at a large vocabulary: the reference service against what others do.
 
-    python -m bench.reference
+    make bench-reference
 
 - full logits: transformers, then log_softmax over [B, S, V] and a gather; the textbook.
 - selective: transformers' full logits, then a log-sum-exp row by row, as TRL's selective_log_softmax does.

@@ -1,6 +1,6 @@
 """Scoring with a reward model: the reward service against what others do.
 
-    python -m bench.reward [--texts pref_hh_harmless_dev.jsonl]
+    make bench-reward TEXTS=pref_hh_harmless_dev.jsonl
 
 - one by one: a transformers classifier, a text at a time.
 - padded batches: the same in batches of 32, in the order of arrival, padded to the longest.
