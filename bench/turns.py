@@ -1,0 +1,166 @@
+"""Sides of a comparison as processes of their own, which stay up and take turns.
+
+Each side is a Python process that loads its model, says that it is ready, and then does the same work whenever it is
+told to. Turns that lie seconds apart see the same state of a shared machine; memory is that of the process that holds
+the model, and nothing of another side is in it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import psutil  # type: ignore[import-untyped]
+
+_SAMPLE_EVERY_S = 0.005
+
+
+@dataclass(frozen=True, kw_only=True)
+class Turn:
+    """One turn: seconds, most memory above what the loaded model takes (MiB), and what the side found."""
+
+    seconds: float
+    peak_mib: float
+    found: list[float]
+
+
+class Side:
+    """A process that takes turns."""
+
+    def __init__(self, name: str, command: Sequence[str]) -> None:
+        """Starts it. ``command``: of a program that calls ``serve_turns``."""
+        self.name = name
+        self.turns: list[Turn] = []
+        self._process = subprocess.Popen(
+            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+        )
+        self.model_mib = float(self._answer()["model_mib"])
+
+    def turn(self) -> Turn:
+        """Does the work once and keeps its figures."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("go\n")
+        self._process.stdin.flush()
+        turn = Turn(**self._answer())
+        self.turns.append(turn)
+        return turn
+
+    def _answer(self) -> dict[str, Any]:
+        """The next line that is ours: libraries write to the output, too."""
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            if line.startswith("turn: "):
+                answer: dict[str, Any] = json.loads(line.removeprefix("turn: "))
+                return answer
+        raise SystemExit(f"{self.name} ended with {self._process.wait()} before it answered")
+
+    def end(self) -> None:
+        """Asks it to end, and waits."""
+        if self._process.stdin is not None:
+            self._process.stdin.close()
+        self._process.wait()
+
+
+@contextmanager
+def start_sides(commands: dict[str, Sequence[str]]) -> Iterator[list[Side]]:
+    """All sides, one after another, so that no two load at the same time."""
+    sides: list[Side] = []
+    try:
+        for name, command in commands.items():
+            print(f"starting {name}", flush=True)
+            sides.append(Side(name, command))
+        yield sides
+    finally:
+        for side in sides:
+            side.end()
+
+
+def serve_turns(work: Callable[[], tuple[float, list[float]]], holds_model: psutil.Process | None = None) -> None:
+    """A side's main loop: ``work`` once for every line of the input, until it ends.
+
+    Args:
+        work: returns the seconds it took and what it found.
+        holds_model: the process whose memory counts, with its children; default this one.
+    """
+    process = holds_model or psutil.Process()
+    loaded = _memory(process)
+    _say({"model_mib": loaded / 2**20})
+    for _ in sys.stdin:
+        with _peak(process) as peak:
+            seconds, found = work()
+        _say({"seconds": seconds, "peak_mib": (peak[0] - loaded) / 2**20, "found": found})
+
+
+def _say(content: dict[str, Any]) -> None:
+    sys.stdout.write("\nturn: " + json.dumps(content) + "\n")
+    sys.stdout.flush()
+
+
+def _memory(process: psutil.Process) -> int:
+    """Bytes in memory that are the process's own, and its children's."""
+    total = 0
+    for one in (process, *process.children(recursive=True)):
+        try:
+            information = one.memory_info()
+            total += information.rss - information.shared
+        except psutil.NoSuchProcess:
+            continue
+    return total
+
+
+@contextmanager
+def _peak(process: psutil.Process) -> Iterator[list[int]]:
+    """The most memory inside the block, sampled."""
+    peak = [_memory(process)]
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.wait(_SAMPLE_EVERY_S):
+            peak[0] = max(peak[0], _memory(process))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        thread.join()
+
+
+def set_threads() -> None:
+    """As many threads as there are cores, for every side alike."""
+    import torch
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+
+
+def set_vllm_environment() -> None:
+    """All cores, and the engine in this very process, so that its memory is seen. Before vLLM is imported."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
+    os.environ |= {
+        "VLLM_LOGGING_LEVEL": "ERROR",
+        "VLLM_CPU_KVCACHE_SPACE": "2",
+        "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
+    }
+
+
+def end_at_once() -> None:
+    """Ends the process without the interpreter's farewell, in which vLLM's parts fill the screen with warnings."""
+    sys.stdout.flush()
+    os._exit(0)
+
+
+def free_port() -> int:
+    """A port of loopback that nobody had a moment ago."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
