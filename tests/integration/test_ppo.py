@@ -76,8 +76,14 @@ def run(command: list[str], timeout_s: float = 240) -> subprocess.CompletedProce
 
 
 def start_in_background(command: list[str], log: Path) -> subprocess.Popen[str]:
+    def as_from_a_terminal() -> None:
+        # A shell's background job ignores SIGINT, and hands that on.
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
     with log.open("w") as sink:
-        return subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, text=True)
+        return subprocess.Popen(
+            command, stdout=sink, stderr=subprocess.STDOUT, text=True, preexec_fn=as_from_a_terminal
+        )
 
 
 def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str], timeout_s: float = 120.0) -> None:
