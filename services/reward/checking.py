@@ -7,6 +7,8 @@ import math
 import sys
 import time
 
+import transformers
+
 from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2
 from services.reward.combining import Marks, Member
@@ -30,13 +32,14 @@ async def check(settings: RewardSettings) -> int:
         StartError, ModelFolderError: what ``settings.check`` names cannot be hosted; the message says why.
     """
     settings = settings.model_copy(update={"model": settings.check, "check": ""})
+    transformers.logging.disable_progress_bar()  # The report is what is to be read.
     hosted = await asyncio.to_thread(load, settings, ServiceMetrics("reward"))
     try:
         lines = [*_described(hosted), ("one text", await asyncio.to_thread(_score_once, hosted))]
     finally:
         await asyncio.to_thread(hosted.close)
     for name, text in lines:
-        sys.stdout.write(f"{name:<14} {text}\n" if text else f"{name}\n")
+        sys.stdout.write(f"{name:<16} {text}\n" if text else f"{name}\n")
     sys.stdout.write("ok\n")
     return 0
 

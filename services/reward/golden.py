@@ -19,7 +19,7 @@ from services.reward.scorer import Scorer
 from services.runtime.errors import StartError
 
 # Largest difference that is rounding, by precision: share of the standard deviation of scores, share of the score.
-_TOLERANCES = {"float32": (1e-4, 1e-5), "float16": (0.02, 0.005), "bfloat16": (0.15, 0.03)}
+_TOLERANCES = {"float32": (1e-4, 1e-5), "float16": (0.02, 0.005), "bfloat16": (0.1, 0.03)}
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,9 @@ def _combination(settings: RewardSettings, models: Sequence[_Model], rule: Pytho
         Member(statistics=model.metadata.statistics, temperature=model.metadata.temperature) for model in models
     )
     declared = rule.declared if rule is not None else ()
-    combination = Combination(
+    if rule is not None:
+        rule.reserve(head.name for head in heads)
+    return Combination(
         heads=heads,
         members=members,
         rule=tuple(Head(name=head.name, weight=head.weight * settings.scorer_weight) for head in declared),
@@ -167,12 +169,6 @@ def _combination(settings: RewardSettings, models: Sequence[_Model], rule: Pytho
         reduction=settings.ensemble_reduction,
         penalty=settings.ensemble_lambda,
     )
-    names = [head.name for head in combination.addends]
-    if twice := sorted({name for name in names if names.count(name) > 1}):
-        raise StartError(
-            f"--scorer is {settings.scorer!r}: its {twice[0]!r} is the name of a head of the model; give it another"
-        )
-    return combination
 
 
 def _describe(settings: RewardSettings, models: Sequence[_Model], rule: PythonScorer | None) -> common_pb2.ModelInfo:

@@ -18,7 +18,7 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -62,6 +62,7 @@ class PythonScorer:
         self.name = spec.rpartition(":")[2]
         self.declared = _declared(spec, getattr(function, "weights", None))
         self._function = function
+        self._taken: frozenset[str] = frozenset()
         self._source = source
         self._runner: asyncio.Runner | None = None
 
@@ -70,6 +71,19 @@ class PythonScorer:
         """SHA-256 of the module that the function stands in, of its name where that has no file."""
         content = self._source.read_bytes() if self._source is not None else self.spec.encode()
         return hashlib.sha256(content).hexdigest()
+
+    def reserve(self, names: Iterable[str]) -> None:
+        """Keeps ``names``, of the model's heads, from being given to its own scores.
+
+        Raises:
+            StartError: it has declared one of them, or bears it itself.
+        """
+        self._taken = frozenset(names)
+        own = [head.name for head in self.declared] or [self.name]
+        if twice := sorted(self._taken.intersection(own)):
+            raise StartError(
+                f"--scorer is {self.spec!r}: its {twice[0]!r} is the name of a head of the model; give it another"
+            )
 
     def score(self, exchanges: Sequence[Exchange]) -> list[Mapping[str, float] | ItemError]:
         """Attributes of each, or why it has none. A failure of the function is one of the whole batch, and passing."""
@@ -117,6 +131,8 @@ class PythonScorer:
         for name, number in named.items():
             if not isinstance(name, str) or not name:
                 return self._refuse(f"named a score {name!r}, must be text")
+            if name in self._taken:
+                return self._refuse(f"named a score {name!r}, which is the name of a head of the model")
             if not isinstance(number, Real):
                 return self._refuse(
                     f"gave {number!r} for {name!r}, a {type(number).__name__}: must be a number, a dict of numbers, or "
