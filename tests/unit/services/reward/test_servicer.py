@@ -258,6 +258,11 @@ async def test_an_encoder_scores_a_pair_as_transformers_does_segments_included(m
     assert "prompt and response have 14 tokens, the model takes 12" in refused[0].status.reason
     assert (cut.truncated, cut.token_count) == (True, LONGEST)
     assert cut.score == pytest.approx(direct("w3 w4 w5 w6 w7 w8", "w9 w10 w11"), abs=2e-5)
+    # From the right it is the newest words of the response, and the last separator stays.
+    full = of_text("w1 w2 w3 w4 w5 w6 w7 w8 w9", "w10 w11")
+    cut, none_left = (await house.score([long, full], truncation=reward_pb2.TRUNCATION_POLICY_RIGHT)).results
+    assert cut.score == pytest.approx(direct("w1 w2 w3 w4 w5 w6 w7 w8", "w9"), abs=2e-5)
+    assert "truncation RIGHT would leave nothing of the response" in none_left.status.reason
 
 
 async def test_each_refused_item_says_why_and_never_reaches_the_model(house):
