@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2
 from services.reward.combining import Weights
-from services.reward.hosted import HostedReward, Trained
+from services.reward.hosted import LoadedReward, Trained
 from services.reward.metadata import Golden, GoldenItem
 from services.reward.preparing import Cut, Prepared, prepare
 from services.reward.scorer import Scorer
@@ -31,7 +31,7 @@ class GoldenReport:
 
 
 def check_golden(
-    hosted: HostedReward,
+    hosted: LoadedReward,
     scorer: Scorer,
     golden: Golden,
     *,
@@ -84,7 +84,7 @@ def _where(name: str, index: int) -> str:
     return f"model {name!r} is not served as it was trained: golden item {index}"
 
 
-def _prepare(hosted: HostedReward, item: GoldenItem, cut: Cut, where: str) -> Prepared:
+def _prepare(hosted: LoadedReward, item: GoldenItem, cut: Cut, where: str) -> Prepared:
     prepared = prepare(hosted, _as_request(item), cut)
     if isinstance(prepared, str):
         raise StartError(f"{where} is refused: {prepared}. {_SKIP}")

@@ -21,8 +21,8 @@ class Trained:
 
 
 @dataclass(frozen=True, kw_only=True)
-class HostedReward:
-    """What scores, and what belongs to it. A call is answered by one of these from beginning to end.
+class LoadedReward:
+    """What scores, and what belongs to it.
 
     ``encoding`` and ``tokenizer`` are those of all models, None where a rule scores alone. ``member_infos`` describes
     the models one by one, ``golden`` says of each what the check of its golden items found.
@@ -32,7 +32,6 @@ class HostedReward:
     encoding: Encoding | None
     tokenizer: Any
     model: common_pb2.ModelInfo
-    batcher: Batcher[Work, Answers]
     combination: Combination = field(default_factory=Combination)
     trained: Trained = field(default_factory=Trained)
     member_infos: tuple[common_pb2.ModelInfo, ...] = ()
@@ -43,6 +42,13 @@ class HostedReward:
         """Statistics that a raw score is normalised with; None without any, and for an ensemble."""
         members = self.combination.members
         return members[0].statistics if len(members) == 1 else None
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostedReward(LoadedReward):
+    """It with its batcher, ready for calls. A call is answered by one of these from beginning to end."""
+
+    batcher: Batcher[Work, Answers]
 
     def close(self) -> None:
         """Answers what waits, and ends the thread. Blocks; nothing may be submitted any more."""

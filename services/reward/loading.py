@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import time
 from collections.abc import Sequence
@@ -16,7 +15,7 @@ from quartet.common.v1 import common_pb2
 from quartet.model_folder import find_model
 from services.reward.combining import Combination, Head, Member
 from services.reward.config import RewardSettings
-from services.reward.hosted import HostedReward, Trained
+from services.reward.hosted import HostedReward, LoadedReward, Trained
 from services.reward.metadata import RewardMetadata, ensemble_members, read_reward_metadata
 from services.reward.panel import Panel
 from services.reward.python_scorer import PythonScorer, load_python_scorer
@@ -60,21 +59,18 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     combination = _combination(settings, models, rule)
     panel = Panel([model.scorer for model in models], rule, alone=settings.deterministic)
     first = models[0] if models else None
-    hosted = HostedReward(
+    loaded = LoadedReward(
         panel=panel,
         encoding=first.encoding if first is not None else None,
         tokenizer=first.tokenizer if first is not None else None,
         model=_describe(settings, models, rule),
-        batcher=Batcher(panel, limits=settings.batch_limits, metrics=metrics),
         combination=combination,
         trained=first.trained if first is not None and len({model.trained for model in models}) == 1 else Trained(),
         member_infos=tuple(model.info for model in models),
     )
-    with contextlib.ExitStack() as undo:
-        undo.callback(hosted.close)
-        golden = tuple(_check_golden(settings, hosted, model) for model in models)
-        undo.pop_all()
-    return replace(hosted, golden=golden)
+    loaded = replace(loaded, golden=tuple(_check_golden(settings, loaded, model) for model in models))
+    # Last: it has a thread, and the metrics look at it from now on.
+    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=settings.batch_limits, metrics=metrics))
 
 
 def _load_models(settings: RewardSettings) -> list[_Model]:
@@ -190,7 +186,7 @@ def _describe(settings: RewardSettings, models: Sequence[_Model], rule: PythonSc
     return info
 
 
-def _check_golden(settings: RewardSettings, hosted: HostedReward, model: _Model) -> str:
+def _check_golden(settings: RewardSettings, loaded: LoadedReward, model: _Model) -> str:
     """What came of it, for people."""
     golden = model.metadata.golden
     if golden is None:
@@ -203,12 +199,12 @@ def _check_golden(settings: RewardSettings, hosted: HostedReward, model: _Model)
 
     start_s = time.monotonic()
     report = check_golden(
-        hosted,
+        loaded,
         model.scorer,
         golden,
         name=model.name,
         trained=model.trained,
-        weights=hosted.combination.weights({}),
+        weights=loaded.combination.weights({}),
         dtype=model.info.dtype,
     )
     seconds = round(time.monotonic() - start_s, 3)

@@ -8,7 +8,7 @@ from quartet.reward.v1 import reward_pb2
 from services.hosting import serving
 from services.hosting.model import out_of_range
 from services.hosting.serving import ItemRefusedError
-from services.reward.hosted import HostedReward
+from services.reward.hosted import LoadedReward
 from services.reward.panel import Candidate
 from services.reward.python_scorer import Exchange
 from services.reward.scorer import ScorerItem
@@ -80,7 +80,7 @@ class _Encoded:
         )
 
 
-def choose_cut(hosted: HostedReward, policy: int) -> Cut:
+def choose_cut(hosted: LoadedReward, policy: int) -> Cut:
     """What ``policy`` of a request means for this model.
 
     Raises:
@@ -99,7 +99,7 @@ def choose_cut(hosted: HostedReward, policy: int) -> Cut:
     return Cut(_POLICIES.get(policy, "refuse"), limit)  # type: ignore[call-overload]
 
 
-def prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prepared | str:
+def prepare(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prepared | str:
     """What is scored of one item, or why it is refused."""
     try:
         return _prepare(hosted, item, cut)
@@ -107,7 +107,7 @@ def prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prepa
         return str(error)
 
 
-def _prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prepared:
+def _prepare(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prepared:
     form = item.prompt.WhichOneof("content")
     if form is None:
         raise ItemRefusedError("prompt is not set: give text, token_ids or messages")
@@ -145,7 +145,7 @@ def _prepare(hosted: HostedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prep
     return Prepared(Candidate(tokens, exchange), truncated=truncated)
 
 
-def _encode(hosted: HostedReward, item: reward_pb2.ScoreItem) -> _Encoded:
+def _encode(hosted: LoadedReward, item: reward_pb2.ScoreItem) -> _Encoded:
     """
     Raises:
         ItemRefusedError: the chat template refuses the messages.
@@ -165,11 +165,11 @@ def _encode(hosted: HostedReward, item: reward_pb2.ScoreItem) -> _Encoded:
     return _Encoded(_plain_ids(hosted, prompt) + response, len(response))
 
 
-def _plain_ids(hosted: HostedReward, text: str) -> list[int]:
+def _plain_ids(hosted: LoadedReward, text: str) -> list[int]:
     return list(hosted.tokenizer(text, add_special_tokens=False).input_ids) if text else []
 
 
-def _exchange(hosted: HostedReward, item: reward_pb2.ScoreItem) -> Exchange:
+def _exchange(hosted: LoadedReward, item: reward_pb2.ScoreItem) -> Exchange:
     """The text that a rule sees: all of it, whatever of it a model would drop."""
     form = item.prompt.WhichOneof("content")
     if form == "messages":

@@ -12,6 +12,7 @@ from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting import serving
 from services.reward.combining import Marks, Reduction, Statistics, Weights, WeightsRefusedError
 from services.reward.hosted import HostedReward as HostedReward
+from services.reward.hosted import LoadedReward
 from services.reward.panel import Answers, Work
 from services.reward.preparing import Prepared, choose_cut, prepare
 from services.runtime.admission import Hold
@@ -143,7 +144,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         self.metrics.tokens.labels("scored").inc(sum(item.count for item in scored))
 
 
-def describe(hosted: HostedReward) -> reward_pb2.GetModelInfoResponse:
+def describe(hosted: LoadedReward) -> reward_pb2.GetModelInfoResponse:
     """What GetModelInfo tells of ``hosted``."""
     combination = hosted.combination
     models = set(combination.heads)

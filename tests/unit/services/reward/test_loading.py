@@ -10,6 +10,7 @@ import json
 import random
 import shutil
 import statistics
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -379,8 +380,10 @@ def unknown_head(folder: Path) -> None:
 def test_a_model_that_is_not_served_as_it_was_trained_is_refused(damage, message, trained, hosts, tmp_path):
     folder = copy(trained, tmp_path / "changed")
     damage(folder)
+    threads = threading.active_count()
     with pytest.raises(StartError, match=rf"model '.*changed' is not served as it was trained: {message}"):
         hosts(folder)
+    assert threading.active_count() == threads
     assert hosts(folder, golden_check="off").golden == ("6 items, not checked (--golden-check off)",)
 
 
