@@ -134,8 +134,9 @@ def _prepare(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prep
         raise ItemRefusedError(reason)
     if truncated := count > cut.limit:
         if cut.side == "refuse":
+            takes = "takes" if cut.limit == hosted.panel.max_sequence_tokens else "was trained with at most"
             raise ItemRefusedError(
-                f"prompt and response have {count} tokens, the model takes {cut.limit}; "
+                f"prompt and response have {count} tokens, the model {takes} {cut.limit}; "
                 "shorten them, or ask for truncation LEFT"
             )
         tokens = encoded.cut(cut)

@@ -373,7 +373,10 @@ def unknown_head(folder: Path) -> None:
         (other_weights, r"golden item \d: score was .* the weights are of another run than quartet\.json"),
         (other_merges, r"golden item 0 had \d+ tokens in training, has \d+ here.*the tokenizer or its chat template"),
         (other_template, r"golden item \d had \d+ tokens in training, has \d+ here"),
-        (refusing, r"golden item \d is refused: prompt and response have \d+ tokens, the model takes 40"),
+        (
+            refusing,
+            r"golden item \d is refused: prompt and response have \d+ tokens, the model was trained with at most 40",
+        ),
         (unknown_head, r"golden item 1: attributes\.kindness is kept, but the model has no such head"),
     ],
 )

@@ -286,7 +286,7 @@ async def test_as_trained_is_the_side_and_the_length_of_training(trained, kept, 
     short, long = (await stub.Score(ask(item([5], [6]), item(tokens[:3], tokens[3:]), truncation=policy))).results
     assert (short.status.code, short.truncated) == (OK, False)
     if kept is None:
-        assert "prompt and response have 20 tokens, the model takes 8" in long.status.reason
+        assert "prompt and response have 20 tokens, the model was trained with at most 8" in long.status.reason
     else:
         assert (long.status.code, long.truncated) == (OK, True)
         assert tokens[kept] in [sequence for call in scorer.calls for sequence in call]
