@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 
 from quartet.settings import Finite, NonNegativeFloat, Port
 from services.hosting.serving import ForwardSettings
-from services.reward.combining import Reduction
 
 
 class RewardSettings(ForwardSettings):
@@ -21,8 +20,8 @@ class RewardSettings(ForwardSettings):
     )
     port: Port = Field(50052, description="gRPC port; 0 takes a free one")
     metrics_port: Port = Field(9102, description="Prometheus port over HTTP; 0 takes a free one")
-    ensemble_reduction: Reduction = Field(
-        Reduction.MEAN,
+    ensemble_reduction: Literal["mean", "worst_case", "uncertainty"] = Field(
+        "mean",
         description="how the scores of an ensemble's members become one; uncertainty: mean - lambda * variance",
     )
     ensemble_lambda: NonNegativeFloat = Field(0.5, description="price of a unit of the members' variance")

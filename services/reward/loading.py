@@ -13,7 +13,7 @@ import structlog
 
 from quartet.common.v1 import common_pb2
 from quartet.model_folder import find_model
-from services.reward.combining import Combination, Head, Member
+from services.reward.combining import Combination, Head, Member, Reduction
 from services.reward.config import RewardSettings
 from services.reward.hosted import HostedReward, LoadedReward, Trained
 from services.reward.metadata import RewardMetadata, ensemble_members, read_reward_metadata
@@ -162,7 +162,7 @@ def _combination(settings: RewardSettings, models: Sequence[_Model], rule: Pytho
         rule=tuple(Head(name=head.name, weight=head.weight * settings.scorer_weight) for head in declared),
         rule_name=rule.name if rule is not None and not declared else None,
         rule_weight=settings.scorer_weight,
-        reduction=settings.ensemble_reduction,
+        reduction=Reduction(settings.ensemble_reduction),
         penalty=settings.ensemble_lambda,
     )
 
