@@ -262,16 +262,16 @@ def _scorer(model: Path, texts: list[Text]) -> None:
     import torch
 
     from services.hosting.model import Hosting, load_tokenizer
-    from services.reward.scorer import TransformersScorer
+    from services.reward.scorer import ScorerItem, TransformersScorer
 
     set_threads()
     hosting = Hosting(device=torch.device("cpu"), dtype=torch.float32)
     scorer = TransformersScorer(model, hosting=hosting, tokenizer=load_tokenizer(model))
-    rows = [text.ids for text in texts]
+    rows = [ScorerItem(text.ids) for text in texts]
 
     def work() -> tuple[float, list[float]]:
         start_s = time.perf_counter()
-        found = [score for first in range(0, len(rows), 256) for score in scorer.score(rows[first : first + 256])]
+        found = [score for first in range(0, len(rows), 256) for (score,) in scorer.score(rows[first : first + 256])]
         return time.perf_counter() - start_s, found
 
     serve_turns(work)

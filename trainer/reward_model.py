@@ -21,6 +21,7 @@ from trainer.config import RewardSettings
 from trainer.data import Preference, load_demonstrations, load_preferences
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.errors import CollapsedError, DataError
+from trainer.golden import golden_items
 from trainer.losses import bradley_terry, centering
 from trainer.models import load_reward_model, load_tokenizer, save_model, score_tokens
 from trainer.optimisation import autocast, choose_device, clip_weights
@@ -94,7 +95,14 @@ def main(settings: RewardSettings) -> None:
             "normalisation": normalisation,
         },
     )
-    metadata: dict[str, Any] = {"kind": "reward", "append_eos": True, "max_tokens": token_limit(settings, model)}
+    metadata: dict[str, Any] = {
+        "kind": "reward",
+        "append_eos": True,
+        "max_tokens": token_limit(settings, model),
+        "truncation": settings.truncation,
+    }
+    if items := golden_items(model, held_out_rows, held_out, settings.golden_items):
+        metadata["golden"] = {"score_std": evaluation["eval_score_std"], "items": items}
     if normalisation is not None:
         metadata["normalisation"] = normalisation
     save_model(model, tokenizer, settings.output / MODEL_FOLDER, metadata=metadata)

@@ -29,12 +29,26 @@ from quartet.client.policy import (
     WireTensor,
 )
 from quartet.client.reference import LogProbs, LogProbsBatch, ReferenceClient, TokenSequence
-from quartet.client.reward import Normalisation, RewardClient, Score, ScoreItem, Scores, Truncation
+from quartet.client.reward import (
+    Comparison,
+    ComparisonItem,
+    Comparisons,
+    Normalisation,
+    RewardClient,
+    RewardInfo,
+    Score,
+    ScoreItem,
+    Scores,
+    Truncation,
+)
 from quartet.client.security import Security
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 
 __all__ = [
     "CallPolicy",
+    "Comparison",
+    "ComparisonItem",
+    "Comparisons",
     "Completion",
     "CredentialsError",
     "DamagedError",
@@ -55,6 +69,7 @@ __all__ = [
     "QuartetError",
     "ReferenceClient",
     "RewardClient",
+    "RewardInfo",
     "Sampling",
     "Score",
     "ScoreItem",
