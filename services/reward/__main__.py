@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
 from quartet.model_folder import METADATA_FILE, find_model, read_metadata
-from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
+from quartet.reward.v1 import admin_pb2_grpc, reward_pb2, reward_pb2_grpc
+from services.reward.admin_servicer import RewardAdminServicer
 from services.reward.config import RewardSettings
+from services.reward.drift import read_baseline
+from services.reward.score_watch import ScoreWatch
 from services.reward.servicer import HostedReward, RewardServicer
 from services.runtime.batcher import Batcher
 from services.runtime.errors import StartError
@@ -14,6 +18,7 @@ from services.runtime.server import Listener, ServiceRuntime, run_service
 from services.runtime.telemetry import ServiceMetrics
 
 SERVICE = "quartet.reward.v1.RewardService"
+ADMIN_SERVICE = "quartet.reward.v1.RewardAdminService"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -24,19 +29,32 @@ def main(argv: list[str] | None = None) -> None:
 async def serve(settings: RewardSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     metrics = ServiceMetrics("reward")
-    servicer = RewardServicer(metrics)
+    watch = ScoreWatch(metrics, window=settings.drift_window, every=settings.drift_every, alpha=settings.drift_alpha)
+    servicer = RewardServicer(metrics, watch)
+    admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, metrics))
     listener = Listener(
         name="the reward service",
         port=settings.port,
         services=(SERVICE,),
         add=lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server),
     )
+    admin_listener = Listener(
+        name="model swaps (--admin-port)",
+        port=settings.admin_port,
+        services=(ADMIN_SERVICE,),
+        security=settings.admin_security,
+        add=lambda server: admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(admin, server),
+    )
     async with ServiceRuntime(name="reward", settings=settings, metrics=metrics) as runtime:
-        await runtime.bind(listener)
+        await runtime.bind(listener, admin_listener)
         runtime.serve_metrics()
-        hosted = servicer.hosted = await asyncio.to_thread(load, settings, metrics)
+        servicer.host(await asyncio.to_thread(load, settings, metrics))
+        runtime.at_drain.append(admin.give_up)
         code = await runtime.run()
-    await asyncio.to_thread(hosted.batcher.close)
+    await admin.close()
+    if admin.loading:
+        # Nothing waits for the model that is still being loaded; a thread that loads can't be told to stop.
+        os._exit(code)
     return code
 
 
@@ -49,6 +67,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     # Before torch is imported, so that a wrong folder is refused at once.
     folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     normalisation = read_normalisation(read_metadata(folder), str(folder))
+    baseline = read_baseline(read_metadata(folder), str(folder))
 
     import torch
 
@@ -80,6 +99,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
         ),
         normalisation=normalisation,
         batcher=Batcher(scorer.score, limits=settings.batch_limits, metrics=metrics),
+        baseline=baseline,
     )
 
 

@@ -2,8 +2,8 @@
 
 The population stability index alone, with its usual bounds, cries wolf: without any drift PSI over ten bins exceeds 0.1
 in more than 80 % of comparisons of 100 with 100 scores, and in one of six of 256 with 256. Here it is calibrated by
-permutation, and stands beside the Kolmogorov-Smirnov test and a z test of the mean. The chance that a comparison finds a
-drift where there is none is at most ``alpha``; it holds for each comparison and not for a thousand of them together.
+permutation, and stands beside the Kolmogorov-Smirnov test and a z test of the mean. The chance that a comparison finds
+a drift where there is none is at most ``alpha``; it holds for each comparison and not for a thousand of them together.
 
 A drift of scores is not a failure of the reward model: reinforcement learning moves them by design. It says that the
 model now judges texts unlike those it was measured on, and so that its accuracy there is not known.
@@ -153,8 +153,8 @@ def kolmogorov_smirnov(first_M: Scores, second_N: Scores) -> tuple[float, float]
     """Largest distance between two empirical distribution functions, and the exact p-value of so large a one.
 
     Of all orders in which M and N scores can fall, those whose distance stays smaller are counted on the lattice of
-    (scores of the first, of the second) passed, row after row. With ties the p-value errs on the large side; below 1e-14
-    it is rounding.
+    (scores of the first, of the second) passed, row after row. With ties the p-value errs on the large side; below
+    1e-14 it is rounding.
     Source: psmirnov of R's stats package (ks.c), whose scaling keeps the counts within a float.
     """
     few, many = sorted((np.sort(first_M), np.sort(second_N)), key=len)

@@ -11,6 +11,8 @@ from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
+from services.reward.drift import Baseline
+from services.reward.score_watch import ScoreWatch
 from services.reward.scorer import Encoding, Scorer, ScorerItem
 from services.runtime.admission import Hold
 from services.runtime.batcher import Batcher, ItemError
@@ -28,14 +30,25 @@ class HostedReward:
     model: common_pb2.ModelInfo
     normalisation: reward_pb2.Normalisation | None
     batcher: Batcher[ScorerItem, float]
+    baseline: Baseline | str = "no baseline scores are kept with the model"
+    """Scores kept with it, or why its scores are not compared with any."""
 
 
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     """Scores batches; every item has a status of its own. ``hosted`` is None until a model is loaded."""
 
-    def __init__(self, metrics: ServiceMetrics) -> None:
+    def __init__(self, metrics: ServiceMetrics, watch: ScoreWatch | None = None) -> None:
         self.metrics = metrics
+        self.watch = watch or ScoreWatch(metrics)
         self.hosted: HostedReward | None = None
+
+    def host(self, hosted: HostedReward) -> None:
+        """``hosted`` answers from now on; calls in hand are answered by the one that they began with."""
+        known = hosted.normalisation
+        version = hosted.model.served_by.weights_version
+        self.hosted = hosted
+        self.watch.begin(version, hosted.baseline, None if known is None else (known.mean, known.std))
+        self.metrics.weights_version.set(version)
 
     def _hosted(self) -> HostedReward:
         if self.hosted is None:
@@ -86,6 +99,13 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         for result in results:
             self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
         self.metrics.tokens.labels("scored").inc(sum(item.count for item in ready))
+        scored = [result for result in results if result.status.code == common_pb2.ITEM_STATUS_CODE_OK]
+        self.watch.observe(
+            hosted.model.served_by.weights_version,
+            [result.score for result in scored],
+            truncated=[result.truncated for result in scored],
+            invalid=sum(result.status.code == common_pb2.ITEM_STATUS_CODE_INVALID for result in results),
+        )
         return reward_pb2.ScoreResponse(results=results, served_by=hosted.model.served_by, work=work)
 
 

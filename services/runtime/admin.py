@@ -1,4 +1,4 @@
-"""Settings of an admin listener: a port of its own for calls that change what a service serves, with its own callers."""
+"""Settings of an admin listener: a port and credentials of its own for calls that change what a service serves."""
 
 from __future__ import annotations
 

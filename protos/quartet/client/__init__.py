@@ -30,6 +30,7 @@ from quartet.client.policy import (
 )
 from quartet.client.reference import LogProbs, LogProbsBatch, ReferenceClient, TokenSequence
 from quartet.client.reward import Normalisation, RewardClient, Score, ScoreItem, Scores, Truncation
+from quartet.client.reward_admin import DriftReport, ModelSwap, RewardAdminClient, ScoreDrift, ScoreWindow
 from quartet.client.security import Security
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 
@@ -39,6 +40,7 @@ __all__ = [
     "CredentialsError",
     "DamagedError",
     "DeadlineError",
+    "DriftReport",
     "FailedCompletion",
     "FinishReason",
     "InFlightPolicy",
@@ -47,6 +49,7 @@ __all__ = [
     "LogProbs",
     "LogProbsBatch",
     "ModelInfo",
+    "ModelSwap",
     "Normalisation",
     "NotReadyError",
     "OverloadedError",
@@ -54,10 +57,13 @@ __all__ = [
     "PreconditionError",
     "QuartetError",
     "ReferenceClient",
+    "RewardAdminClient",
     "RewardClient",
     "Sampling",
     "Score",
+    "ScoreDrift",
     "ScoreItem",
+    "ScoreWindow",
     "Scores",
     "Security",
     "ServedBy",
