@@ -29,6 +29,7 @@ from services.runtime.errors import AbortedError, FailedPreconditionError, Start
 log = structlog.get_logger()
 
 _PROGRESS_EVERY_S = 15.0
+_LONGEST_REASON = 1500
 _ENDING = "the service is ending; the model was not swapped"
 
 
@@ -144,11 +145,11 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
                 )
             return self._load(settings)
         except (StartError, ModelFolderError) as error:
-            raise FailedPreconditionError(f"{error}{serving}", field="model") from error
+            raise FailedPreconditionError(f"{_cut(error)}{serving}", field="model") from error
         except (RuntimeError, MemoryError, OSError) as error:
             # Of torch: out of memory, a shape that does not fit. The log has all of it.
             log.error("swap_failed", model=name, exc_info=error)
-            reason = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:300]}"
+            reason = f"{type(error).__name__}: {_cut(error)}"
             raise FailedPreconditionError(f"model {model!r} does not load: {reason}{serving}", field="model") from error
 
     def _switch(self, new: HostedReward) -> common_pb2.ServedBy:
@@ -197,6 +198,12 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
         if hosted is None:
             raise UnavailableError("the reward model is still loading; try again later")
         return _drift_message(hosted.model.served_by, self.reward.watch.state())
+
+
+def _cut(error: BaseException) -> str:
+    """Its message, short enough for the headers in which a status travels: libraries list all that they know."""
+    text = " ".join(str(error).split())
+    return text if len(text) <= _LONGEST_REASON else text[:_LONGEST_REASON] + "..."
 
 
 def _since(start_s: float) -> float:

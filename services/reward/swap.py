@@ -9,7 +9,8 @@ from pathlib import Path
 from services.reward.config import RewardSettings
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, StartError
 
-_LONGEST_NAME = 4096
+# Messages repeat the name, and travel in headers, which are few kilobytes.
+_LONGEST_NAME = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +78,7 @@ def _folder_below(models_dir: Path, model: str) -> Path:
         folder = (top / model).resolve()
         if folder == top or not folder.is_relative_to(top):
             raise _wrong(f"model is {shown!r}: not a folder below the service's models directory")
+        folder.exists()  # Raises where the name can be none at all.
         for place, folders, files in os.walk(folder):
             for path in (Path(place, name) for name in (*folders, *files)):
                 if path.is_symlink() and not path.resolve().is_relative_to(top):
