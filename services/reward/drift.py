@@ -131,6 +131,7 @@ def permuted_psi(
     both = np.concatenate([baseline_M, window_N])
     # Ties make some deciles equal: fewer bins then. An edge belongs to the bin on its left.
     edges = np.unique(np.quantile(both, np.arange(1, _BINS) / _BINS, method="inverted_cdf"))
+    edges = edges[edges < both.max()]  # Above the largest score there is nothing.
     bins = len(edges) + 1
     counts_K = np.bincount(np.searchsorted(edges, both, side="left"), minlength=bins)
     window_K = np.bincount(np.searchsorted(edges, window_N, side="left"), minlength=bins)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from bisect import bisect_left
@@ -89,7 +90,7 @@ class ScoreWatch:
         with self._lock:
             self._version = weights_version
             self._baseline = baseline
-            self._bounds = _RAW_BOUNDS if spread is None else tuple(spread[0] + step * spread[1] for step in _STEPS)
+            self._bounds = _RAW_BOUNDS if spread is None else _bounds(*spread)
             self._counts = [0] * (len(self._bounds) + 1)
             self._scored.clear()
             self._invalid.clear()
@@ -168,7 +169,7 @@ class ScoreWatch:
         with self._lock:
             bounds, counts, truncated = self._bounds, list(self._counts), self._truncated_total
         name = self.prefix
-        named = [*(f"{bound:.6g}" for bound in bounds), "+Inf"]
+        named = [*(f"{bound:.15g}" for bound in bounds), "+Inf"]
         yield HistogramMetricFamily(
             f"{name}_score",
             "Raw scores of the model that serves; bounds are standard deviations around the mean where these are kept",
@@ -197,6 +198,12 @@ class ScoreWatch:
             if value is not None:
                 family.add_metric([], value)
             yield family
+
+
+def _bounds(mean: float, std: float) -> tuple[float, ...]:
+    """Of the histogram, to a hundredth of ``std``: they are names that people read."""
+    digits = 2 - math.floor(math.log10(std))
+    return tuple(round(mean + step * std, digits) for step in _STEPS)
 
 
 def _report_failure(task: asyncio.Task[None]) -> None:

@@ -410,13 +410,13 @@ async def test_the_memory_of_a_former_model_comes_back(start_service, tmp_path, 
         status = Path(f"/proc/{live.process.pid}/status").read_text()
         return int(re.findall(r"VmRSS:\s+(\d+)", status)[0]) / 1024
 
-    resident = []
     async with RewardAdminClient(live.admin_address) as client, RewardClient(live.address) as reward:
+        await reward.score([ScoreItem(prompt="hello", response=" thanks")] * 16)
+        resident = [resident_mib()]
         for number, name in enumerate("yxyxyx", start=1):
             await reward.score([ScoreItem(prompt="hello", response=" thanks")] * 16)
             await client.swap_model(name)
             await until(lambda number=number: len(events(live, "model_retired")) == number)
             resident.append(resident_mib())
-    # The first swap may warm something up; after it nothing grows by half a model over five swaps.
-    assert max(resident[1:]) - resident[0] < size_mib / 2, resident
+    assert max(resident) - resident[0] < size_mib / 2, resident
     assert live.stop() == 0
