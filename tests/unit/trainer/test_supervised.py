@@ -193,20 +193,24 @@ def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make
     kept = metadata["normalisation"]
     from trainer.data import split_held_out
 
-    train, _ = split_held_out(load_preferences([rows["preferences"]]), 0.2, seed=0)
-    scores = []
-    with torch.inference_mode():
-        for row in train:
-            ids = [
-                *tokenizer(row.prompt, add_special_tokens=False).input_ids,
-                *tokenizer(row.chosen, add_special_tokens=False).input_ids,
-                tokenizer.eos_token_id,
-            ]
-            scores.append(model(torch.tensor([ids])).logits[0, 0].item())
+    def score(prompt: str, answer: str) -> float:
+        ids = [
+            *tokenizer(prompt, add_special_tokens=False).input_ids,
+            *tokenizer(answer, add_special_tokens=False).input_ids,
+            tokenizer.eos_token_id,
+        ]
+        with torch.inference_mode():
+            return model(torch.tensor([ids])).logits[0, 0].item()
+
+    train, held_out = split_held_out(load_preferences([rows["preferences"]]), 0.2, seed=0)
+    scores = [score(row.prompt, row.chosen) for row in train]
     normalised = (np.array(scores) - kept["mean"]) / kept["std"]
     assert abs(normalised.mean()) < 0.01
     assert normalised.std(ddof=1) == pytest.approx(1.0, abs=1e-3)
     assert kept["count"] == len(train)
+    # What the service compares its scores with: raw ones of held-out answers, all chosen ones first.
+    baseline = [score(row.prompt, row.chosen) for row in held_out] + [score(r.prompt, r.rejected) for r in held_out]
+    assert metadata["baseline"]["scores"] == pytest.approx(baseline, abs=1e-4)
 
 
 def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_path):
