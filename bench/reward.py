@@ -284,7 +284,7 @@ def _service(model: Path, texts: list[Text]) -> None:
     process = subprocess.Popen(
         [
             *(sys.executable, "-m", "services.reward", "--model", str(model), "--log-level", "warning"),
-            *("--port", str(ports[0]), "--metrics-port", str(ports[1])),
+            *("--port", str(ports[0]), "--metrics-port", str(ports[1]), "--admin-port", "0"),
         ],
         stdout=sys.stderr,
     )

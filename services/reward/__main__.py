@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import os
 
-from quartet.reward.v1 import reward_pb2_grpc
+from quartet.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
+from services.reward.admin_servicer import RewardAdminServicer
 from services.reward.checking import check
 from services.reward.config import RewardSettings
 from services.reward.loading import load as load
+from services.reward.score_watch import ScoreWatch
 from services.reward.servicer import RewardServicer
 from services.runtime.server import Listener, ServiceRuntime, run_service
 from services.runtime.telemetry import ServiceMetrics
 
 SERVICE = "quartet.reward.v1.RewardService"
+ADMIN_SERVICE = "quartet.reward.v1.RewardAdminService"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -25,19 +29,32 @@ def main(argv: list[str] | None = None) -> None:
 async def serve(settings: RewardSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     metrics = ServiceMetrics("reward")
-    servicer = RewardServicer(metrics)
+    watch = ScoreWatch(metrics, window=settings.drift_window, every=settings.drift_every, alpha=settings.drift_alpha)
+    servicer = RewardServicer(metrics, watch)
+    admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, metrics))
     listener = Listener(
         name="the reward service",
         port=settings.port,
         services=(SERVICE,),
         add=lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server),
     )
+    admin_listener = Listener(
+        name="model swaps (--admin-port)",
+        port=settings.admin_port,
+        services=(ADMIN_SERVICE,),
+        security=settings.admin_security,
+        add=lambda server: admin_pb2_grpc.add_RewardAdminServiceServicer_to_server(admin, server),
+    )
     async with ServiceRuntime(name="reward", settings=settings, metrics=metrics) as runtime:
-        await runtime.bind(listener)
+        await runtime.bind(listener, admin_listener)
         runtime.serve_metrics()
-        hosted = servicer.hosted = await asyncio.to_thread(load, settings, metrics)
+        servicer.host(await asyncio.to_thread(load, settings, metrics))
+        runtime.at_drain.append(admin.give_up)
         code = await runtime.run()
-    await asyncio.to_thread(hosted.close)
+    await admin.close()
+    if admin.loading:
+        # Nothing waits for the model that is still being loaded; a thread that loads can't be told to stop.
+        os._exit(code)
     return code
 
 

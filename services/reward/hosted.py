@@ -7,6 +7,7 @@ from typing import Any
 
 from quartet.common.v1 import common_pb2
 from services.reward.combining import Combination, Statistics
+from services.reward.drift import Baseline
 from services.reward.panel import Answers, Panel, Work
 from services.reward.scorer import Encoding
 from services.runtime.batcher import Batcher
@@ -36,6 +37,8 @@ class LoadedReward:
     trained: Trained = field(default_factory=Trained)
     member_infos: tuple[common_pb2.ModelInfo, ...] = ()
     golden: tuple[str, ...] = ()
+    baseline: Baseline | str = "no baseline scores are kept with the model"
+    """Scores kept with it, or why its scores are not compared with any."""
 
     @property
     def normalisation(self) -> Statistics | None:

@@ -15,6 +15,7 @@ from quartet.common.v1 import common_pb2
 from quartet.model_folder import find_model
 from services.reward.combining import Combination, Head, Member, Reduction
 from services.reward.config import RewardSettings
+from services.reward.drift import Baseline
 from services.reward.hosted import HostedReward, LoadedReward, Trained
 from services.reward.metadata import RewardMetadata, ensemble_members, read_reward_metadata
 from services.reward.panel import Panel
@@ -67,6 +68,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
         combination=combination,
         trained=first.trained if first is not None and len({model.trained for model in models}) == 1 else Trained(),
         member_infos=tuple(model.info for model in models),
+        baseline=_baseline(models, rule),
     )
     loaded = replace(loaded, golden=tuple(_check_golden(settings, loaded, model) for model in models))
     # Last: it has a thread, and the metrics look at it from now on.
@@ -165,6 +167,13 @@ def _combination(settings: RewardSettings, models: Sequence[_Model], rule: Pytho
         reduction=Reduction(settings.ensemble_reduction),
         penalty=settings.ensemble_lambda,
     )
+
+
+def _baseline(models: Sequence[_Model], rule: PythonScorer | None) -> Baseline | str:
+    """Scores of held-out texts: those kept with the model, where what serves scores as it was trained."""
+    if len(models) != 1 or rule is not None or models[0].metadata.heads:
+        return "scores are compared with a baseline where one model of one head scores alone"
+    return models[0].metadata.baseline
 
 
 def _describe(settings: RewardSettings, models: Sequence[_Model], rule: PythonScorer | None) -> common_pb2.ModelInfo:

@@ -6,7 +6,8 @@ A model::
      "heads": [{"name": "helpfulness", "weight": 0.7}, {"name": "safety", "weight": 0.3}],
      "normalisation": {"mean": 0.4, "std": 1.7, "count": 4096},
      "calibration": {"temperature": 1.3},
-     "golden": {"score_std": 1.6, "items": [{"prompt": "...", "response": "...", "token_count": 40, "score": 0.2}]}}
+     "golden": {"score_std": 1.6, "items": [{"prompt": "...", "response": "...", "token_count": 40, "score": 0.2}]},
+     "baseline": {"scores": [0.1, -1.2, ...]}}
 
 An ensemble is a folder with nothing but a quartet.json, whose members are folders relative to it::
 
@@ -23,6 +24,7 @@ from typing import Any
 
 from quartet.model_folder import METADATA_FILE, read_metadata
 from services.reward.combining import Head, Statistics
+from services.reward.drift import Baseline, read_baseline
 from services.runtime.errors import StartError
 
 ENSEMBLE_KIND = "reward-ensemble"
@@ -60,6 +62,7 @@ class RewardMetadata:
     statistics: Statistics | None
     temperature: float
     golden: Golden | None
+    baseline: Baseline | str
 
 
 def ensemble_members(model: str) -> tuple[str, ...] | None:
@@ -95,7 +98,8 @@ def read_reward_metadata(folder: Path) -> RewardMetadata:
         StartError: a value is not usable; names the file, the field, the value and what it must be.
         ModelFolderError: the file is no JSON object.
     """
-    reader = _Reader(folder / METADATA_FILE, read_metadata(folder))
+    metadata = read_metadata(folder)
+    reader = _Reader(folder / METADATA_FILE, metadata)
     encoding = reader.one_of("encoding", ("pair", "concatenate"))
     return RewardMetadata(
         pair=None if encoding is None else encoding == "pair",
@@ -106,6 +110,7 @@ def read_reward_metadata(folder: Path) -> RewardMetadata:
         statistics=reader.statistics(),
         temperature=reader.temperature(),
         golden=reader.golden(),
+        baseline=read_baseline(metadata, str(folder)),
     )
 
 

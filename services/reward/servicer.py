@@ -15,6 +15,7 @@ from services.reward.hosted import HostedReward as HostedReward
 from services.reward.hosted import LoadedReward
 from services.reward.panel import Answers, Work
 from services.reward.preparing import Prepared, choose_cut, prepare
+from services.reward.score_watch import ScoreWatch
 from services.runtime.admission import Hold
 from services.runtime.batcher import ItemError
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
@@ -37,9 +38,18 @@ _REDUCTIONS = {
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     """Scores batches; every item has a status of its own. ``hosted`` is None until a model is loaded."""
 
-    def __init__(self, metrics: ServiceMetrics) -> None:
+    def __init__(self, metrics: ServiceMetrics, watch: ScoreWatch | None = None) -> None:
         self.metrics = metrics
+        self.watch = watch or ScoreWatch(metrics)
         self.hosted: HostedReward | None = None
+
+    def host(self, hosted: HostedReward) -> None:
+        """``hosted`` answers from now on; calls in hand are answered by the one that they began with."""
+        known = hosted.normalisation
+        version = hosted.model.served_by.weights_version
+        self.hosted = hosted
+        self.watch.begin(version, hosted.baseline, None if known is None else (known.mean, known.std))
+        self.metrics.weights_version.set(version)
 
     def _hosted(self) -> HostedReward:
         if self.hosted is None:
@@ -79,6 +89,8 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             for item in prepared
         ]
         self._count(results, ready)
+        if not request.head_weights:  # Scores of other weights are of another distribution.
+            self._watch(hosted, results)
         return reward_pb2.ScoreResponse(results=results, served_by=hosted.model.served_by, work=work)
 
     async def Compare(self, request: reward_pb2.CompareRequest, context: Any) -> reward_pb2.CompareResponse:
@@ -136,6 +148,15 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         ]
         return answers, clock.stop()
 
+    def _watch(self, hosted: HostedReward, results: Sequence[reward_pb2.ScoreResult]) -> None:
+        scored = [result for result in results if result.status.code == common_pb2.ITEM_STATUS_CODE_OK]
+        self.watch.observe(
+            hosted.model.served_by.weights_version,
+            [result.score for result in scored],
+            truncated=[result.truncated for result in scored],
+            invalid=sum(result.status.code == common_pb2.ITEM_STATUS_CODE_INVALID for result in results),
+        )
+
     def _count(
         self, results: Iterable[reward_pb2.ScoreResult | reward_pb2.CompareResult], scored: Iterable[Prepared]
     ) -> None:
@@ -150,7 +171,7 @@ def describe(hosted: LoadedReward) -> reward_pb2.GetModelInfoResponse:
     models = set(combination.heads)
     info = reward_pb2.GetModelInfoResponse(
         model=hosted.model,
-        normalisation=_statistics(hosted.normalisation),
+        normalisation=statistics(hosted.normalisation),
         heads=[
             reward_pb2.Head(name=head.name, weight=head.weight, python=head not in models)
             for head in combination.addends
@@ -168,13 +189,14 @@ def describe(hosted: LoadedReward) -> reward_pb2.GetModelInfoResponse:
         info.ensemble.members.add(
             model_id=model.served_by.model_id,
             weights_fingerprint=model.served_by.weights_fingerprint,
-            normalisation=_statistics(member.statistics),
+            normalisation=statistics(member.statistics),
             temperature=member.temperature,
         )
     return info
 
 
-def _statistics(kept: Statistics | None) -> reward_pb2.Normalisation | None:
+def statistics(kept: Statistics | None) -> reward_pb2.Normalisation | None:
+    """As a message."""
     return None if kept is None else reward_pb2.Normalisation(mean=kept.mean, std=kept.std, count=kept.count)
 
 

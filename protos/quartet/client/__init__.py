@@ -41,6 +41,7 @@ from quartet.client.reward import (
     Scores,
     Truncation,
 )
+from quartet.client.reward_admin import DriftReport, ModelSwap, RewardAdminClient, ScoreDrift, ScoreWindow
 from quartet.client.security import Security
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 
@@ -53,6 +54,7 @@ __all__ = [
     "CredentialsError",
     "DamagedError",
     "DeadlineError",
+    "DriftReport",
     "FailedCompletion",
     "FinishReason",
     "InFlightPolicy",
@@ -61,6 +63,7 @@ __all__ = [
     "LogProbs",
     "LogProbsBatch",
     "ModelInfo",
+    "ModelSwap",
     "Normalisation",
     "NotReadyError",
     "OverloadedError",
@@ -68,11 +71,14 @@ __all__ = [
     "PreconditionError",
     "QuartetError",
     "ReferenceClient",
+    "RewardAdminClient",
     "RewardClient",
     "RewardInfo",
     "Sampling",
     "Score",
+    "ScoreDrift",
     "ScoreItem",
+    "ScoreWindow",
     "Scores",
     "Security",
     "ServedBy",

@@ -222,6 +222,9 @@ def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make
     assert {min(longest), max(longest)} <= {
         max(len(encode(row.prompt, a)) for a in (row.chosen, row.rejected)) for row in kept_rows
     }
+    # What the service compares its scores with: raw ones of held-out answers, all chosen ones first.
+    baseline = [score(row.prompt, row.chosen) for row in held_out] + [score(r.prompt, r.rejected) for r in held_out]
+    assert metadata["baseline"]["scores"] == pytest.approx(baseline, abs=1e-4)
 
 
 def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_path):
