@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_args
 
 from services.policy.config import PolicySettings
 from services.policy.engine import AdapterRefusedError
+from services.policy.held_files import HeldFolder
 from services.runtime.errors import StartError
 
 if TYPE_CHECKING:
@@ -47,10 +48,24 @@ class _Loaded:
 
 
 class VllmAdapters:
-    """By number. vLLM's prefix cache tells adapters apart by name and path, which are new with every number."""
+    """By number. vLLM's prefix cache tells adapters apart by name and path, which are new with every number.
+
+    Their files are kept: vLLM drops all adapters when weights are replaced, and reads them again.
+    """
 
     def __init__(self) -> None:
         self._loaded: dict[int, _Loaded] = {}
+        self._files: HeldFolder | None = None
+
+    def open(self, parent: Path) -> None:
+        """Keeps files below ``parent`` from now on, until ``close``."""
+        self._files = HeldFolder(parent)
+
+    def close(self) -> None:
+        """Removes the files."""
+        if self._files is not None:
+            self._files.close()
+            self._files = None
 
     @contextlib.contextmanager
     def running(self, number: int) -> Iterator[LoRARequest | None]:
@@ -77,14 +92,23 @@ class VllmAdapters:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.exceptions import EngineDeadError
 
-        request = LoRARequest(lora_name=f"adapter-{number}", lora_int_id=number, lora_path=str(folder))
+        assert self._files is not None, "open() comes first"
+        name = f"adapter-{number}"
         try:
+            path = self._files.take(name, folder)
+            request = LoRARequest(lora_name=name, lora_int_id=number, lora_path=str(path))
             await llm.add_lora(request)
         except EngineDeadError:
             raise
         except Exception as error:  # vLLM hands every failure of its worker on as a plain Exception.
+            self._files.drop(name)
             raise AdapterRefusedError(str(error)) from error
         self._loaded[number] = _Loaded(request=request)
+
+    async def load_again(self, llm: Any) -> None:
+        """Gives the engine process all adapters anew, after it has dropped them."""
+        for loaded in self._loaded.values():
+            await llm.add_lora(loaded.request)
 
     async def unload(self, llm: Any, number: int) -> None:
         """Has the engine process forget it, when those who were cancelled while they ran with it have left, too."""
@@ -94,3 +118,5 @@ class VllmAdapters:
             await loaded.idle.wait()
         del self._loaded[number]
         await llm.remove_lora(number)
+        if self._files is not None:
+            self._files.drop(loaded.request.lora_name)

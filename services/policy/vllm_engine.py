@@ -23,6 +23,7 @@ from services.policy.engine import (
     Sampling,
 )
 from services.policy.low_rank import linear_modules_of, read_tensors
+from services.policy.staging import staging_parent
 from services.policy.vllm_adapters import VllmAdapters, lora_options
 from services.policy.weight_transfer import BACKEND
 from services.runtime.errors import StartError
@@ -89,6 +90,7 @@ class VllmEngine:
         if settings.max_adapters:
             self.adapter_modules = linear_modules_of(self.folder, trust_remote_code=settings.trust_remote_code)
             options |= lora_options(settings, on_cpu)
+            self._adapters.open(staging_parent(settings.staging_dir))
         arguments = AsyncEngineArgs(
             model=str(self.folder),
             dtype=dtype,
@@ -162,6 +164,7 @@ class VllmEngine:
                 await llm.start_weight_update()
                 await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(safetensors)}))
                 await llm.finish_weight_update(weight_version=str(version))
+                await self._adapters.load_again(llm)
                 self.version = version
                 await llm.resume_generation()
         except BaseException as error:
@@ -200,6 +203,7 @@ class VllmEngine:
             raise EngineFailedError(self._failure)
 
     async def stop(self) -> None:
+        self._adapters.close()
         if self._llm is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.to_thread(self._llm.shutdown)
