@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import importlib.util
+import json
 import os
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
@@ -35,8 +36,8 @@ from tests.integration.policy_oracle import wire_tensors
 from tests.lora import Lora, furthest, make_lora
 
 PROMPTS = [[5, 6, 7 + i] for i in range(6)]
-# Longer than a block of vLLM's prefix cache on a CPU, so that it is cached.
-LONG = [3 + (7 * i) % 290 for i in range(100)]
+# Two blocks of vLLM's prefix cache on a CPU, which are of 128 tokens, and some more.
+LONG = [3 + (7 * i) % 290 for i in range(300)]
 TOLERANCE = 1e-5
 ROOM = 3
 Step = adapters_pb2.LoadAdapterRequest
@@ -93,6 +94,8 @@ def service(request, start_service, make_policy) -> Iterator[tuple[LiveService, 
     if request.param == "vllm" and importlib.util.find_spec("vllm") is None:
         pytest.skip("vLLM is not installed here")
     folder = make_policy(seed=3, scale=0.5)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 512}))
     flags = ["--engine", request.param, "--max-adapters", str(ROOM), "--max-lora-rank", "8", "--kv-cache-gib", "1"]
     live = start_service("policy", folder, *flags, timeout_s=240)
     yield live, folder, request.param
