@@ -19,7 +19,7 @@ class PolicySettings(AdminSettings):
     data_power: ClassVar[str] = "generate"
 
     port: Port = Field(50051, description="gRPC port; 0 takes a free one")
-    admin_port: Port = Field(50061, description="gRPC port of weight updates; 0 takes a free one")
+    admin_port: Port = Field(50061, description="gRPC port of weight updates and adapters; 0 takes a free one")
     metrics_port: Port = Field(9101, description="Prometheus port over HTTP; 0 takes a free one")
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="auto: vLLM where it is installed, else transformers"
@@ -38,5 +38,11 @@ class PolicySettings(AdminSettings):
     threads: NonNegativeInt = Field(0, description="processor threads on a CPU; 0: all cores")
     staging_dir: Path | None = Field(
         None, description="where incoming weights are staged; default /dev/shm where it can be written, else temporary"
+    )
+    max_adapters: NonNegativeInt = Field(
+        0, description="most LoRA adapters loaded at the same time; 0: LoRA is off, and no memory is kept for it"
+    )
+    max_lora_rank: PositiveInt = Field(
+        16, description="largest rank of a LoRA adapter; with vLLM every adapter takes memory and time of this rank"
     )
     max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")

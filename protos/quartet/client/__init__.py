@@ -4,12 +4,15 @@ async with RewardClient("127.0.0.1:50052") as reward:
     scores = await reward.score([ScoreItem(prompt="How are you?", response="Fine, thanks.")])
 """
 
+from quartet.client.adapters import AdapterClient, AdapterConfig, AdapterInfo, AdapterLoad, Adapters
 from quartet.client.channel import CallPolicy
 from quartet.client.errors import (
+    AlreadyExistsError,
     CredentialsError,
     DamagedError,
     DeadlineError,
     InvalidInputError,
+    NotFoundError,
     NotReadyError,
     OverloadedError,
     PreconditionError,
@@ -46,6 +49,12 @@ from quartet.client.security import Security
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 
 __all__ = [
+    "AdapterClient",
+    "AdapterConfig",
+    "AdapterInfo",
+    "AdapterLoad",
+    "Adapters",
+    "AlreadyExistsError",
     "CallPolicy",
     "Comparison",
     "ComparisonItem",
@@ -65,6 +74,7 @@ __all__ = [
     "ModelInfo",
     "ModelSwap",
     "Normalisation",
+    "NotFoundError",
     "NotReadyError",
     "OverloadedError",
     "PolicyClient",

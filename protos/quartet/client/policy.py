@@ -65,7 +65,10 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One finished completion. ``token_ids`` and ``logprobs`` have the same length; natural logarithms."""
+    """One finished completion. ``token_ids`` and ``logprobs`` have the same length; natural logarithms.
+
+    ``adapter`` and its content fingerprint tell which LoRA adapter sampled it; empty: the base model.
+    """
 
     prompt_index: int
     sample_index: int
@@ -77,6 +80,8 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     served_by: ServedBy
     work: WorkInterval
+    adapter: str = ""
+    adapter_fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +138,16 @@ class PolicyClient(ServiceClient):
         tokenizer_fingerprint: str = "",
         return_text: bool = False,
         prompt_seeds: Sequence[int] = (),
+        adapter: str = "",
     ) -> AsyncGenerator[Completion | FailedCompletion, None]:
         """Yields each (prompt, sample) as soon as it is finished, in no set order.
 
         Leaving the iteration early cancels the rest. Not retried: when the service goes away in the middle,
         UnavailableError is raised and the caller asks again for what it has not got (``prompt_seeds`` keeps the draws).
+        ``adapter``: name of a loaded LoRA adapter (``AdapterClient``) to generate with; empty: the base model.
 
         Raises:
+            NotFoundError: no such adapter is loaded.
             QuartetError: see quartet.client.errors.
         """
         params = policy_pb2.SamplingParams(
@@ -158,6 +166,7 @@ class PolicyClient(ServiceClient):
             sampling=params,
             tokenizer_fingerprint=tokenizer_fingerprint,
             return_text=return_text,
+            adapter=adapter,
         )
         stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
         count = 0
@@ -191,6 +200,8 @@ def _completion(reply: policy_pb2.GenerateResponse) -> Completion | FailedComple
         prompt_token_ids=tuple(completion.prompt_token_ids),
         served_by=types.served_by(reply.served_by),
         work=types.work_interval(reply.work),
+        adapter=reply.adapter,
+        adapter_fingerprint=reply.adapter_fingerprint,
     )
 
 

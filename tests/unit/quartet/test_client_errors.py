@@ -8,6 +8,7 @@ from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from quartet.client import (
+    AlreadyExistsError,
     CallPolicy,
     CredentialsError,
     DamagedError,
@@ -15,6 +16,7 @@ from quartet.client import (
     InvalidInputError,
     ItemFailure,
     LogProbs,
+    NotFoundError,
     OverloadedError,
     PreconditionError,
     QuartetError,
@@ -37,7 +39,8 @@ ONCE = CallPolicy(patience_s=0.0)
 EXPECTED = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
-    grpc.StatusCode.NOT_FOUND: InvalidInputError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.ABORTED: PreconditionError,

@@ -237,7 +237,7 @@ async def test_clients_that_leave_at_any_moment_leave_one_whole_model_and_nothin
         except asyncio.CancelledError:
             pass
         except grpc.aio.AioRpcError as error:  # The one before was given up and is still ending.
-            assert error.code() is grpc.StatusCode.ABORTED
+            assert error.code() is grpc.StatusCode.ABORTED  # noqa: PT017
         await house.settled()
         assert house.version - before in (0, 1, 2)  # The one before may have been taken only now.
         scores, version = await house.score()
