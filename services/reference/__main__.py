@@ -47,6 +47,7 @@ async def serve(settings: ReferenceSettings) -> int:
         chunk_mib = settings.chunk_mib or (16 if hosting.device.type == "cpu" else 1024)
         reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=chunk_mib * 2**20)
         reference.logprobs([ReferenceItem([0, 0, 0], 1, 1.0, True)])
+        limits = settings.batch_limits(hosting.device.type, padded=not reference.hidden_states.packed)
         return HostedReference(
             reference=reference,
             model=hosting_model.describe(
@@ -60,7 +61,7 @@ async def serve(settings: ReferenceSettings) -> int:
                 eos_token_ids=hosting_model.end_tokens(folder, reference.model.config, tokenizer),
                 deterministic=settings.deterministic,
             ),
-            batcher=Batcher(reference.logprobs, limits=settings.batch_limits, metrics=metrics),
+            batcher=Batcher(reference.logprobs, limits=limits, metrics=metrics),
         )
 
     async with ServiceRuntime(name="reference", settings=settings, metrics=metrics) as runtime:

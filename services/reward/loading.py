@@ -72,7 +72,8 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     )
     loaded = replace(loaded, golden=tuple(_check_golden(settings, loaded, model) for model in models))
     # Last: it has a thread, and the metrics look at it from now on.
-    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=settings.batch_limits, metrics=metrics))
+    limits = settings.batch_limits(panel.device, padded=panel.padded)
+    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=limits, metrics=metrics))
 
 
 def _load_models(settings: RewardSettings) -> list[_Model]:
