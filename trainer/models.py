@@ -20,6 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from quartet.model_folder import find_model, read_metadata, write_metadata
 from trainer.errors import ModelError
+from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 
@@ -80,6 +81,7 @@ def load_policy(model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch
         if policy.generation_config.eos_token_id is None:
             policy.generation_config.eos_token_id = tokenizer.eos_token_id
     disable_dropout(policy)
+    use_fast_linear(policy.base_model)
     return policy.train()
 
 
@@ -121,6 +123,7 @@ def load_reward_model(
         initialise_head(reward_model.score, seed=new_head_seed or 0)
     _fit(reward_model, tokenizer)
     disable_dropout(reward_model)
+    use_fast_linear(reward_model.base_model)
     return reward_model.train()
 
 
