@@ -9,6 +9,7 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import platform
+from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -18,12 +19,24 @@ from torch import Tensor, nn
 _MIN_ROWS = 64
 
 
+@lru_cache(maxsize=1)
 def available() -> bool:
     """Whether this processor and build of torch have oneDNN's products."""
     return (
         platform.machine().lower() in ("x86_64", "amd64")
         and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
         and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    )
+
+
+def helps(x_NI: Tensor) -> bool:
+    """Whether ``product`` may be used with ``x_NI`` now, and is likely the faster one."""
+    return (
+        x_NI.device.type == "cpu"
+        and x_NI.dtype == torch.float32
+        and len(x_NI) >= _MIN_ROWS
+        and not torch.is_autocast_enabled("cpu")
+        and available()
     )
 
 
@@ -47,19 +60,12 @@ class FastLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
-        rows = x.numel() // max(1, x.shape[-1])
-        plain = (
-            x.device.type != "cpu"
-            or rows < _MIN_ROWS
-            or x.dtype != torch.float32
-            or self.weight.dtype != torch.float32
-            or torch.is_autocast_enabled("cpu")
-        )
-        if plain:
+        x_NI = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+        if not helps(x_NI) or self.weight.dtype != torch.float32:
             return super().forward(x)
         apply = cast(Any, _Product.apply)
-        y: Tensor = apply(x.reshape(rows, x.shape[-1]), self.weight, self.bias)
-        return y.view(*x.shape[:-1], -1)
+        y_NO: Tensor = apply(x_NI, self.weight, self.bias)
+        return y_NO.view(*x.shape[:-1], -1)
 
 
 class _Product(torch.autograd.Function):

@@ -30,7 +30,9 @@ _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length
 _PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 _ADDED_PAD_TOKEN = "<|pad|>"
 # Bytes of logits that exist at once: what stays in a processor's cache, and what a GPU needs to be busy.
-_LOGIT_BYTES = {"cpu": 2**20, "cuda": 2**28}
+_LOGIT_BYTES = {"cpu": 2**22, "cuda": 2**28}
+# On a processor: logits of so many tokens of the vocabulary at a time.
+_CPU_PART = 4096
 # Largest difference between a model's own logits and hidden states times output weights that is rounding.
 _HEAD_TOLERANCE = 1e-3
 
@@ -301,7 +303,9 @@ class TokenLogprobs(nn.Module):
         entropy_BS: Tensor | None
         if self.plain_head:
             head = self.policy.get_output_embeddings()
-            chunk = max(64, _LOGIT_BYTES.get(ids_BS.device.type, 2**28) // (4 * head.weight.shape[0]))
+            vocabulary = head.weight.shape[0]
+            part = min(_CPU_PART, vocabulary) if ids_BS.device.type == "cpu" else vocabulary
+            chunk = max(64, _LOGIT_BYTES.get(ids_BS.device.type, 2**28) // (4 * part))
             logprobs_BS, entropy_BS = chunked_selective_logprobs(
                 hidden_BSD,
                 head.weight,
@@ -309,6 +313,7 @@ class TokenLogprobs(nn.Module):
                 next_ids_BS,
                 temperature,
                 chunk_tokens=chunk,
+                part_size=part,
                 mask_BT=next_wanted_BS,
                 want_entropy=want_entropy,
             )
