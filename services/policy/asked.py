@@ -135,6 +135,7 @@ def stop_strings_of(params: policy_pb2.SamplingParams, hosted: HostedPolicy) -> 
     """
     name, asked = "sampling.stop_strings", params.stop_strings
     require(len(asked) <= MOST_STOP_STRINGS, name, f"{len(asked)} strings", f"at most {MOST_STOP_STRINGS}")
+    special = {str(token) for token in hosted.tokenizer.added_tokens_decoder.values() if token.special} if asked else ()
     for place, stop in enumerate(asked):
         require(
             1 <= len(stop) <= LONGEST_STOP_STRING,
@@ -142,11 +143,10 @@ def stop_strings_of(params: policy_pb2.SamplingParams, hosted: HostedPolicy) -> 
             f"{len(stop)} characters long",
             f"1 to {LONGEST_STOP_STRING} long",
         )
-        if stop in hosted.tokenizer.all_special_tokens:
-            token = hosted.tokenizer.convert_tokens_to_ids(stop)
+        if (token := next((token for token in special if token in stop), None)) is not None:
             raise InvalidArgumentError(
-                f"{name}[{place}] is {stop!r}, a special token, which never stands in the text: give its id, {token}, "
-                "in sampling.stop_token_ids",
+                f"{name}[{place}] is {stop!r}, but the special token {token!r} never stands in the text: give its id, "
+                f"{hosted.tokenizer.convert_tokens_to_ids(token)}, in sampling.stop_token_ids",
                 field=name,
             )
     return tuple(dict.fromkeys(asked))

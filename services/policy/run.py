@@ -114,6 +114,7 @@ class GenerationRun:
         self._followers: set[_Follower] = set()
         self._error: BaseException | None = None
         self._places = 0
+        self._begun = False
         self._adapter: Adapter | None = None
         self._prompts: asyncio.Task[list[list[int] | str]] | None = None
 
@@ -146,6 +147,7 @@ class GenerationRun:
                     if request.stream_tokens and (delta := self._last_delta(follower, index, reply)) is not None:
                         yield delta
                     waiting.discard(index)
+                    follower.sent.pop(index, None)
                     follower.moved.pop(index, None)
                     if self._keep is None and len(self._followers) == 1:
                         del self._replies[index]  # Nobody else can come for it.
@@ -170,8 +172,13 @@ class GenerationRun:
 
     @property
     def failed(self) -> bool:
-        """It can not go on; a retry needs a new one."""
+        """It cannot go on; a retry needs a new one."""
         return self._error is not None
+
+    @property
+    def begun(self) -> bool:
+        """Whether it ever had room: what was refused at the door leaves nothing to come back for."""
+        return self._begun
 
     def _begin(
         self,
@@ -187,6 +194,7 @@ class GenerationRun:
             self._adapter = self.hosted.adapters.take(request.adapter)
         self._house.admit(len(missing))
         self._places += len(missing)
+        self._begun = True
         if self._prompts is None:
             # Tokenising holds no lock of the interpreter, so it may run beside the event loop.
             self._prompts = asyncio.create_task(

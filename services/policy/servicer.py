@@ -149,7 +149,7 @@ class _KeepRun:
     def rest(self) -> None:
         if self.run is None:
             return
-        if self.run.failed:
+        if self.run.failed or not self.run.begun:
             self.kept.forget(self.request_id, self.run)
         else:
             self.kept.leave(self.request_id, self.run)

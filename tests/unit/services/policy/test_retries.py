@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
 import grpc
@@ -13,7 +13,7 @@ import pytest
 from quartet.client import CallPolicy, Completion, FailedCompletion, PolicyClient, Sampling, TokenDelta
 from quartet.client.errors import InvalidInputError, OverloadedError, UnavailableError, translate
 from quartet.policy.v1 import policy_pb2_grpc
-from services.policy.engine import EngineFailedError, Generated, GenerationFailedError, GenerationTask, Piece
+from services.policy.engine import EngineFailedError, Finish, Generated, GenerationFailedError, GenerationTask, Piece
 from services.policy.kept_requests import KeepLimits
 from services.policy.run import GenerationRun
 from services.policy.servicer import PolicyServicer
@@ -268,6 +268,44 @@ async def test_a_call_that_joins_a_stream_gets_its_tokens_from_the_beginning(hou
             tokens = [token for reply in deltas for token in reply.delta.token_ids]
             assert tokens == list(last.completion.token_ids)
     assert len(house.engine.tasks) == 3
+
+
+async def test_a_call_that_joins_in_the_middle_of_a_completion_gets_its_tokens_from_the_beginning_too(house):
+    turns: asyncio.Queue[int] = asyncio.Queue()
+
+    async def give(task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        for token in (8, 9, 10, 11):
+            await turns.get()
+            yield Piece(token_ids=[token], logprobs=[-0.5], version_spans=[(0, 1)])
+        yield Piece(token_ids=[], logprobs=[], version_spans=[], finish=Finish.LENGTH)
+
+    house.engine.pieces = give
+    first = house.call([[5]], request_id="one", stream_tokens=True)
+    for token in (8, 9):
+        turns.put_nowait(0)
+        assert list((await first.read()).delta.token_ids) == [token]
+    second = house.call([[5]], request_id="one", stream_tokens=True)
+    assert list((await second.read()).delta.token_ids) == [8, 9]
+    for token in (10, 11):
+        turns.put_nowait(0)
+        for call in (first, second):
+            assert list((await call.read()).delta.token_ids) == [token]
+    assert await first.read() == await second.read()
+    assert len(house.engine.tasks) == 1
+
+
+async def test_requests_that_were_refused_at_the_door_take_no_room_from_what_is_kept(house):
+    house.servicer._kept.limits = KeepLimits(count=2)
+    await house.generate(PROMPTS, request_id="one")
+    hold(house, lambda task: True)
+    filling = house.call([[5]], n=MOST)
+    await until(lambda: house.metric("completions_in_hand") == MOST)
+    for number in range(5):
+        error = await house.refusal([[5]], request_id=f"refused-{number}")
+        assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert house.metric("kept_requests") == 1
+    assert len(await house.generate(PROMPTS, request_id="one")) == 3
+    filling.cancel()
 
 
 async def test_the_adapter_is_held_while_work_runs_and_not_by_what_is_kept(house, monkeypatch):

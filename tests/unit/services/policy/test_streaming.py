@@ -252,7 +252,12 @@ async def test_stop_strings_are_not_looked_for_among_the_first_tokens(house, tok
         (
             {"stop_strings": ["<eos>"]},
             "stop_strings",
-            "[0] is '<eos>', a special token, which never stands in the text: give its id, 1, in",
+            "[0] is '<eos>', but the special token '<eos>' never stands in the text: give its id, 1, in",
+        ),
+        (
+            {"stop_strings": ["x", "\n<pad>"]},
+            "stop_strings",
+            "[1] is '\\n<pad>', but the special token '<pad>' never stands in the text: give its id, 0, in",
         ),
         ({"stop_token_ids": [5] * 1025}, "stop_token_ids", "is 1025 tokens, must be at most 1024"),
         (
