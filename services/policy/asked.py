@@ -40,10 +40,12 @@ def check_request(request: policy_pb2.GenerateRequest) -> int:
     if not request.prompts:
         raise InvalidArgumentError("prompts is empty: send at least one", field="prompts")
     require(request.n >= 0, "n", request.n, "at least 1 (0 means 1)")
-    length = len(request.request_id)
+    named, length = request.request_id, len(request.request_id)
     require(
         length <= LONGEST_REQUEST_ID, "request_id", f"{length} characters long", f"at most {LONGEST_REQUEST_ID} long"
     )
+    # It stands in logs and metadata.
+    require(named.isascii() and (not named or named.isprintable()), "request_id", repr(named), "printable ASCII")
     return request.n or 1
 
 

@@ -28,7 +28,7 @@ class _Entry(Generic[R]):
     request: R
     content: bytes
     held_bytes: int = 0
-    left_s: float | None = None  # When the last call left; None while there is one.
+    left_s: float = 0.0  # When the last call left.
 
 
 class KeptRequests(Generic[R]):
@@ -38,12 +38,16 @@ class KeptRequests(Generic[R]):
     def __init__(self, limits: KeepLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._clock = clock
-        # Those that nobody waits for stand in the order in which they were left.
-        self._entries: OrderedDict[str, _Entry[R]] = OrderedDict()
+        self._used: dict[str, _Entry[R]] = {}
+        # Those that no call waits for, in the order in which they were left.
+        self._left: OrderedDict[str, _Entry[R]] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
-        return len(self._entries)
+        return len(self._used) + len(self._left)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._used or request_id in self._left
 
     @property
     def held_bytes(self) -> int:
@@ -57,7 +61,7 @@ class KeptRequests(Generic[R]):
             InvalidArgumentError: the id stands for other content.
         """
         self._forget_old()
-        entry = self._entries.get(request_id)
+        entry = self._used.get(request_id) or self._left.get(request_id)
         if entry is None:
             return None
         if entry.content != content:
@@ -66,50 +70,57 @@ class KeptRequests(Generic[R]):
                 "request exactly, and a new request takes a new id",
                 field="request_id",
             )
-        entry.left_s = None
+        self._left.pop(request_id, None)
+        self._used[request_id] = entry
         return entry.request
 
     def add(self, request_id: str, content: bytes, request: R) -> None:
-        """Keeps a new request; the id is free, as ``find`` has said."""
+        """Keeps a new request, in use until ``leave``; the id is free, as ``find`` has said."""
         if self.limits.count:
-            self._entries[request_id] = _Entry(request, content)
-            self._forget_old()
+            self._used[request_id] = _Entry(request, content)
 
     def grow(self, request_id: str, request: R, count: int) -> bool:
         """Counts bytes of results. False when the request is not kept any more, such as for these bytes."""
-        entry = self._entries.get(request_id)
-        if entry is None or entry.request is not request:
+        entry = self._entry(request_id, request)
+        if entry is None:
             return False
         entry.held_bytes += count
         self._bytes += count
         if entry.held_bytes > self.limits.max_bytes:
-            self._drop(request_id)
+            self.forget(request_id, request)
             return False
         self._forget_old()
         return True
 
     def leave(self, request_id: str, request: R) -> None:
         """The last call left: from now on it grows old."""
-        entry = self._entries.get(request_id)
-        if entry is not None and entry.request is request:
+        entry = self._entry(request_id, request)
+        if entry is not None:
+            self._used.pop(request_id, None)
             entry.left_s = self._clock()
-            self._entries.move_to_end(request_id)
+            self._left[request_id] = entry
+            self._left.move_to_end(request_id)
             self._forget_old()
 
     def forget(self, request_id: str, request: R) -> None:
         """As if it had never been."""
-        entry = self._entries.get(request_id)
-        if entry is not None and entry.request is request:
-            self._drop(request_id)
+        entry = self._entry(request_id, request)
+        if entry is not None:
+            self._used.pop(request_id, None)
+            self._left.pop(request_id, None)
+            self._bytes -= entry.held_bytes
 
-    def _drop(self, request_id: str) -> None:
-        self._bytes -= self._entries.pop(request_id).held_bytes
+    def _entry(self, request_id: str, request: R) -> _Entry[R] | None:
+        """The entry of this very request, and not of a later one with its id."""
+        entry = self._used.get(request_id) or self._left.get(request_id)
+        return entry if entry is not None and entry.request is request else None
 
     def _forget_old(self) -> None:
         oldest_s = self._clock() - self.limits.age_s
-        left = [(name, entry.left_s) for name, entry in self._entries.items() if entry.left_s is not None]
-        over = len(left) - self.limits.count
-        for place, (name, left_s) in enumerate(left):
-            if left_s > oldest_s and place >= over and self._bytes <= self.limits.max_bytes:
+        while self._left:
+            first = next(iter(self._left.values()))
+            too_many = len(self._left) > self.limits.count or self._bytes > self.limits.max_bytes
+            if not too_many and first.left_s > oldest_s:
                 return
-            self._drop(name)
+            self._left.popitem(last=False)
+            self._bytes -= first.held_bytes

@@ -15,7 +15,7 @@ import grpc
 
 from quartet.client import types
 from quartet.client.channel import ServiceClient, new_request_id, pushback_s
-from quartet.client.errors import ServiceFailedError, UnavailableError
+from quartet.client.errors import InvalidInputError, ServiceFailedError, UnavailableError
 from quartet.client.types import ItemFailure, ModelInfo, PromptLike, ServedBy, WorkInterval
 from quartet.fingerprint import TensorDigest, weights_fingerprint
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
@@ -271,6 +271,9 @@ def _request(
     adapter: str,
     request_id: str | None,
 ) -> policy_pb2.GenerateRequest:
+    if request_id is not None and not (request_id.isascii() and request_id.isprintable()):
+        # It goes as metadata, too, which takes nothing else.
+        raise InvalidInputError(f"request_id is {request_id!r}, must be printable ASCII", field="request_id")
     params = policy_pb2.SamplingParams(
         temperature=sampling.temperature,
         top_p=sampling.top_p,

@@ -39,7 +39,7 @@ def keep(kept: KeptRequests[object], name: str, size: int = 10, *, left: bool = 
 
 def known(kept: KeptRequests[object], *names: str) -> str:
     """Which of them are kept; looking takes none into use."""
-    return "".join(name for name in names if name in kept._entries)
+    return "".join(name for name in names if name in kept)
 
 
 def test_the_same_content_finds_the_request_and_other_content_is_refused(kept):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import random
+from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ import pytest
 
 from quartet.client import CallPolicy, Completion, FailedCompletion, PolicyClient, Sampling, TokenDelta
 from quartet.client.errors import InvalidInputError, OverloadedError, UnavailableError, translate
+from quartet.common.v1 import common_pb2
+from quartet.fingerprint import derive_seed
 from quartet.policy.v1 import policy_pb2_grpc
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationFailedError, GenerationTask, Piece
 from services.policy.kept_requests import KeepLimits
@@ -178,6 +182,8 @@ async def test_the_same_id_with_other_content_is_refused(house, changes):
 async def test_an_id_too_long_and_indices_that_are_none_are_refused_by_name(house):
     error = await house.refusal(PROMPTS, request_id="x" * 129)
     assert error.details() == "request_id is 129 characters long, must be at most 128 long"
+    error = await house.refusal(PROMPTS, request_id="line\n")
+    assert error.details() == "request_id is 'line\\n', must be printable ASCII"
     for bad in (-1, 6):
         error = await house.refusal(PROMPTS, n=2, received=[0, bad])
         assert error.details() == f"received is [{bad}], must be in [0, prompts times n 6)"
@@ -390,6 +396,11 @@ async def test_the_client_keeps_its_id_over_retries_and_gets_every_completion_on
         await anext(client.generate(PROMPTS[:1], sampling, **asked))
 
 
+async def test_the_client_refuses_a_name_that_metadata_cannot_carry(house, client):
+    with pytest.raises(InvalidInputError, match="request_id is 'né', must be printable ASCII"):
+        await anext(client.generate(PROMPTS, Sampling(max_new_tokens=4), request_id="né"))
+
+
 async def test_the_client_waits_as_the_service_asks_when_it_is_full_and_gives_up_in_time(house, client):
     house.engine.gate.clear()
     filling = house.call([[5]], n=MOST)
@@ -440,3 +451,73 @@ async def test_a_stream_of_tokens_that_has_begun_is_not_tried_again_by_itself(ho
     with pytest.raises(UnavailableError, match="the worker died"):
         await anext(stream)
     assert len(house.engine.tasks) == 1
+
+
+# Races ------------------------------------------------------------------------------------------------------------
+
+
+async def test_thousands_that_join_leave_and_come_back_at_any_moment_are_answered_rightly_and_leave_nothing(house):
+    """Few ids for many calls, which leave at random; the engine answers, fails and streams at its own pace."""
+    house.servicer.max_queued = 400
+    house.servicer._kept.limits = KeepLimits(count=3)
+    draw = random.Random(2)
+    outcomes: Counter[str] = Counter()
+
+    async def answer(task: GenerationTask) -> Generated:
+        await asyncio.sleep(draw.random() * 0.03)
+        if draw.random() < 0.05:
+            raise GenerationFailedError("out of luck")
+        return generated(task)
+
+    house.engine.answer = answer
+
+    def check(name: int, replies: list[Any], whole: bool) -> None:
+        """Each completion once and of its own seed, and where it was streamed the sum of its deltas."""
+        tokens: dict[tuple[int, int], list[int]] = {}
+        done = set()
+        for reply in replies:
+            key = (reply.prompt_index, reply.sample_index)
+            assert key not in done
+            if reply.HasField("delta"):
+                tokens.setdefault(key, []).extend(reply.delta.token_ids)
+                continue
+            done.add(key)
+            if reply.status.code == common_pb2.ITEM_STATUS_CODE_OK:
+                p, s = key
+                seed = derive_seed("request", name, p, s)
+                expected = [seed % 293, sum(PROMPTS[p]) % 293]
+                assert list(reply.completion.token_ids) == expected
+                assert tokens.get(key, expected) == expected
+            else:
+                assert reply.status.code == common_pb2.ITEM_STATUS_CODE_RETRYABLE
+        assert not whole or len(done) == 6
+
+    async def call(number: int) -> None:
+        await asyncio.sleep(draw.random() * 2.0)
+        name = draw.randrange(12)
+        stream = name % 2 == 0
+        asked = house.call(PROMPTS, params(seed=name), n=2, request_id=str(name), stream_tokens=stream)
+        replies, stay = [], draw.choice((0, 1, 3, 100, 100))
+        try:
+            while len(replies) < stay and (reply := await asked.read()) is not grpc.aio.EOF:
+                replies.append(reply)
+        except grpc.aio.AioRpcError as error:
+            outcomes[error.code().name] += 1
+            return
+        asked.cancel()
+        check(name, replies, whole=stay == 100)
+        outcomes["stayed" if stay == 100 else "left"] += 1
+
+    await asyncio.gather(*(call(number) for number in range(2000)))
+    assert set(outcomes) <= {"stayed", "left", "RESOURCE_EXHAUSTED"}
+    assert outcomes["stayed"] > 500
+    assert outcomes["left"] > 500
+    await until(lambda: house.engine.running == 0 and house.metric("completions_in_hand") == 0)
+    await until(lambda: house.metric("calls_in_flight") == 0)
+    assert house.metric("kept_requests") <= 3
+    assert house.metric("rejoined_total") > 1000
+    # Of 12,000 completions that were asked for, those that were kept or joined were not run.
+    assert len(house.engine.tasks) < 6000
+    house.servicer._kept.limits = KeepLimits(count=3, age_s=-1.0)
+    assert len(await house.generate(PROMPTS, request_id="last")) == 3
+    await until(lambda: (house.metric("kept_requests"), house.metric("kept_bytes")) == (0, 0))
