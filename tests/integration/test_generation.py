@@ -25,6 +25,7 @@ from transformers import AutoModelForCausalLM
 from quartet.client import (
     CallPolicy,
     Completion,
+    InFlightPolicy,
     PolicyClient,
     QuartetError,
     Sampling,
@@ -232,6 +233,25 @@ async def test_pieces_of_a_completion_cut_after_an_update_say_which_weights_samp
         old, new = (biased_logprobs(folder, prompt, completion.token_ids, bias) for folder in (first, second))
         assert completion.logprobs[:before] == pytest.approx(old[:before], abs=TOLERANCE)
         assert completion.logprobs[before:] == pytest.approx(new[before:], abs=TOLERANCE)
+
+
+async def test_streams_that_an_update_aborts_end_with_what_was_sent(service, make_policy, ours):
+    async with PolicyClient(service.address) as client, WeightsClient(service.admin_address) as weights:
+        version = (await weights.get_info()).weights_version
+        sampling = Sampling(max_new_tokens=120, min_new_tokens=120, seed=1)
+        task = asyncio.create_task(streamed(client, PROMPTS * 8, sampling, **ours))
+        await asyncio.sleep(0.1)
+        await weights.update(
+            wire_tensors(make_policy(seed=13)), weights_version=version + 1, in_flight=InFlightPolicy.ABORT
+        )
+        found, _ = await asyncio.wait_for(task, 30)
+    aborted = [completion for completion in found if completion.finish_reason == "aborted"]
+    assert len(aborted) >= 8
+    assert any(completion.token_ids for completion in aborted)
+    for completion in found:
+        assert sum(count for _, count in completion.version_spans) == len(completion.token_ids)
+        assert (len(completion.token_ids) < 120) == (completion.finish_reason == "aborted")
+        assert (completion.stop_token_id, completion.stop_string) == (None, "")
 
 
 @pytest.mark.skipif(not VLLM_IS_HERE, reason="vLLM is not installed here")

@@ -136,11 +136,12 @@ async def test_within_its_grace_the_work_goes_on_for_who_comes_back_and_no_longe
             assert house.engine.cancelled == 3
         assert house.metric("completions_in_hand") == 0
     # A request without an id has no retry to wait for.
+    house.servicer.retry_grace_s = 60.0
     free.clear()
     call = house.call(PROMPTS)
     await until(lambda: house.engine.running == 3)
     call.cancel()
-    await until(lambda: house.engine.running == 0, timeout_s=0.2)
+    await until(lambda: house.engine.running == 0)
 
 
 async def test_work_that_ends_within_its_grace_is_kept_and_its_places_are_given_back(house):
@@ -492,8 +493,15 @@ async def test_thousands_that_join_leave_and_come_back_at_any_moment_are_answere
                 assert reply.status.code == common_pb2.ITEM_STATUS_CODE_RETRYABLE
         assert not whole or len(done) == 6
 
-    async def call(number: int) -> None:
-        await asyncio.sleep(draw.random() * 2.0)
+    # Of more than a thousand calls that nobody has accepted yet, gRPC itself cancels some at random.
+    at_once = asyncio.Semaphore(300)
+
+    async def call() -> None:
+        async with at_once:
+            await asyncio.sleep(draw.random() * 0.3)
+            await ask()
+
+    async def ask() -> None:
         name = draw.randrange(12)
         stream = name % 2 == 0
         asked = house.call(PROMPTS, params(seed=name), n=2, request_id=str(name), stream_tokens=stream)
@@ -508,7 +516,7 @@ async def test_thousands_that_join_leave_and_come_back_at_any_moment_are_answere
         check(name, replies, whole=stay == 100)
         outcomes["stayed" if stay == 100 else "left"] += 1
 
-    await asyncio.gather(*(call(number) for number in range(2000)))
+    await asyncio.gather(*(call() for _ in range(2000)))
     assert set(outcomes) <= {"stayed", "left", "RESOURCE_EXHAUSTED"}
     assert outcomes["stayed"] > 500
     assert outcomes["left"] > 500
