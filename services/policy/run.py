@@ -115,6 +115,7 @@ class GenerationRun:
         self._error: BaseException | None = None
         self._places = 0
         self._begun = False
+        self._grace: asyncio.TimerHandle | None = None
         self._adapter: Adapter | None = None
         self._prompts: asyncio.Task[list[list[int] | str]] | None = None
 
@@ -133,6 +134,9 @@ class GenerationRun:
         """
         follower = _Follower()
         self._followers.add(follower)
+        if self._grace is not None:
+            self._grace.cancel()
+            self._grace = None
         waiting = set(indices)
         try:
             self._begin(request, sampling, stop_strings, indices)
@@ -166,7 +170,7 @@ class GenerationRun:
             self._followers.discard(follower)
             if not self._followers:
                 if self._grace_s and self._tasks:
-                    asyncio.get_running_loop().call_later(self._grace_s, self._rest_if_alone)
+                    self._grace = asyncio.get_running_loop().call_later(self._grace_s, self._rest)
                 else:
                     self._rest()
 
@@ -215,10 +219,6 @@ class GenerationRun:
             task = asyncio.create_task(self._complete(request, work, stop_strings, index, self._prompts))
             self._tasks[index] = task
             task.add_done_callback(functools.partial(self._done, index))
-
-    def _rest_if_alone(self) -> None:
-        if not self._followers and self._places:
-            self._rest()
 
     def _rest(self) -> None:
         """Nobody follows any more: what runs is stopped and its slots are free at once."""

@@ -144,6 +144,19 @@ async def test_within_its_grace_the_work_goes_on_for_who_comes_back_and_no_longe
     await until(lambda: house.engine.running == 0)
 
 
+async def test_each_time_the_last_call_leaves_the_grace_begins_anew(house):
+    house.servicer.retry_grace_s = 0.6
+    hold(house, lambda task: True)
+    for times in range(4):
+        call = house.call(PROMPTS, request_id="one")
+        await until(lambda times=times: house.metric("rejoined_total") == times and house.engine.running == 3)
+        call.cancel()
+        await until(lambda times=times: house.metric("calls_total", method="Generate", code="CANCELLED") == times + 1)
+        await asyncio.sleep(0.25)
+    assert (house.engine.running, len(house.engine.tasks)) == (3, 3)
+    await until(lambda: house.engine.running == 0)
+
+
 async def test_work_that_ends_within_its_grace_is_kept_and_its_places_are_given_back(house):
     house.servicer.retry_grace_s = 0.2
     free = hold(house, lambda task: True)
