@@ -37,6 +37,7 @@ _PORTS = (
     "policy_admin_port",
     "policy_metrics_port",
     "reward_port",
+    "reward_admin_port",
     "reward_metrics_port",
     "reference_port",
     "reference_metrics_port",
@@ -68,6 +69,7 @@ class LocalSettings(Settings):
     policy_admin_port: Port = Field(0, description="gRPC port of the policy's weight updates")
     policy_metrics_port: Port = Field(0, description="Prometheus port of the policy")
     reward_port: Port = Field(0, description="gRPC port of the reward service")
+    reward_admin_port: Port = Field(0, description="gRPC port of the reward service's model swaps")
     reward_metrics_port: Port = Field(0, description="Prometheus port of the reward service")
     reference_port: Port = Field(0, description="gRPC port of the reference service")
     reference_metrics_port: Port = Field(0, description="Prometheus port of the reference service")
@@ -142,9 +144,12 @@ class Launcher:
         self.logs.mkdir(parents=True, exist_ok=True)
         cores = _cores()
         policy_flags = ["--engine", settings.engine, "--admin-port", str(self.ports["policy_admin_port"])]
+        reward_flags = ["--admin-port", str(self.ports["reward_admin_port"])]
         self.services = [
             self._service("policy", "Policy", settings.policy_model, settings.threads or cores, policy_flags),
-            self._service("reward", "Reward", settings.reward_model, settings.threads or max(1, cores // 2)),
+            self._service(
+                "reward", "Reward", settings.reward_model, settings.threads or max(1, cores // 2), reward_flags
+            ),
             self._service("reference", "Reference", reference_model, settings.threads or max(1, cores // 2)),
         ]
 
@@ -215,6 +220,7 @@ class Launcher:
         """Without a command: tells where the services are and keeps them up until told to end."""
         for name, address in self.addresses().items():
             sys.stdout.write(f"{name:<13}{address}\n")
+        sys.stdout.write(f"{'reward_admin':<13}127.0.0.1:{self.ports['reward_admin_port']}\n")
         for service in self.services:
             sys.stdout.write(f"{service.name + ' metrics':<19}http://127.0.0.1:{self._metrics_port(service)}/metrics\n")
         sys.stdout.flush()

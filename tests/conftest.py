@@ -188,7 +188,7 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
         log = tmp_path_factory.mktemp(name) / "log"
         command = [sys.executable, "-m", f"services.{name}", "--model", str(model), *flags]
         command += ["--port", str(port), "--metrics-port", str(metrics_port)]
-        if name == "policy":
+        if name in ("policy", "reward"):
             command += ["--admin-port", str(admin_port)]
         with log.open("w") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, text=True)

@@ -91,6 +91,9 @@ class RewardSettings(TrainingSettings):
         description="where mean and std of the scores come from: chosen (answers of the training rows), "
         "a file or hub name of demonstrations, or none",
     )
+    golden_items: NonNegativeInt = Field(
+        6, description="held-out texts kept with the model, with their scores: the service checks itself by them"
+    )
     baselines: bool = Field(True, description="train TF-IDF and length baselines on the same rows, for comparison")
 
     @model_validator(mode="after")

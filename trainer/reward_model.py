@@ -21,6 +21,7 @@ from trainer.config import RewardSettings
 from trainer.data import Preference, load_demonstrations, load_preferences
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.errors import CollapsedError, DataError
+from trainer.golden import golden_items
 from trainer.losses import bradley_terry, centering
 from trainer.models import load_reward_model, load_tokenizer, save_model, score_tokens
 from trainer.optimisation import autocast, choose_device, clip_weights
@@ -41,6 +42,8 @@ WATCHED = ("loss", "accuracy", "margin_mean", "tokens_per_s", "learning_rate")
 _CALIBRATION_BINS = 10
 # At most so many samples the mean and standard deviation are taken from: 1 % of a standard deviation.
 _CALIBRATION_SAMPLES = 4096
+# Of at most so many held-out pairs both scores are kept with the model, for the service to see drift by.
+_BASELINE_PAIRS = 500
 # A model that tells nothing apart: its loss is that of a coin and its scores are all alike.
 _COLLAPSED_LOSS, _COLLAPSED_STD = 1e-3, 1e-3
 
@@ -94,9 +97,17 @@ def main(settings: RewardSettings) -> None:
             "normalisation": normalisation,
         },
     )
-    metadata: dict[str, Any] = {"kind": "reward", "append_eos": True, "max_tokens": token_limit(settings, model)}
+    metadata: dict[str, Any] = {
+        "kind": "reward",
+        "append_eos": True,
+        "max_tokens": token_limit(settings, model),
+        "truncation": settings.truncation,
+    }
+    if items := golden_items(model, held_out_rows, held_out, settings.golden_items):
+        metadata["golden"] = {"score_std": evaluation["eval_score_std"], "items": items}
     if normalisation is not None:
         metadata["normalisation"] = normalisation
+    metadata["baseline"] = {"scores": trainer.baseline(held_out[:_BASELINE_PAIRS])}
     save_model(model, tokenizer, settings.output / MODEL_FOLDER, metadata=metadata)
     report(accuracy, others, evaluation, settings)
     from trainer.report import write_report  # Plots are slow to import.
@@ -152,15 +163,23 @@ class RewardTrainer:
             scores = score_tokens(self.model, ids_BS, mask_BS)
         return scores[: len(pairs)], scores[len(pairs) :]
 
-    @torch.no_grad()
     def evaluate(self, pairs: Sequence[EncodedPreference]) -> dict[str, float]:
         """Held-out figures; the loss is Bradley-Terry's, whatever was trained with. Ties count .5."""
+        return pair_figures(*self.all_scores(pairs))
+
+    def baseline(self, pairs: Sequence[EncodedPreference]) -> list[float]:
+        """Raw scores of all answers, chosen and rejected, to seven digits: what float32 holds."""
+        return [float(f"{score:.7g}") for score in np.concatenate(self.all_scores(pairs))]
+
+    @torch.no_grad()
+    def all_scores(self, pairs: Sequence[EncodedPreference]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
+        """(N,) scores of the chosen and of the rejected answers, in evaluation mode, batch by batch."""
         self.model.eval()
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
         for part in micro_batches([2 * len(pair) for pair in pairs], self.settings.micro_batch_tokens):
             chosen_B, rejected_B = self.scores([pairs[index] for index in part])
             chosen[part], rejected[part] = chosen_B.cpu().numpy(), rejected_B.cpu().numpy()
-        return pair_figures(chosen, rejected)
+        return chosen, rejected
 
     @torch.no_grad()
     def calibrate(self, samples: Sequence[EncodedResponse]) -> dict[str, float] | None:

@@ -7,7 +7,7 @@ import json
 import mmap
 import os
 import struct
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,33 @@ def weights_fingerprint(tensors: Iterable[TensorDigest]) -> str:
     """SHA-256 over the sorted lines ``name dtype shape sha256``: independent of file layout and order."""
     lines = sorted(f"{t.name} {t.dtype} {list(t.shape)} {t.sha256}" for t in tensors)
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def adapter_fingerprint(
+    tensors: Iterable[TensorDigest],
+    *,
+    rank: int,
+    alpha: float,
+    target_modules: Iterable[str],
+    use_rslora: bool,
+    module_ranks: Mapping[str, int],
+    module_alphas: Mapping[str, float],
+) -> str:
+    """SHA-256 of a LoRA adapter: of its configuration as JSON with sorted keys and its tensors' fingerprint.
+
+    The fields are those of ``AdapterConfig`` in adapters.proto; numbers that JSON may write in several ways are written
+    as Python does (``16.0``). Order and repetition of ``target_modules`` do not count.
+    """
+    config = {
+        "alpha": float(alpha),
+        "module_alphas": {name: float(value) for name, value in module_alphas.items()},
+        "module_ranks": dict(module_ranks),
+        "rank": rank,
+        "target_modules": sorted(set(target_modules)),
+        "use_rslora": use_rslora,
+    }
+    text = f"{json.dumps(config, sort_keys=True, ensure_ascii=True)}\n{weights_fingerprint(tensors)}"
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def safetensors_fingerprint(folder: Path) -> str:

@@ -8,9 +8,11 @@ import importlib.util
 from pathlib import Path
 from typing import Any
 
+import grpc
+
 from quartet.common.v1 import common_pb2
 from quartet.model_folder import find_model
-from quartet.policy.v1 import policy_pb2_grpc, weights_pb2_grpc
+from quartet.policy.v1 import adapters_pb2_grpc, policy_pb2_grpc, weights_pb2_grpc
 from services.policy.config import PolicySettings
 from services.policy.engine import Engine, EngineFailedError
 from services.runtime.errors import StartError
@@ -19,6 +21,7 @@ from services.runtime.telemetry import ServiceMetrics
 
 SERVICE = "quartet.policy.v1.PolicyService"
 WEIGHTS_SERVICE = "quartet.policy.v1.WeightsService"
+ADAPTER_SERVICE = "quartet.policy.v1.AdapterService"
 _CHECK_EVERY_S = 1.0
 
 
@@ -32,6 +35,8 @@ async def serve(settings: PolicySettings) -> int:
     # Before anything heavy is imported, so that a wrong folder is refused at once.
     folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     from services.hosting import model as hosting_model
+    from services.policy.adapters import AdapterRegistry
+    from services.policy.adapters_servicer import AdapterServicer
     from services.policy.hosted import HostedPolicy
     from services.policy.servicer import PolicyServicer
     from services.policy.staging import read_layout, staging_parent
@@ -44,6 +49,12 @@ async def serve(settings: PolicySettings) -> int:
         weights = WeightsServicer(
             metrics, staging=staging, max_bytes=int(settings.max_update_gib * 2**30), stop=runtime.stop
         )
+        adapters = AdapterServicer(staging=staging, stop=runtime.stop)
+
+        def add_admin(server: grpc.aio.Server) -> None:
+            weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server)
+            adapters_pb2_grpc.add_AdapterServiceServicer_to_server(adapters, server)
+
         await runtime.bind(
             Listener(
                 name="the policy service",
@@ -52,11 +63,11 @@ async def serve(settings: PolicySettings) -> int:
                 add=lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy, server),
             ),
             Listener(
-                name="weight updates (--admin-port)",
+                name="weight updates and adapters (--admin-port)",
                 port=settings.admin_port,
-                services=(WEIGHTS_SERVICE,),
+                services=(WEIGHTS_SERVICE, ADAPTER_SERVICE),
                 security=settings.admin_security,
-                add=lambda server: weights_pb2_grpc.add_WeightsServiceServicer_to_server(weights, server),
+                add=add_admin,
             ),
         )
         runtime.serve_metrics()
@@ -69,8 +80,12 @@ async def serve(settings: PolicySettings) -> int:
             layout = read_layout(folder)
             await engine.start()
             model = await asyncio.to_thread(_describe, folder, settings, engine, tokenizer)
-            policy.hosted = weights.hosted = HostedPolicy(
-                engine=engine, tokenizer=tokenizer, model=model, layout=layout
+            policy.hosted = weights.hosted = adapters.hosted = HostedPolicy(
+                engine=engine,
+                tokenizer=tokenizer,
+                model=model,
+                layout=layout,
+                adapters=AdapterRegistry(max_adapters=settings.max_adapters, max_rank=settings.max_lora_rank),
             )
             watch = asyncio.create_task(_watch(engine, runtime))
             code = await runtime.run()

@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import ClassVar, Literal, Self
+from typing import ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from quartet.settings import NonNegativeInt, Port, PositiveFloat, PositiveInt, UnitFloat
-from services.runtime.config import ServiceSettings
-from services.runtime.security import ListenerSecurity
+from services.runtime.admin import AdminSettings
 
 
-class PolicySettings(ServiceSettings):
+class PolicySettings(AdminSettings):
     """Generates from a language model whose weights a trainer may replace, over gRPC."""
 
     command: ClassVar[str] = "quartet-policy"
+    admin_power: ClassVar[str] = "replaces the weights"
+    data_power: ClassVar[str] = "generate"
 
     port: Port = Field(50051, description="gRPC port; 0 takes a free one")
-    admin_port: Port = Field(50061, description="gRPC port of weight updates; 0 takes a free one")
-    admin_tls_cert: Path | None = Field(
-        None, description="PEM certificate chain of the admin port; default --tls-cert with its key"
-    )
-    admin_tls_key: Path | None = Field(None, description="PEM private key of --admin-tls-cert")
-    admin_tls_client_ca: Path | None = Field(
-        None, description="PEM authorities of the certificates that the admin port's clients must show"
-    )
-    admin_token_file: Path | None = Field(
-        None, description="bearer tokens that may replace the weights, one a line; none of them in --token-file"
-    )
+    admin_port: Port = Field(50061, description="gRPC port of weight updates and adapters; 0 takes a free one")
     metrics_port: Port = Field(9101, description="Prometheus port over HTTP; 0 takes a free one")
     engine: Literal["auto", "vllm", "transformers"] = Field(
         "auto", description="auto: vLLM where it is installed, else transformers"
@@ -48,33 +39,10 @@ class PolicySettings(ServiceSettings):
     staging_dir: Path | None = Field(
         None, description="where incoming weights are staged; default /dev/shm where it can be written, else temporary"
     )
+    max_adapters: NonNegativeInt = Field(
+        0, description="most LoRA adapters loaded at the same time; 0: LoRA is off, and no memory is kept for it"
+    )
+    max_lora_rank: PositiveInt = Field(
+        16, description="largest rank of a LoRA adapter; with vLLM every adapter takes memory and time of this rank"
+    )
     max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")
-
-    @property
-    def admin_security(self) -> ListenerSecurity:
-        """Credentials of the admin port: its own; of the service's port only the server's certificate serves here."""
-        own = self.admin_tls_cert is not None or self.admin_tls_key is not None
-        return ListenerSecurity(
-            tls_cert=self.admin_tls_cert if own else self.tls_cert,
-            tls_key=self.admin_tls_key if own else self.tls_key,
-            tls_client_ca=self.admin_tls_client_ca,
-            token_file=self.admin_token_file,
-            prefix="--admin-",
-        )
-
-    @model_validator(mode="after")
-    def _admin_credentials_fit_together(self) -> Self:
-        admin = self.admin_security
-        if problem := admin.problem():
-            raise ValueError(problem)
-        if self.security.knows_callers and not admin.knows_callers:
-            raise ValueError(
-                "the service's port asks for credentials and the admin port, which replaces the weights, would not: "
-                "set --admin-token-file or --admin-tls-client-ca"
-            )
-        if self.token_file is not None and self.token_file == self.admin_token_file:
-            raise ValueError(
-                f"--token-file and --admin-token-file are both {str(self.token_file)!r}: whoever may generate could "
-                "replace the weights; give the admin port tokens of its own"
-            )
-        return self

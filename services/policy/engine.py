@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Protocol
+
+from services.policy.adapter_config import AdapterConfig
 
 
 class Finish(StrEnum):
@@ -38,12 +41,16 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationTask:
-    """One completion to sample. The same seed gives the same draws, whatever else is in flight."""
+    """One completion to sample. The same seed gives the same draws, whatever else is in flight.
+
+    ``adapter``: number of the loaded adapter to sample with, 0 for the base model alone.
+    """
 
     prompt_ids: list[int]
     sampling: Sampling
     seed: int
     request_id: str
+    adapter: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,6 +74,10 @@ class GenerationFailedError(Exception):
     """One completion failed; the engine goes on, and the same task may succeed later."""
 
 
+class AdapterRefusedError(Exception):
+    """The engine does not take this adapter; the message says why. Nothing of it stays loaded."""
+
+
 class Engine(Protocol):
     """A generation engine. All coroutines run on one event loop."""
 
@@ -74,6 +85,8 @@ class Engine(Protocol):
     vocab_size: int
     max_sequence_tokens: int
     dtype: str
+    adapter_modules: Mapping[str, tuple[int, int]]
+    """(in, out) features of the linear layers that an adapter may change; empty while LoRA is off."""
 
     async def start(self) -> None:
         """Loads the model and warms up, so that the first request is as fast as the next.
@@ -97,6 +110,26 @@ class Engine(Protocol):
 
         Raises:
             EngineFailedError: it went wrong in the middle; the weights are no longer known.
+        """
+        ...
+
+    async def load_adapter(self, number: int, safetensors: Path, config: AdapterConfig) -> None:
+        """Holds an adapter ready under a positive number that was never used; the file may go afterwards.
+
+        Names and shapes of its tensors were checked against ``adapter_modules``; ``adapter_config.json`` in PEFT's form
+        lies beside it.
+
+        Raises:
+            AdapterRefusedError: it does not fit.
+            EngineFailedError: the engine died.
+        """
+        ...
+
+    async def unload_adapter(self, number: int) -> None:
+        """Forgets an adapter that no new task names, once the tasks that run with it have left.
+
+        Raises:
+            EngineFailedError: the engine died.
         """
         ...
 

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quartet.common.v1 import common_pb2
+from services.policy.adapters import AdapterRegistry
 from services.policy.engine import Engine
 from services.policy.staging import Layout
 
 
 @dataclass(frozen=True, kw_only=True)
 class HostedPolicy:
-    """``model.served_by`` is the one thing that changes: with every weight update."""
+    """``model.served_by`` changes with every weight update, ``adapters`` when one is loaded or unloaded."""
 
     engine: Engine
     tokenizer: Any
     model: common_pb2.ModelInfo
     layout: Layout
+    adapters: AdapterRegistry = field(default_factory=AdapterRegistry)

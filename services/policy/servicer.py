@@ -15,6 +15,7 @@ from quartet.fingerprint import derive_seeds
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
+from services.policy.adapters import Adapter
 from services.policy.engine import (
     EngineFailedError,
     Finish,
@@ -88,18 +89,22 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 "are taken; try again later",
                 retry_after_ms=_RETRY_AFTER_MS,
             )
+        adapter = hosted.adapters.take(request.adapter)
         self._admitted += total
         try:
             # Tokenising holds no lock of the interpreter, so it may run beside the event loop.
             prepared = await asyncio.to_thread(
                 lambda: [_prepare(hosted, prompt, sampling) for prompt in request.prompts]
             )
-            async with contextlib.aclosing(self._generate(hosted, request, prepared, sampling, n)) as replies:
+            async with contextlib.aclosing(self._generate(hosted, request, prepared, sampling, n, adapter)) as replies:
                 async for reply in replies:
                     self.metrics.items.labels(common_pb2.ItemStatusCode.Name(reply.status.code)).inc()
+                    if adapter is not None:
+                        reply.adapter, reply.adapter_fingerprint = adapter.name, adapter.fingerprint
                     yield reply
         finally:
             self._admitted -= total
+            hosted.adapters.give_back(adapter)
 
     async def _generate(
         self,
@@ -108,6 +113,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         prepared: list[_Prepared | str],
         sampling: Sampling,
         n: int,
+        adapter: Adapter | None,
     ) -> AsyncGenerator[policy_pb2.GenerateResponse, None]:
         seeds = _seeds(request.sampling, len(prepared), n)
         call_id = secrets.token_hex(8)
@@ -131,6 +137,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                                 sampling=sampling,
                                 seed=seeds[p * n + s],
                                 request_id=f"{call_id}-{p}-{s}",
+                                adapter=adapter.number if adapter is not None else 0,
                             )
                         )
                     )

@@ -14,6 +14,8 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferInitInfo,
     WeightTransferUpdateInfo,
 )
+from vllm.lora.layers import BaseLayerWithLoRA
+from vllm.lora.utils import replace_submodule
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
 
 
@@ -39,6 +41,7 @@ class StagedFileTransferEngine(WeightTransferEngine[StagedFileInit, StagedFileUp
         """Nothing to do."""
 
     def start_weight_update(self) -> None:
+        self._lora_layers = _without_adapters(self.model)
         # A CPU repacks linear weights for its matrix kernels: load_weights alone would find empty parameters.
         with torch.device(self.device):
             initialize_layerwise_reload(self.model)
@@ -57,6 +60,8 @@ class StagedFileTransferEngine(WeightTransferEngine[StagedFileInit, StagedFileUp
         with torch.device(self.device):
             finalize_layerwise_reload(self.model, self.model_config)
             self._repack_tied_head()
+        for name, layer in self._lora_layers:
+            replace_submodule(self.model, name, layer)
 
     def _repack_tied_head(self) -> None:
         """A tied head shares the embedding, but its repacked copy keeps the old weights: make it again."""
@@ -68,6 +73,21 @@ class StagedFileTransferEngine(WeightTransferEngine[StagedFileInit, StagedFileUp
 
     def shutdown(self) -> None:
         """Nothing is held."""
+
+
+def _without_adapters(model: Any) -> list[tuple[str, torch.nn.Module]]:
+    """Puts the plain layers in place of those that LoRA wraps, and returns the wrappers by name.
+
+    load_weights knows tensors by the names that they have without LoRA. The adapters' own tensors stay in the wrappers.
+    """
+    wrapped = [
+        (name, module)
+        for name, module in model.named_modules(remove_duplicate=False)
+        if isinstance(module, BaseLayerWithLoRA)
+    ]
+    for name, module in wrapped:
+        replace_submodule(model, name, module.base_layer)
+    return wrapped
 
 
 def _tensors(path: str) -> Iterator[tuple[str, Tensor]]:

@@ -40,6 +40,13 @@ class TensorSpec:
         return math.prod(self.shape) * _WIRE_DTYPES[self.dtype][1]
 
 
+def wire_dtype_problem(spec: TensorSpec) -> str | None:
+    """Why a tensor of this dtype is not accepted, or None."""
+    if spec.dtype in _WIRE_DTYPES:
+        return None
+    return f"{spec.name!r} has dtype {spec.dtype!r}, must be one of {', '.join(_WIRE_DTYPES)}"
+
+
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Tensors that the served model's checkpoint consists of. Tied ones may be sent or left out."""
@@ -58,8 +65,8 @@ class Layout:
             twice = next(name for name in names if names.count(name) > 1)
             raise _refused(f"{twice!r} stands in it twice")
         for spec in specs:
-            if spec.dtype not in _WIRE_DTYPES:
-                raise _refused(f"{spec.name!r} has dtype {spec.dtype!r}, must be one of {', '.join(_WIRE_DTYPES)}")
+            if problem := wire_dtype_problem(spec):
+                raise _refused(problem)
             expected = self.shapes.get(spec.name)
             if expected is None:
                 raise _refused(f"{spec.name!r} is no tensor of the served model's checkpoint")
@@ -101,7 +108,16 @@ def read_layout(folder: Path) -> Layout:
 
 
 class StagedCheckpoint:
-    """One incoming checkpoint in a folder of its own, removed on leaving the context."""
+    """One incoming checkpoint in a folder of its own, removed on leaving the context.
+
+    The class attributes say what it is: another kind of checkpoint has a class of its own.
+    """
+
+    what = "weights"
+    folder_prefix = "quartet-weights-"
+    file_name = WEIGHTS_FILE
+    fingerprint_field = "commit.weights_fingerprint"
+    otherwise = "the old weights go on serving"
 
     def __init__(self, specs: Sequence[TensorSpec], parent: Path) -> None:
         """
@@ -131,21 +147,21 @@ class StagedCheckpoint:
         free = shutil.disk_usage(parent).free
         if self._starts[-1] > free:
             raise OverloadedError(
-                f"the weights have {self._starts[-1] / _GIB:.2f} GiB, {parent} has {free / _GIB:.2f} GiB free: "
+                f"the {self.what} have {self._starts[-1] / _GIB:.2f} GiB, {parent} has {free / _GIB:.2f} GiB free: "
                 "give the service more room or another --staging-dir"
             )
         # The room seen above may be gone by now.
         with contextlib.ExitStack() as undo:
             try:
-                self.folder = Path(tempfile.mkdtemp(prefix="quartet-weights-", dir=parent))
+                self.folder = Path(tempfile.mkdtemp(prefix=self.folder_prefix, dir=parent))
                 undo.callback(shutil.rmtree, self.folder, ignore_errors=True)
-                self.path = self.folder / WEIGHTS_FILE
+                self.path = self.folder / self.file_name
                 self._file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
                 undo.callback(os.close, self._file)
                 os.ftruncate(self._file, self._starts[-1])
                 self._write(struct.pack("<Q", len(header)) + header, 0)
             except OSError as error:
-                raise OverloadedError(f"the weights could not be staged in {parent}: {error}") from error
+                raise OverloadedError(f"the {self.what} could not be staged in {parent}: {error}") from error
             undo.pop_all()
 
     def __enter__(self) -> Self:
@@ -184,7 +200,7 @@ class StagedCheckpoint:
         try:
             self._write(data, self._starts[tensor_index] + self._filled)
         except OSError as error:
-            raise OverloadedError(f"the weights could not be staged in {self.folder.parent}: {error}") from error
+            raise OverloadedError(f"the {self.what} could not be staged in {self.folder.parent}: {error}") from error
         self._filled += len(data)
         self.received_bytes += len(data)
 
@@ -196,14 +212,17 @@ class StagedCheckpoint:
         """
         while self._index < len(self.specs):
             self._end_tensor()
-        fingerprint = weights_fingerprint(self._digests)
+        fingerprint = self._fingerprint(self._digests)
         if fingerprint != expected_fingerprint:
             raise DataLossError(
-                f"commit.weights_fingerprint is {expected_fingerprint[:16]!r}..., what arrived has "
-                f"{fingerprint[:16]!r}...: it was damaged on the way; the old weights go on serving",
-                field="commit.weights_fingerprint",
+                f"{self.fingerprint_field} is {expected_fingerprint[:16]!r}..., what arrived has "
+                f"{fingerprint[:16]!r}...: it was damaged on the way; {self.otherwise}",
+                field=self.fingerprint_field,
             )
         return fingerprint
+
+    def _fingerprint(self, digests: Sequence[TensorDigest]) -> str:
+        return weights_fingerprint(digests)
 
     def _write(self, data: bytes, offset: int) -> None:
         if os.pwrite(self._file, data, offset) != len(data):
@@ -212,9 +231,7 @@ class StagedCheckpoint:
     def _end_tensor(self) -> None:
         spec = self.specs[self._index]
         if self._filled != spec.nbytes:
-            raise DataLossError(
-                f"{spec.name!r} has {spec.nbytes} bytes, only {self._filled} came; the old weights go on serving"
-            )
+            raise DataLossError(f"{spec.name!r} has {spec.nbytes} bytes, only {self._filled} came; {self.otherwise}")
         self._digests.append(
             TensorDigest(name=spec.name, dtype=spec.dtype, shape=spec.shape, sha256=self._hash.hexdigest())
         )

@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,8 +29,10 @@ from torch import Tensor
 from transformers.cache_utils import DynamicCache, DynamicLayer
 
 from services.hosting.model import choose_hosting, longest_sequence
+from services.policy.adapter_config import AdapterConfig
 from services.policy.config import PolicySettings
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Sampling
+from services.policy.low_rank import LowRankAdapter, RowAdapters, read_adapter, row_wise_modules
 from services.policy.staging import WEIGHTS_FILE
 from services.runtime.errors import StartError
 
@@ -51,6 +53,8 @@ class _Row:
     """A request from admission to answer."""
 
     task: GenerationTask
+    # Held here, so that unloading it does not pull it away from a request that has not left yet.
+    adapter: LowRankAdapter | None
     future: Future[Generated]
     generator: torch.Generator
     token_ids: list[int] = field(default_factory=list)
@@ -100,6 +104,9 @@ class TransformersEngine:
         self.version = 0
         # Alone in its batch a row is never padded, so its sums do not depend on companions.
         self._slots = 1 if settings.deterministic else settings.max_concurrent
+        self.adapter_modules: Mapping[str, tuple[int, int]] = {}
+        self._adapters: dict[int, LowRankAdapter] = {}
+        self._row_adapters = RowAdapters()
         self._model: Any = None
         self._waiting: deque[_Row] = deque()
         self._joining: list[_Row] = []  # No longer waiting, and not in the batch yet.
@@ -136,13 +143,20 @@ class TransformersEngine:
                 "(a sliding window, a state): the transformers engine can't batch it; use --engine vllm"
             )
 
+        if self.settings.max_adapters:
+            self.adapter_modules = row_wise_modules(self._model, self.hosting.device)
+            self._row_adapters.attach(self._model, self.adapter_modules)
+
     def _read_model(self, folder: Path) -> Any:
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, **self.hosting.loading)
-        return model.eval().to(self.hosting.device)
+        model = model.eval().to(self.hosting.device)
+        self._row_adapters.attach(model, self.adapter_modules)
+        return model
 
     async def generate(self, task: GenerationTask) -> Generated:
         row = _Row(
             task=task,
+            adapter=self._adapters[task.adapter] if task.adapter else None,
             future=Future(),
             generator=torch.Generator().manual_seed(task.seed),
             start_unix_ns=time.time_ns(),
@@ -163,6 +177,14 @@ class TransformersEngine:
             self._update = update
             self._changed.notify()
         return await asyncio.wrap_future(update.future)
+
+    async def load_adapter(self, number: int, safetensors: Path, config: AdapterConfig) -> None:
+        self._require_alive()
+        self._adapters[number] = await asyncio.to_thread(read_adapter, safetensors, config, self.hosting.device)
+
+    async def unload_adapter(self, number: int) -> None:
+        self._require_alive()
+        del self._adapters[number]
 
     async def check(self) -> None:
         self._require_alive()
@@ -237,14 +259,15 @@ class TransformersEngine:
         ids_BS = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
         starts_B = torch.tensor([longest - len(ids) for ids in prompts], device=device)
         mask_BS = torch.arange(longest, device=device)[None, :] >= starts_B[:, None]
-        output = self._model(
-            input_ids=ids_BS,
-            attention_mask=mask_BS.long(),
-            position_ids=_positions(mask_BS),
-            use_cache=True,
-            past_key_values=DynamicCache(),
-            logits_to_keep=1,
-        )
+        with self._row_adapters.applied([row.adapter for row in rows], device):
+            output = self._model(
+                input_ids=ids_BS,
+                attention_mask=mask_BS.long(),
+                position_ids=_positions(mask_BS),
+                use_cache=True,
+                past_key_values=DynamicCache(),
+                logits_to_keep=1,
+            )
         self._sample(rows, output.logits[:, -1])
         joined = _Batch(rows=rows, cache=output.past_key_values, mask_BS=mask_BS)
         self._batch = joined if self._batch is None else _join(self._batch, joined)
@@ -256,13 +279,14 @@ class TransformersEngine:
         device = self.hosting.device
         newest_B1 = torch.tensor([[row.token_ids[-1]] for row in batch.rows], device=device)
         batch.mask_BS = torch.cat([batch.mask_BS, torch.ones_like(batch.mask_BS[:, :1])], dim=1)
-        output = self._model(
-            input_ids=newest_B1,
-            attention_mask=batch.mask_BS.long(),
-            position_ids=_positions(batch.mask_BS)[:, -1:],
-            use_cache=True,
-            past_key_values=batch.cache,
-        )
+        with self._row_adapters.applied([row.adapter for row in batch.rows], device):
+            output = self._model(
+                input_ids=newest_B1,
+                attention_mask=batch.mask_BS.long(),
+                position_ids=_positions(batch.mask_BS)[:, -1:],
+                use_cache=True,
+                past_key_values=batch.cache,
+            )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 

@@ -6,10 +6,12 @@ import asyncio
 import contextlib
 import os
 import time
+from collections.abc import Awaitable, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from services.policy.adapter_config import AdapterConfig
 from services.policy.config import PolicySettings
 from services.policy.engine import (
     EngineFailedError,
@@ -20,6 +22,9 @@ from services.policy.engine import (
     InFlight,
     Sampling,
 )
+from services.policy.low_rank import linear_modules_of, read_tensors
+from services.policy.staging import staging_parent
+from services.policy.vllm_adapters import VllmAdapters, lora_options
 from services.policy.weight_transfer import BACKEND
 from services.runtime.errors import StartError
 
@@ -44,6 +49,10 @@ class VllmEngine:
         self.vocab_size = 0
         self.max_sequence_tokens = 0
         self.dtype = ""
+        self.adapter_modules: Mapping[str, tuple[int, int]] = {}
+        self._adapters = VllmAdapters()
+        # Weights and adapters change one after the other.
+        self._control = asyncio.Lock()
         self._llm: Any = None
         self._failure: str | None = None
 
@@ -78,6 +87,10 @@ class VllmEngine:
             options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
         else:
             options |= {"max_num_seqs": settings.max_concurrent}
+        if settings.max_adapters:
+            self.adapter_modules = linear_modules_of(self.folder, trust_remote_code=settings.trust_remote_code)
+            options |= lora_options(settings, on_cpu)
+            self._adapters.open(staging_parent(settings.staging_dir))
         arguments = AsyncEngineArgs(
             model=str(self.folder),
             dtype=dtype,
@@ -124,9 +137,12 @@ class VllmEngine:
         start_unix_ns = time.time_ns()
         final: RequestOutput | None = None
         try:
-            stream = self._llm.generate({"prompt_token_ids": task.prompt_ids}, _sampling_params(task), task.request_id)
-            async for output in stream:
-                final = output
+            with self._adapters.running(task.adapter) as lora:
+                stream = self._llm.generate(
+                    {"prompt_token_ids": task.prompt_ids}, _sampling_params(task), task.request_id, lora_request=lora
+                )
+                async for output in stream:
+                    final = output
         except EngineDeadError as error:
             self._failure = self._failure or "the engine process died"
             raise EngineFailedError(self._failure) from error
@@ -143,11 +159,12 @@ class VllmEngine:
         llm = self._llm
         start_s = time.monotonic()
         try:
-            async with asyncio.timeout(_CONTROL_DEADLINE_S):
+            async with asyncio.timeout(_CONTROL_DEADLINE_S), self._control:
                 await llm.pause_generation(mode=_PAUSE_MODES[in_flight], clear_cache=True)
                 await llm.start_weight_update()
                 await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(safetensors)}))
                 await llm.finish_weight_update(weight_version=str(version))
+                await self._adapters.load_again(llm)
                 self.version = version
                 await llm.resume_generation()
         except BaseException as error:
@@ -158,6 +175,27 @@ class VllmEngine:
             raise
         return time.monotonic() - start_s
 
+    async def load_adapter(self, number: int, safetensors: Path, config: AdapterConfig) -> None:
+        await asyncio.to_thread(read_tensors, safetensors)  # Refuses what is not finite.
+        async with self._control:
+            self._require_alive()
+            await self._adapter_call(self._adapters.load(self._llm, number, safetensors.parent))
+
+    async def unload_adapter(self, number: int) -> None:
+        async with self._control:
+            self._require_alive()
+            await self._adapter_call(self._adapters.unload(self._llm, number))
+
+    async def _adapter_call(self, call: Awaitable[None]) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        try:
+            async with asyncio.timeout(_CONTROL_DEADLINE_S):
+                await call
+        except (EngineDeadError, TimeoutError) as error:
+            self._failure = self._failure or "the engine process died, or does not answer"
+            raise EngineFailedError(self._failure) from error
+
     async def check(self) -> None:
         self._require_alive()
         if self._llm is not None and self._llm.errored:
@@ -165,6 +203,7 @@ class VllmEngine:
             raise EngineFailedError(self._failure)
 
     async def stop(self) -> None:
+        self._adapters.close()
         if self._llm is not None:
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.to_thread(self._llm.shutdown)

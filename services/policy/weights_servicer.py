@@ -90,13 +90,13 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                         )
                     if kind == "begin":
                         begin = step.begin
-                        staged = await _in_thread(self._open, hosted, begin, opened)
+                        staged = await in_thread(self._open, hosted, begin, opened)
                         await context.send_initial_metadata(((UPDATE_ACCEPTED, "1"),))
                     elif kind == "chunk" and staged is not None:
                         # Hashing and copying hold no lock of the interpreter: generation's loop goes on beside them.
-                        await _in_thread(staged.write, step.chunk.tensor_index, step.chunk.data)
+                        await in_thread(staged.write, step.chunk.tensor_index, step.chunk.data)
                     elif kind == "commit" and staged is not None and begin is not None:
-                        fingerprint = await _in_thread(staged.finish, step.commit.weights_fingerprint)
+                        fingerprint = await in_thread(staged.finish, step.commit.weights_fingerprint)
                         # From here on it runs to its end, even when the client leaves: half an update would be no
                         # weights.
                         opened.pop_all()  # Closed by _apply.
@@ -163,7 +163,7 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         )
 
 
-async def _in_thread(function: Callable[..., T], *arguments: Any) -> T:
+async def in_thread(function: Callable[..., T], *arguments: Any) -> T:
     """Runs in a thread, and is waited for even when the client leaves: what it works on must not be closed below it."""
     work = asyncio.create_task(asyncio.to_thread(function, *arguments))
     try:

@@ -1,6 +1,6 @@
-"""A reward model behind a small interface: token ids in, raw scores out.
+"""A reward model behind a small interface: token ids in, raw scores of its heads out.
 
-Shapes: B sequences, S tokens, N tokens of all sequences, D hidden size.
+Shapes: B sequences, S tokens, N tokens of all sequences, D hidden size, H heads.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 from torch.nn import functional as F
 
-from quartet.model_folder import METADATA_FILE, read_metadata
+from quartet.model_folder import METADATA_FILE
 from services.hosting.model import Hosting, longest_sequence, pad_right
 from services.hosting.packed import HiddenStates, prepack
+from services.reward.combining import Head
+from services.reward.metadata import read_reward_metadata
 from services.runtime.errors import StartError
 
 
@@ -35,13 +37,18 @@ class ScorerItem:
 
 
 class Scorer(Protocol):
-    """What the servicer needs of a reward model. ``score`` runs in one thread alone."""
+    """What the servicer needs of a reward model. ``score`` runs in one thread alone.
+
+    ``device``: its type. ``padded``: whether a batch costs as many tokens as its longest item has, times its items.
+    """
 
     vocab_size: int
     max_sequence_tokens: int
+    device: str
+    padded: bool
 
-    def score(self, items: Sequence[ScorerItem]) -> list[float]:
-        """Raw score of each item."""
+    def score(self, items: Sequence[ScorerItem]) -> list[list[float]]:
+        """Raw scores (H,) of each item, one a head."""
         ...
 
 
@@ -59,17 +66,20 @@ class Encoding:
 
 
 class TransformersScorer:
-    """A sequence-classification model with one label, of any architecture that transformers loads.
+    """A sequence-classification model with a label for each head, of any architecture that transformers loads.
 
-    Decoders are run packed, without padding, and the float32 head sees only the last token. Encoders are called as
+    Decoders are run packed, without padding, and the float32 heads see only the last token. Encoders are called as
     they are, padded.
     """
 
-    def __init__(self, folder: Path, *, hosting: Hosting, tokenizer: Any) -> None:
+    def __init__(self, folder: Path, *, hosting: Hosting, tokenizer: Any, heads: Sequence[Head] = ()) -> None:
         """Loads and checks the model.
 
+        Args:
+            heads: names of its labels, in order; none for a model with one.
+
         Raises:
-            StartError: it does not load, its head is missing from the checkpoint, or it has not exactly one label.
+            StartError: it does not load, its head is missing from the checkpoint, or it has not a label for each head.
         """
         self.hosting = hosting
         try:
@@ -83,8 +93,16 @@ class TransformersScorer:
                 f"model {str(folder)!r} is not a reward model: its checkpoint lacks {', '.join(missing[:3])}; "
                 "train one with quartet-train reward"
             )
-        if model.config.num_labels != 1:
-            raise StartError(f"model {str(folder)!r}: num_labels is {model.config.num_labels}, must be 1")
+        labels = model.config.num_labels
+        if labels != (len(heads) or 1):
+            named = (
+                f"as many as {METADATA_FILE} names heads ({len(heads)})"
+                if heads
+                else f'1; or name the heads in {METADATA_FILE}: "heads": [{{"name": "safety", "weight": 0.3}}, ...]'
+            )
+            raise StartError(f"model {str(folder)!r}: num_labels is {labels}, must be {named}")
+        # Counted before the weights are laid out anew.
+        self.parameters = int(model.num_parameters())
         self.model = model.to(hosting.device).eval().requires_grad_(False)
         self.head = getattr(model, "score", None)
         self.vocab_size = int(model.get_input_embeddings().weight.shape[0])
@@ -94,8 +112,11 @@ class TransformersScorer:
         self.is_decoder = isinstance(self.head, torch.nn.Linear)
         # Some encoders tell the texts of a pair apart by more than the token between them.
         self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+        self.device = hosting.device.type
+        self.padded = True
         if self.is_decoder:
             self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
+            self.padded = not self.hidden_states.packed
         elif hosting.device.type == "cpu":
             prepack(self.model.base_model)
 
@@ -105,9 +126,9 @@ class TransformersScorer:
         Raises:
             StartError: the end token is to be appended but the tokenizer has none.
         """
-        metadata = read_metadata(folder)
-        pair = metadata.get("encoding", "concatenate" if self.is_decoder else "pair") == "pair"
-        if pair or not metadata.get("append_eos", True):
+        metadata = read_reward_metadata(folder)
+        pair = not self.is_decoder if metadata.pair is None else metadata.pair
+        if pair or not metadata.append_eos:
             return Encoding(pair=pair, end_token_id=None)
         if tokenizer.eos_token_id is None:
             raise StartError(
@@ -117,9 +138,9 @@ class TransformersScorer:
         return Encoding(pair=False, end_token_id=int(tokenizer.eos_token_id))
 
     @torch.inference_mode()
-    def score(self, items: Sequence[ScorerItem]) -> list[float]:
-        scores_B = self._decoder([item.token_ids for item in items]) if self.is_decoder else self._encoder(items)
-        scores: list[float] = scores_B.tolist()
+    def score(self, items: Sequence[ScorerItem]) -> list[list[float]]:
+        scores_BH = self._decoder([item.token_ids for item in items]) if self.is_decoder else self._encoder(items)
+        scores: list[list[float]] = scores_BH.tolist()
         return scores
 
     def _decoder(self, sequences: Sequence[Sequence[int]]) -> Tensor:
@@ -127,7 +148,7 @@ class TransformersScorer:
         hidden_BD = hidden_ND[torch.stack([place[-1] for place in places])]
         assert self.head is not None
         bias = self.head.bias.float() if self.head.bias is not None else None
-        return F.linear(hidden_BD.float(), self.head.weight.float(), bias).squeeze(1)
+        return F.linear(hidden_BD.float(), self.head.weight.float(), bias)
 
     def _encoder(self, items: Sequence[ScorerItem]) -> Tensor:
         ids_BS, mask_BS = pad_right([item.token_ids for item in items], self.pad_id, self.hosting.device)
@@ -135,5 +156,5 @@ class TransformersScorer:
         if self.has_segments:
             segments = [item.segments or [0] * len(item.token_ids) for item in items]
             inputs["token_type_ids"] = pad_right(segments, 0, self.hosting.device)[0]
-        logits_B1: Tensor = self.model(**inputs).logits
-        return logits_B1.float().squeeze(1)
+        logits_BH: Tensor = self.model(**inputs).logits
+        return logits_BH.float()

@@ -63,6 +63,7 @@ class Admission:
         self._tokens_per_byte = _MovingRatio(_RATIO_HALF_LIFE_BYTES)
         self.queued_tokens = 0
         self.held_bytes = 0
+        self.holds = 0
 
     @contextlib.contextmanager
     def hold(self, size_bytes: int) -> Iterator[Hold]:
@@ -96,12 +97,14 @@ class Admission:
                 )
             hold = Hold(size_bytes, expected)
             self.held_bytes += size_bytes
+            self.holds += 1
             self._expected_tokens += expected
         try:
             yield hold
         finally:
             with self._lock:
                 self.held_bytes -= size_bytes
+                self.holds -= 1
                 self._expected_tokens -= hold.expected_tokens
 
     def enqueue(self, tokens: int, hold: Hold | None = None) -> None:

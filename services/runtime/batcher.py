@@ -22,10 +22,13 @@ import structlog
 
 from services.runtime.admission import Admission, Hold
 from services.runtime.errors import DeadlineExceededError, ServiceError, UnavailableError
-from services.runtime.telemetry import ServiceMetrics
+from services.runtime.telemetry import QueueState, ServiceMetrics
 from services.runtime.waiting import Call, Entry, WaitingLine
 
 log = structlog.get_logger()
+
+# How soon it is seen that a model which is being replaced has answered its last request: nobody waits for it.
+_DRAIN_POLL_S = 0.05
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,7 +44,7 @@ class ItemError:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """Budgets. Tokens count padding in a batch (items x longest), and not in the queue.
+    """Budgets. Tokens count padding (items x longest) in a batch that is ``padded``, and never in the queue.
 
     ``max_held_bytes``: of all requests from arrival to answer. ``max_wait_s``: age from which the oldest item begins
     every second batch.
@@ -52,6 +55,7 @@ class BatchLimits:
     max_queued_tokens: int
     max_held_bytes: int = 256 * 2**20
     max_wait_s: float = 2.0
+    padded: bool = True
 
 
 @dataclass(eq=False)
@@ -91,15 +95,13 @@ class Batcher(Generic[Item, Result]):
             max_batch_tokens=limits.max_batch_tokens,
             max_batch_items=limits.max_batch_items,
             max_wait_s=limits.max_wait_s,
+            padded=limits.padded,
         )
+        self._padded = limits.padded
         self._unanswered: set[_Request[Item, Result]] = set()
         self._changed = threading.Condition()
         self._closed = False
-        # Asked when somebody looks: nothing to keep up to date, and true also while a batch takes long.
-        metrics.queue_tokens.set_function(lambda: self.admission.queued_tokens)
-        metrics.held_bytes.set_function(lambda: self.admission.held_bytes)
-        metrics.queue_items.set_function(lambda: self._line.items)
-        metrics.queue_oldest_seconds.set_function(self._oldest_age_s)
+        metrics.queues.watch(self)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
 
@@ -173,6 +175,22 @@ class Batcher(Generic[Item, Result]):
             self._closed = True
             self._changed.notify()
         self._thread.join()
+        self._metrics.queues.forget(self)
+
+    async def drained(self) -> None:
+        """Returns when no request is held and none waits. Whoever lets no new one in may then close."""
+        while self.admission.holds or self._unanswered:  # noqa: ASYNC110  # Two locks, two threads: looking is simpler.
+            await asyncio.sleep(_DRAIN_POLL_S)
+
+    @property
+    def queue(self) -> QueueState:
+        """What waits and is in hand now; see ``QueueGauges``."""
+        return QueueState(
+            tokens=self.admission.queued_tokens,
+            items=self._line.items,
+            held_bytes=self.admission.held_bytes,
+            oldest_s=self._oldest_age_s(),
+        )
 
     def _run(self) -> None:
         try:
@@ -212,7 +230,7 @@ class Batcher(Generic[Item, Result]):
     def _results(self, batch: list[Entry[_Request[Item, Result]]]) -> Sequence[Result | ItemError]:
         """What the model says to each item of ``batch``."""
         tokens = sum(entry.tokens for entry in batch)
-        padded = max(entry.tokens for entry in batch) * len(batch)
+        padded = max(entry.tokens for entry in batch) * len(batch) if self._padded else tokens
         start_s = time.monotonic()
         results: Sequence[Result | ItemError]
         try:

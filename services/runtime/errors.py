@@ -33,6 +33,18 @@ class FailedPreconditionError(ServiceError):
     code = grpc.StatusCode.FAILED_PRECONDITION
 
 
+class NotFoundError(ServiceError):
+    """Nothing goes by the name that was given."""
+
+    code = grpc.StatusCode.NOT_FOUND
+
+
+class AlreadyExistsError(ServiceError):
+    """The name that was given means something else already, and for good."""
+
+    code = grpc.StatusCode.ALREADY_EXISTS
+
+
 class UnauthenticatedError(ServiceError):
     """No credentials, or none that are accepted. The message never repeats them."""
 

@@ -67,6 +67,8 @@ class ServiceRuntime:
         self.metrics = metrics
         self.health = HealthServicer()
         self.listeners: list[Listener] = []
+        self.at_drain: list[Callable[[], None]] = []
+        """Called when the service begins to end, for work that would outlast the grace period to be given up."""
         self._stop = asyncio.Event()
         self._failure: str | None = None
         self._ready = False
@@ -183,6 +185,8 @@ class ServiceRuntime:
         log.info("ready", service=self.name, host=self.settings.host, ports=ports)
         await self._stop.wait()
         log.info("draining", service=self.name, grace_s=self.settings.grace_s, failure=self._failure)
+        for give_up in self.at_drain:
+            give_up()
         await self.close(grace_s=0.0 if self._failure else self.settings.grace_s)
         log.info("stopped", service=self.name)
         return 1 if self._failure else 0

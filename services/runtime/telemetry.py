@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
 
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
@@ -35,6 +38,52 @@ def configure_logging(level: str, log_format: str) -> None:
     logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")
 
 
+@dataclass(frozen=True, kw_only=True)
+class QueueState:
+    """What waits for one model: tokens, items, the age of the oldest; and the bytes of requests in hand."""
+
+    tokens: int
+    items: int
+    held_bytes: int
+    oldest_s: float
+
+
+class Queue(Protocol):
+    """Whatever things wait in."""
+
+    @property
+    def queue(self) -> QueueState: ...
+
+
+class QueueGauges:
+    """Gauges over all queues of a service: there are two while one model takes over from another.
+
+    Asked when somebody looks: nothing to keep up to date, and true also while a batch takes long.
+    """
+
+    def __init__(self, prefix: str, registry: CollectorRegistry) -> None:
+        # Replaced as a whole, so that a scrape in its thread sees a tuple that nobody changes.
+        self._queues: tuple[Queue, ...] = ()
+
+        def gauge(name: str, meaning: str, value: Callable[[], float]) -> None:
+            Gauge(f"{prefix}_{name}", meaning, registry=registry).set_function(value)
+
+        gauge("queue_tokens", "Tokens waiting for the model", lambda: sum(x.queue.tokens for x in self._queues))
+        gauge("queue_items", "Items waiting for the model", lambda: sum(x.queue.items for x in self._queues))
+        gauge("held_bytes", "Bytes of requests in hand", lambda: sum(x.queue.held_bytes for x in self._queues))
+        gauge(
+            "queue_oldest_seconds",
+            "Age of the oldest waiting item",
+            lambda: max((x.queue.oldest_s for x in self._queues), default=0.0),
+        )
+
+    def watch(self, queue: Queue) -> None:
+        self._queues = (*self._queues, queue)
+
+    def forget(self, queue: Queue) -> None:
+        self._queues = tuple(x for x in self._queues if x is not queue)
+
+
 class ServiceMetrics:
     """Metrics that every service has, named ``quartet_<service>_...``, in a registry of their own."""
 
@@ -58,12 +107,7 @@ class ServiceMetrics:
         self.items = Counter(f"{prefix}_items_total", "Items answered by status", ["status"], registry=self.registry)
         self.tokens = Counter(f"{prefix}_tokens_total", "Tokens by kind", ["kind"], registry=self.registry)
         self.weights_version = Gauge(f"{prefix}_weights_version", "Version of the weights", registry=self.registry)
-        self.queue_tokens = Gauge(f"{prefix}_queue_tokens", "Tokens waiting for the model", registry=self.registry)
-        self.queue_items = Gauge(f"{prefix}_queue_items", "Items waiting for the model", registry=self.registry)
-        self.held_bytes = Gauge(f"{prefix}_held_bytes", "Bytes of requests in hand", registry=self.registry)
-        self.queue_oldest_seconds = Gauge(
-            f"{prefix}_queue_oldest_seconds", "Age of the oldest waiting item", registry=self.registry
-        )
+        self.queues = QueueGauges(prefix, self.registry)
         self.queue_seconds = Histogram(
             f"{prefix}_queue_seconds",
             "Longest wait of the items of a batch",

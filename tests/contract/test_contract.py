@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from google.protobuf import descriptor_pb2
 
-from quartet.client import PolicyClient, ReferenceClient, RewardClient, WeightsClient
+from quartet.client import AdapterClient, PolicyClient, ReferenceClient, RewardAdminClient, RewardClient, WeightsClient
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROTOS = ROOT / "protos"
@@ -102,7 +102,9 @@ def test_a_missing_comment_would_be_found(tmp_path):
     assert found == ["a.v1.M.untold", "a.v1.M.either", "a.v1.E.E_UNSPECIFIED", "a.v1.S.Call"]
 
 
-@pytest.mark.parametrize("client", [PolicyClient, WeightsClient, RewardClient, ReferenceClient])
+@pytest.mark.parametrize(
+    "client", [PolicyClient, WeightsClient, AdapterClient, RewardClient, RewardAdminClient, ReferenceClient]
+)
 def test_every_client_asks_for_the_health_of_a_service_in_the_contract(client, tmp_path):
     descriptors = compile_protos(PROTOS, tmp_path / "set")
     services = {f"{file.package}.{service.name}" for file in descriptors.file for service in file.service}

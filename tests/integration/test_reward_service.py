@@ -214,14 +214,14 @@ def refused(*arguments: str) -> str:
 
 
 def test_a_wrong_start_is_one_clear_line(service, reward_folder, make_reward_model, make_policy, tmp_path):
-    free = ("--port", "0", "--metrics-port", "0")
+    free = ("--port", "0", "--metrics-port", "0", "--admin-port", "0")
     assert "there is no such folder" in refused("--model", str(tmp_path / "nothing"), *free)
     bare = make_policy(seed=3, with_tokenizer=False)
     assert "the folder has no tokenizer" in refused("--model", str(bare), *free)
     assert "is not a reward model" in refused("--model", str(make_policy(seed=3)), *free)
     assert "num_labels is 2, must be 1" in refused("--model", str(make_reward_model(num_labels=2)), *free)
     port = service.address.rpartition(":")[2]
-    taken = refused("--model", str(reward_folder), "--port", port, "--metrics-port", "0")
+    taken = refused("--model", str(reward_folder), "--port", port, "--metrics-port", "0", "--admin-port", "0")
     assert f"cannot listen on 127.0.0.1:{port}" in taken
     assert "--max-batch-tokens is '-5'" in refused("--model", "x", "--max-batch-tokens", "-5")
     assert "--grace-s is 'nan'" in refused("--model", "x", "--grace-s", "nan")

@@ -118,7 +118,9 @@ def fort(start_service, make_reward_model, tmp_path_factory) -> Iterator[Fort]:
         health_address=f"127.0.0.1:{health_port}",
     )
     flags = f"--tls-cert {folder}/service.crt --tls-key {folder}/service.key --tls-client-ca {folder}/clients.crt "
-    flags += f"--token-file {folder}/tokens --health-port {health_port} --max-message-mib 1 --reflection "
+    (folder / "admin").write_text(f"{ADMIN}\n")
+    flags += f"--token-file {folder}/tokens --admin-token-file {folder}/admin --health-port {health_port} "
+    flags += "--max-message-mib 1 --reflection "
     flags += f"--handshake-timeout-s {HANDSHAKE_S} --request-timeout-s {REQUEST_S} --log-level debug --log-format json"
     fort.live = start_service("reward", make_reward_model(), *flags.split(), security=fort.security())
     yield fort
@@ -375,7 +377,8 @@ async def test_clients_that_open_connections_and_say_nothing_are_put_out_and_nob
 
 
 def start_fails(*arguments: str) -> str:
-    command = [sys.executable, "-m", "services.reward", "--port", "0", "--metrics-port", "0", *arguments]
+    ports = ("--port", "0", "--metrics-port", "0", "--admin-port", "0")
+    command = [sys.executable, "-m", "services.reward", *ports, *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2, done.stderr
     return done.stderr

@@ -4,12 +4,15 @@ async with RewardClient("127.0.0.1:50052") as reward:
     scores = await reward.score([ScoreItem(prompt="How are you?", response="Fine, thanks.")])
 """
 
+from quartet.client.adapters import AdapterClient, AdapterConfig, AdapterInfo, AdapterLoad, Adapters
 from quartet.client.channel import CallPolicy
 from quartet.client.errors import (
+    AlreadyExistsError,
     CredentialsError,
     DamagedError,
     DeadlineError,
     InvalidInputError,
+    NotFoundError,
     NotReadyError,
     OverloadedError,
     PreconditionError,
@@ -29,16 +32,38 @@ from quartet.client.policy import (
     WireTensor,
 )
 from quartet.client.reference import LogProbs, LogProbsBatch, ReferenceClient, TokenSequence
-from quartet.client.reward import Normalisation, RewardClient, Score, ScoreItem, Scores, Truncation
+from quartet.client.reward import (
+    Comparison,
+    ComparisonItem,
+    Comparisons,
+    Normalisation,
+    RewardClient,
+    RewardInfo,
+    Score,
+    ScoreItem,
+    Scores,
+    Truncation,
+)
+from quartet.client.reward_admin import DriftReport, ModelSwap, RewardAdminClient, ScoreDrift, ScoreWindow
 from quartet.client.security import Security
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 
 __all__ = [
+    "AdapterClient",
+    "AdapterConfig",
+    "AdapterInfo",
+    "AdapterLoad",
+    "Adapters",
+    "AlreadyExistsError",
     "CallPolicy",
+    "Comparison",
+    "ComparisonItem",
+    "Comparisons",
     "Completion",
     "CredentialsError",
     "DamagedError",
     "DeadlineError",
+    "DriftReport",
     "FailedCompletion",
     "FinishReason",
     "InFlightPolicy",
@@ -47,17 +72,23 @@ __all__ = [
     "LogProbs",
     "LogProbsBatch",
     "ModelInfo",
+    "ModelSwap",
     "Normalisation",
+    "NotFoundError",
     "NotReadyError",
     "OverloadedError",
     "PolicyClient",
     "PreconditionError",
     "QuartetError",
     "ReferenceClient",
+    "RewardAdminClient",
     "RewardClient",
+    "RewardInfo",
     "Sampling",
     "Score",
+    "ScoreDrift",
     "ScoreItem",
+    "ScoreWindow",
     "Scores",
     "Security",
     "ServedBy",

@@ -31,6 +31,14 @@ class InvalidInputError(QuartetError):
     """The request can never succeed as it is."""
 
 
+class NotFoundError(InvalidInputError):
+    """Nothing goes by that name there."""
+
+
+class AlreadyExistsError(InvalidInputError):
+    """That name means something else there, and for good: take another."""
+
+
 class PreconditionError(QuartetError):
     """The service is not in the state the request needs: another tokenizer, a newer version, an update under way."""
 
@@ -66,7 +74,8 @@ class NotReadyError(QuartetError):
 ERROR_BY_CODE: dict[grpc.StatusCode, type[QuartetError]] = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
-    grpc.StatusCode.NOT_FOUND: InvalidInputError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
     grpc.StatusCode.UNAUTHENTICATED: CredentialsError,
     grpc.StatusCode.PERMISSION_DENIED: CredentialsError,

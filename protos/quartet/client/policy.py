@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import AsyncGenerator, Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 
 import grpc
 
@@ -20,6 +22,9 @@ from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_
 CHUNK_BYTES = 1024 * 1024
 # Initial metadata with which the service accepts the begin of an update.
 UPDATE_ACCEPTED = "quartet-update-accepted"
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
 
 
 class FinishReason(StrEnum):
@@ -65,7 +70,10 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
-    """One finished completion. ``token_ids`` and ``logprobs`` have the same length; natural logarithms."""
+    """One finished completion. ``token_ids`` and ``logprobs`` have the same length; natural logarithms.
+
+    ``adapter`` and its content fingerprint tell which LoRA adapter sampled it; empty: the base model.
+    """
 
     prompt_index: int
     sample_index: int
@@ -77,6 +85,8 @@ class Completion:
     prompt_token_ids: tuple[int, ...]
     served_by: ServedBy
     work: WorkInterval
+    adapter: str = ""
+    adapter_fingerprint: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,13 +143,16 @@ class PolicyClient(ServiceClient):
         tokenizer_fingerprint: str = "",
         return_text: bool = False,
         prompt_seeds: Sequence[int] = (),
+        adapter: str = "",
     ) -> AsyncGenerator[Completion | FailedCompletion, None]:
         """Yields each (prompt, sample) as soon as it is finished, in no set order.
 
         Leaving the iteration early cancels the rest. Not retried: when the service goes away in the middle,
         UnavailableError is raised and the caller asks again for what it has not got (``prompt_seeds`` keeps the draws).
+        ``adapter``: name of a loaded LoRA adapter (``AdapterClient``) to generate with; empty: the base model.
 
         Raises:
+            NotFoundError: no such adapter is loaded.
             QuartetError: see quartet.client.errors.
         """
         params = policy_pb2.SamplingParams(
@@ -158,6 +171,7 @@ class PolicyClient(ServiceClient):
             sampling=params,
             tokenizer_fingerprint=tokenizer_fingerprint,
             return_text=return_text,
+            adapter=adapter,
         )
         stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
         count = 0
@@ -191,6 +205,8 @@ def _completion(reply: policy_pb2.GenerateResponse) -> Completion | FailedComple
         prompt_token_ids=tuple(completion.prompt_token_ids),
         served_by=types.served_by(reply.served_by),
         work=types.work_interval(reply.work),
+        adapter=reply.adapter,
+        adapter_fingerprint=reply.adapter_fingerprint,
     )
 
 
@@ -228,22 +244,35 @@ class WeightsClient(ServiceClient):
             steps = _update_steps(tensors, weights_version, fingerprint, in_flight)
             call: grpc.aio.StreamUnaryCall[weights_pb2.UpdateWeightsRequest, weights_pb2.UpdateWeightsResponse]
             call = stub.UpdateWeights(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
-            try:
-                for number, step in enumerate(steps):
-                    await call.write(step)
-                    # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
-                    if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
-                        break
-                else:
-                    await call.done_writing()
-                reply = await call
-            finally:
-                call.cancel()  # Does nothing once it is answered.
+            reply = await upload(call, steps)
         return WeightsUpdate(
             served_by=types.served_by(reply.served_by),
             received_bytes=reply.received_bytes,
             pause_s=reply.pause_seconds,
         )
+
+
+async def upload(call: grpc.aio.StreamUnaryCall[Request, Reply], steps: Iterator[Request]) -> Reply:
+    """Sends ``steps`` and returns the reply. The first is accepted or refused before the rest is sent.
+
+    Raises:
+        grpc.aio.AioRpcError: with the status that the service gave.
+    """
+    try:
+        for number, step in enumerate(steps):
+            try:
+                await call.write(step)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                # The service has ended the call. Why is in its own status, which may come only after the write failed.
+                break
+            # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
+            if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
+                break
+        else:
+            await call.done_writing()
+        return await call
+    finally:
+        call.cancel()  # Does nothing once it is answered.
 
 
 def _update_steps(

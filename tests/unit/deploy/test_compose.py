@@ -61,12 +61,12 @@ def test_the_environment_is_settings_that_the_service_accepts(compose, component
 
 
 @pytest.mark.parametrize("component", ["policy", "reward", "reference"])
-def test_ports_are_published_on_loopback_and_never_the_one_of_weight_updates(compose, component, services):
+def test_ports_are_published_on_loopback_and_never_one_of_administration(compose, component, services):
     expected = {services[component].port("port"), services[component].port("metrics_port")}
     published = [entry.rsplit(":", 2) for entry in compose["services"][component]["ports"]]
     assert all(host == "127.0.0.1" and outer == inner for host, outer, inner in published)
     assert {int(inner) for _, _, inner in published} == expected
-    assert services["policy"].port("admin_port") not in expected
+    assert not {services[name].port("admin_port") for name in ("policy", "reward")} & expected
     assert "ports" not in compose["services"]["trainer"]
 
 

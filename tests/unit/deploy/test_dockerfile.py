@@ -119,7 +119,7 @@ def test_services_listen_on_all_addresses_at_the_ports_exposed_and_probed(target
     settings = read_settings(service.settings, {name: value, f"{service.env_prefix}MODEL": "/models/any"})
     assert settings.host == "0.0.0.0"
     ports = [settings.port, settings.metrics_port]
-    if target == "policy":
+    if target in ("policy", "reward"):
         ports.insert(1, settings.admin_port)
     assert STAGES[target].last("EXPOSE") == " ".join(map(str, ports))
     check = STAGES[target].last("HEALTHCHECK") or ""

@@ -19,7 +19,7 @@ from trainer.ppo_config import PPOSettings
 
 ROOT = Path(__file__).resolve().parents[3]
 OVERLAYS = ["base", "overlays/local", "overlays/gpu"]
-ADMIN_PORT = 50061
+ADMIN_PORTS = {"policy": 50061, "reward": 50062}
 SECURED = {"overlay": "overlays/local", "component": "components/security"}
 
 Document = dict[str, Any]
@@ -134,7 +134,7 @@ def test_the_environment_is_settings_that_the_service_accepts_and_listens_by(
     settings = read_settings(service.settings, rendered.environment(workload))
     assert settings.host == "0.0.0.0", "the pod's address is not loopback"
     expected = {"grpc": settings.port, "metrics": settings.metrics_port}
-    if component == "policy":
+    if component in ("policy", "reward"):
         expected["admin"] = settings.admin_port
     assert ports_of(workload) == expected
     assert pod_of(workload)["terminationGracePeriodSeconds"] > settings.grace_s
@@ -231,9 +231,10 @@ def test_services_are_headless_and_lead_to_ports_of_one_workload(rendered):
             assert ports_of(workload)[port["targetPort"]] == port["port"]
 
 
-def test_only_the_trainer_reaches_the_admin_port(rendered):
-    (policy,) = rendered.all("NetworkPolicy")
-    assert selected(rendered, policy["spec"]["podSelector"]["matchLabels"]) == [workload_of(rendered, "policy")]
+@pytest.mark.parametrize(("component", "admins"), [("policy", "quartet-trainer"), ("reward", "quartet-reward-admin")])
+def test_only_those_who_may_reach_an_admin_port(rendered, component, admins):
+    policy = rendered.one("NetworkPolicy", f"quartet-{component}")
+    assert selected(rendered, policy["spec"]["podSelector"]["matchLabels"]) == [workload_of(rendered, component)]
     assert policy["spec"]["policyTypes"] == ["Ingress"]
 
     def reaches(labels: dict[str, str], port: int) -> bool:
@@ -243,16 +244,19 @@ def test_only_the_trainer_reaches_the_admin_port(rendered):
             for rule in policy["spec"]["ingress"]
         )
 
-    def labels_of(component: str) -> dict[str, str]:
-        return workload_of(rendered, component)["spec"]["template"]["metadata"]["labels"]
-
-    ports = ports_of(workload_of(rendered, "policy"))
-    assert ports["admin"] == ADMIN_PORT
-    assert reaches(labels_of("trainer"), ADMIN_PORT)
-    for labels in (labels_of("reward"), labels_of("reference"), labels_of("policy"), {}):
-        assert not reaches(labels, ADMIN_PORT)
+    ports = ports_of(workload_of(rendered, component))
+    assert ports["admin"] == ADMIN_PORTS[component]
+    assert reaches({"app.kubernetes.io/name": admins}, ports["admin"])
+    pods = [workload["spec"]["template"]["metadata"]["labels"] for workload in rendered.all("Deployment", "Job")]
+    for labels in [*pods, {}]:
+        assert reaches(labels, ports["admin"]) == (labels.get("app.kubernetes.io/name") == admins)
         assert reaches(labels, ports["grpc"])
         assert reaches(labels, ports["metrics"])
+
+
+def test_every_admin_port_has_its_network_policy(rendered):
+    guarded = sorted(policy["metadata"]["name"] for policy in rendered.all("NetworkPolicy"))
+    assert guarded == [f"quartet-{component}" for component in ADMIN_PORTS]
 
 
 def test_prometheus_finds_the_metrics_port(rendered, services):
@@ -369,7 +373,7 @@ def test_with_security_each_pod_has_the_secrets_that_its_settings_name_and_no_ot
         workload = workload_of(secured, component)
         settings = read_settings(service.settings, secured.environment(workload))
         named = {settings.tls_cert, settings.tls_key, settings.token_file}
-        if component == "policy":
+        if component in ("policy", "reward"):
             named.add(settings.admin_token_file)
         assert {str(path) for path in named} == credentials_of(workload)
     job = workload_of(secured, "trainer")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 from google.protobuf import any_pb2
 from google.rpc import error_details_pb2, status_pb2
 
 from quartet.client import (
+    AlreadyExistsError,
     CallPolicy,
     CredentialsError,
     DamagedError,
@@ -15,6 +18,7 @@ from quartet.client import (
     InvalidInputError,
     ItemFailure,
     LogProbs,
+    NotFoundError,
     OverloadedError,
     PreconditionError,
     QuartetError,
@@ -25,6 +29,8 @@ from quartet.client import (
     ServiceFailedError,
     TokenSequence,
     UnavailableError,
+    WeightsClient,
+    WireTensor,
 )
 from quartet.common.v1 import common_pb2
 from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
@@ -37,7 +43,8 @@ ONCE = CallPolicy(patience_s=0.0)
 EXPECTED = {
     grpc.StatusCode.INVALID_ARGUMENT: InvalidInputError,
     grpc.StatusCode.OUT_OF_RANGE: InvalidInputError,
-    grpc.StatusCode.NOT_FOUND: InvalidInputError,
+    grpc.StatusCode.NOT_FOUND: NotFoundError,
+    grpc.StatusCode.ALREADY_EXISTS: AlreadyExistsError,
     grpc.StatusCode.UNIMPLEMENTED: InvalidInputError,
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.ABORTED: PreconditionError,
@@ -141,3 +148,30 @@ async def test_log_probabilities_of_another_length_than_the_response_are_a_failu
     await server.stop(0)
     assert whole == LogProbs(logprobs=(-1.0, -2.0), entropies=())
     assert short == ItemFailure(reason="the service gave 2 log-probabilities for 3 response tokens", retryable=False)
+
+
+async def test_a_stream_that_is_refused_while_it_is_written_comes_out_with_the_services_status():
+    """The refusal may arrive before, in, or after a write, which fails by itself then."""
+
+    class Refuse(grpc.aio.ServerInterceptor):
+        async def intercept_service(self, continuation, details):
+            if "Weights" not in details.method:
+                return await continuation(details)
+
+            async def handle(requests, context):
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+
+            return grpc.stream_unary_rpc_method_handler(handle)
+
+    server = grpc.aio.server(interceptors=[Refuse()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        tensors = [WireTensor(name="w", dtype="F32", shape=(1,), data=memoryview(b"abcd"))]
+        for _ in range(300):
+            async with WeightsClient(f"127.0.0.1:{port}", policy=ONCE) as weights:
+                updates = [weights.update(tensors, weights_version=version) for version in (1, 2)]
+                refused = await asyncio.gather(*updates, return_exceptions=True)
+            assert [type(error) for error in refused] == [CredentialsError] * 2
+    finally:
+        await server.stop(None)

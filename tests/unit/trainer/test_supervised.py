@@ -193,20 +193,38 @@ def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make
     kept = metadata["normalisation"]
     from trainer.data import split_held_out
 
-    train, _ = split_held_out(load_preferences([rows["preferences"]]), 0.2, seed=0)
-    scores = []
-    with torch.inference_mode():
-        for row in train:
-            ids = [
-                *tokenizer(row.prompt, add_special_tokens=False).input_ids,
-                *tokenizer(row.chosen, add_special_tokens=False).input_ids,
-                tokenizer.eos_token_id,
-            ]
-            scores.append(model(torch.tensor([ids])).logits[0, 0].item())
+    def encode(prompt: str, response: str) -> list[int]:
+        texts = tokenizer([prompt, response], add_special_tokens=False).input_ids
+        return [*texts[0], *texts[1], tokenizer.eos_token_id]
+
+    @torch.inference_mode()
+    def score(prompt: str, response: str) -> float:
+        return model(torch.tensor([encode(prompt, response)])).logits[0, 0].item()
+
+    train, held_out = split_held_out(load_preferences([rows["preferences"]]), 0.2, seed=0)
+    scores = [score(row.prompt, row.chosen) for row in train]
     normalised = (np.array(scores) - kept["mean"]) / kept["std"]
     assert abs(normalised.mean()) < 0.01
     assert normalised.std(ddof=1) == pytest.approx(1.0, abs=1e-3)
     assert kept["count"] == len(train)
+    # What the service checks itself by: held-out answers of both kinds, from the shortest to the longest.
+    assert (metadata["truncation"], metadata["max_tokens"]) == ("refuse", 128)
+    golden = metadata["golden"]
+    assert golden["score_std"] == evaluation["eval_score_std"]
+    answers = [{(row.prompt, row.chosen) for row in held_out}, {(row.prompt, row.rejected) for row in held_out}]
+    for place, item in enumerate(golden["items"]):
+        assert (item["prompt"], item["response"]) in answers[place % 2]
+        assert item["score"] == pytest.approx(score(item["prompt"], item["response"]), abs=1e-5)
+        assert item["token_count"] == len(encode(item["prompt"], item["response"]))
+    assert len(golden["items"]) == 6
+    longest = [max(len(encode(row.prompt, a)) for a in (row.chosen, row.rejected)) for row in held_out]
+    kept_rows = [row for i in golden["items"] for row in held_out if row.prompt == i["prompt"]]
+    assert {min(longest), max(longest)} <= {
+        max(len(encode(row.prompt, a)) for a in (row.chosen, row.rejected)) for row in kept_rows
+    }
+    # What the service compares its scores with: raw ones of held-out answers, all chosen ones first.
+    baseline = [score(row.prompt, row.chosen) for row in held_out] + [score(r.prompt, r.rejected) for r in held_out]
+    assert metadata["baseline"]["scores"] == pytest.approx(baseline, abs=1e-4)
 
 
 def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_path):

@@ -20,18 +20,20 @@ FINISH_REASON_LENGTH: FinishReason
 FINISH_REASON_ABORTED: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("prompts", "n", "sampling", "tokenizer_fingerprint", "return_text")
+    __slots__ = ("prompts", "n", "sampling", "tokenizer_fingerprint", "return_text", "adapter")
     PROMPTS_FIELD_NUMBER: _ClassVar[int]
     N_FIELD_NUMBER: _ClassVar[int]
     SAMPLING_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     RETURN_TEXT_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
     prompts: _containers.RepeatedCompositeFieldContainer[_common_pb2.Prompt]
     n: int
     sampling: SamplingParams
     tokenizer_fingerprint: str
     return_text: bool
-    def __init__(self, prompts: _Optional[_Iterable[_Union[_common_pb2.Prompt, _Mapping]]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., return_text: _Optional[bool] = ...) -> None: ...
+    adapter: str
+    def __init__(self, prompts: _Optional[_Iterable[_Union[_common_pb2.Prompt, _Mapping]]] = ..., n: _Optional[int] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., tokenizer_fingerprint: _Optional[str] = ..., return_text: _Optional[bool] = ..., adapter: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
     __slots__ = ("temperature", "top_p", "top_k", "max_new_tokens", "min_new_tokens", "seed", "stop_token_ids", "prompt_seeds")
@@ -78,20 +80,24 @@ class Completion(_message.Message):
     def __init__(self, token_ids: _Optional[_Iterable[int]] = ..., logprobs: _Optional[_Iterable[float]] = ..., finish_reason: _Optional[_Union[FinishReason, str]] = ..., version_spans: _Optional[_Iterable[_Union[VersionSpan, _Mapping]]] = ..., text: _Optional[str] = ..., prompt_token_ids: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class GenerateResponse(_message.Message):
-    __slots__ = ("prompt_index", "sample_index", "status", "completion", "served_by", "work")
+    __slots__ = ("prompt_index", "sample_index", "status", "completion", "served_by", "work", "adapter", "adapter_fingerprint")
     PROMPT_INDEX_FIELD_NUMBER: _ClassVar[int]
     SAMPLE_INDEX_FIELD_NUMBER: _ClassVar[int]
     STATUS_FIELD_NUMBER: _ClassVar[int]
     COMPLETION_FIELD_NUMBER: _ClassVar[int]
     SERVED_BY_FIELD_NUMBER: _ClassVar[int]
     WORK_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FIELD_NUMBER: _ClassVar[int]
+    ADAPTER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     prompt_index: int
     sample_index: int
     status: _common_pb2.ItemStatus
     completion: Completion
     served_by: _common_pb2.ServedBy
     work: _common_pb2.WorkInterval
-    def __init__(self, prompt_index: _Optional[int] = ..., sample_index: _Optional[int] = ..., status: _Optional[_Union[_common_pb2.ItemStatus, _Mapping]] = ..., completion: _Optional[_Union[Completion, _Mapping]] = ..., served_by: _Optional[_Union[_common_pb2.ServedBy, _Mapping]] = ..., work: _Optional[_Union[_common_pb2.WorkInterval, _Mapping]] = ...) -> None: ...
+    adapter: str
+    adapter_fingerprint: str
+    def __init__(self, prompt_index: _Optional[int] = ..., sample_index: _Optional[int] = ..., status: _Optional[_Union[_common_pb2.ItemStatus, _Mapping]] = ..., completion: _Optional[_Union[Completion, _Mapping]] = ..., served_by: _Optional[_Union[_common_pb2.ServedBy, _Mapping]] = ..., work: _Optional[_Union[_common_pb2.WorkInterval, _Mapping]] = ..., adapter: _Optional[str] = ..., adapter_fingerprint: _Optional[str] = ...) -> None: ...
 
 class GetModelInfoRequest(_message.Message):
     __slots__ = ()

@@ -25,29 +25,57 @@ _sym_db = _symbol_database.Default()
 from quartet.common.v1 import common_pb2 as quartet_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equartet/reward/v1/reward.proto\x12\x11quartet.reward.v1\x1a\x1equartet/common/v1/common.proto\"\xa6\x01\n\x0cScoreRequest\x12+\n\x05items\x18\x01 \x03(\x0b\x32\x1c.quartet.reward.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x11\n\tnormalise\x18\x03 \x01(\x08\x12\x37\n\ntruncation\x18\x04 \x01(\x0e\x32#.quartet.reward.v1.TruncationPolicy\"\xb3\x01\n\tScoreItem\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.quartet.common.v1.Prompt\x12\x17\n\rresponse_text\x18\x02 \x01(\tH\x00\x12\x39\n\x12response_token_ids\x18\x03 \x01(\x0b\x32\x1b.quartet.common.v1.TokenIdsH\x00\x12\x1b\n\x13response_unfinished\x18\x04 \x01(\x08\x42\n\n\x08response\"\xa7\x01\n\x0bScoreResult\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.quartet.common.v1.ItemStatus\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x1d\n\x10normalised_score\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x0btoken_count\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x42\x13\n\x11_normalised_score\"\x9f\x01\n\rScoreResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.quartet.reward.v1.ScoreResult\x12.\n\tserved_by\x18\x02 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12-\n\x04work\x18\x03 \x01(\x0b\x32\x1f.quartet.common.v1.WorkInterval\"9\n\rNormalisation\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03std\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\x15\n\x13GetModelInfoRequest\"|\n\x14GetModelInfoResponse\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.quartet.common.v1.ModelInfo\x12\x37\n\rnormalisation\x18\x02 \x01(\x0b\x32 .quartet.reward.v1.Normalisation*o\n\x10TruncationPolicy\x12!\n\x1dTRUNCATION_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRUNCATION_POLICY_REFUSE\x10\x01\x12\x1a\n\x16TRUNCATION_POLICY_LEFT\x10\x02\x32\xbc\x01\n\rRewardService\x12J\n\x05Score\x12\x1f.quartet.reward.v1.ScoreRequest\x1a .quartet.reward.v1.ScoreResponse\x12_\n\x0cGetModelInfo\x12&.quartet.reward.v1.GetModelInfoRequest\x1a\'.quartet.reward.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equartet/reward/v1/reward.proto\x12\x11quartet.reward.v1\x1a\x1equartet/common/v1/common.proto\"\xa2\x02\n\x0cScoreRequest\x12+\n\x05items\x18\x01 \x03(\x0b\x32\x1c.quartet.reward.v1.ScoreItem\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x11\n\tnormalise\x18\x03 \x01(\x08\x12\x37\n\ntruncation\x18\x04 \x01(\x0e\x32#.quartet.reward.v1.TruncationPolicy\x12\x46\n\x0chead_weights\x18\x05 \x03(\x0b\x32\x30.quartet.reward.v1.ScoreRequest.HeadWeightsEntry\x1a\x32\n\x10HeadWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\xb3\x01\n\tScoreItem\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.quartet.common.v1.Prompt\x12\x17\n\rresponse_text\x18\x02 \x01(\tH\x00\x12\x39\n\x12response_token_ids\x18\x03 \x01(\x0b\x32\x1b.quartet.common.v1.TokenIdsH\x00\x12\x1b\n\x13response_unfinished\x18\x04 \x01(\x08\x42\n\n\x08response\"\x90\x02\n\x0bScoreResult\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.quartet.common.v1.ItemStatus\x12\r\n\x05score\x18\x02 \x01(\x02\x12\x1d\n\x10normalised_score\x18\x03 \x01(\x02H\x00\x88\x01\x01\x12\x13\n\x0btoken_count\x18\x04 \x01(\x05\x12\x11\n\ttruncated\x18\x05 \x01(\x08\x12\x30\n\nattributes\x18\x06 \x03(\x0b\x32\x1c.quartet.reward.v1.Attribute\x12\x13\n\x06spread\x18\x07 \x01(\x02H\x01\x88\x01\x01\x12\x15\n\rmember_scores\x18\x08 \x03(\x02\x42\x13\n\x11_normalised_scoreB\t\n\x07_spread\"(\n\tAttribute\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\r\n\x05score\x18\x02 \x01(\x02\"\x9f\x01\n\rScoreResponse\x12/\n\x07results\x18\x01 \x03(\x0b\x32\x1e.quartet.reward.v1.ScoreResult\x12.\n\tserved_by\x18\x02 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12-\n\x04work\x18\x03 \x01(\x0b\x32\x1f.quartet.common.v1.WorkInterval\"\x94\x02\n\x0e\x43ompareRequest\x12,\n\x05items\x18\x01 \x03(\x0b\x32\x1d.quartet.reward.v1.Comparison\x12\x1d\n\x15tokenizer_fingerprint\x18\x02 \x01(\t\x12\x37\n\ntruncation\x18\x03 \x01(\x0e\x32#.quartet.reward.v1.TruncationPolicy\x12H\n\x0chead_weights\x18\x04 \x03(\x0b\x32\x32.quartet.reward.v1.CompareRequest.HeadWeightsEntry\x1a\x32\n\x10HeadWeightsEntry\x12\x0b\n\x03key\x18\x01 \x01(\t\x12\r\n\x05value\x18\x02 \x01(\x01:\x02\x38\x01\"\x90\x01\n\nComparison\x12)\n\x06prompt\x18\x01 \x01(\x0b\x32\x19.quartet.common.v1.Prompt\x12*\n\x05\x66irst\x18\x02 \x01(\x0b\x32\x1b.quartet.reward.v1.Response\x12+\n\x06second\x18\x03 \x01(\x0b\x32\x1b.quartet.reward.v1.Response\"k\n\x08Response\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1b.quartet.common.v1.TokenIdsH\x00\x12\x12\n\nunfinished\x18\x03 \x01(\x08\x42\t\n\x07\x63ontent\"\xd0\x01\n\rCompareResult\x12-\n\x06status\x18\x01 \x01(\x0b\x32\x1d.quartet.common.v1.ItemStatus\x12\x13\n\x0bprobability\x18\x02 \x01(\x01\x12-\n\x05\x66irst\x18\x03 \x01(\x0b\x32\x1e.quartet.reward.v1.ScoreResult\x12.\n\x06second\x18\x04 \x01(\x0b\x32\x1e.quartet.reward.v1.ScoreResult\x12\x1c\n\x14member_probabilities\x18\x05 \x03(\x01\"\xa3\x01\n\x0f\x43ompareResponse\x12\x31\n\x07results\x18\x01 \x03(\x0b\x32 .quartet.reward.v1.CompareResult\x12.\n\tserved_by\x18\x02 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12-\n\x04work\x18\x03 \x01(\x0b\x32\x1f.quartet.common.v1.WorkInterval\"9\n\rNormalisation\x12\x0c\n\x04mean\x18\x01 \x01(\x01\x12\x0b\n\x03std\x18\x02 \x01(\x01\x12\r\n\x05\x63ount\x18\x03 \x01(\x03\"\x15\n\x13GetModelInfoRequest\"\xc5\x02\n\x14GetModelInfoResponse\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.quartet.common.v1.ModelInfo\x12\x37\n\rnormalisation\x18\x02 \x01(\x0b\x32 .quartet.reward.v1.Normalisation\x12&\n\x05heads\x18\x03 \x03(\x0b\x32\x17.quartet.reward.v1.Head\x12-\n\x08\x65nsemble\x18\x04 \x01(\x0b\x32\x1b.quartet.reward.v1.Ensemble\x12?\n\x12trained_truncation\x18\x05 \x01(\x0e\x32#.quartet.reward.v1.TruncationPolicy\x12\x1a\n\x12trained_max_tokens\x18\x06 \x01(\x05\x12\x13\n\x0btemperature\x18\x07 \x01(\x01\"4\n\x04Head\x12\x0c\n\x04name\x18\x01 \x01(\t\x12\x0e\n\x06weight\x18\x02 \x01(\x01\x12\x0e\n\x06python\x18\x03 \x01(\x08\"\x91\x01\n\x08\x45nsemble\x12\x32\n\x07members\x18\x01 \x03(\x0b\x32!.quartet.reward.v1.EnsembleMember\x12\x37\n\treduction\x18\x02 \x01(\x0e\x32$.quartet.reward.v1.EnsembleReduction\x12\x18\n\x10variance_penalty\x18\x03 \x01(\x01\"\x8d\x01\n\x0e\x45nsembleMember\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x1b\n\x13weights_fingerprint\x18\x02 \x01(\t\x12\x37\n\rnormalisation\x18\x03 \x01(\x0b\x32 .quartet.reward.v1.Normalisation\x12\x13\n\x0btemperature\x18\x04 \x01(\x01*\xae\x01\n\x10TruncationPolicy\x12!\n\x1dTRUNCATION_POLICY_UNSPECIFIED\x10\x00\x12\x1c\n\x18TRUNCATION_POLICY_REFUSE\x10\x01\x12\x1a\n\x16TRUNCATION_POLICY_LEFT\x10\x02\x12\x1b\n\x17TRUNCATION_POLICY_RIGHT\x10\x03\x12 \n\x1cTRUNCATION_POLICY_AS_TRAINED\x10\x04*\x9b\x01\n\x11\x45nsembleReduction\x12\"\n\x1e\x45NSEMBLE_REDUCTION_UNSPECIFIED\x10\x00\x12\x1b\n\x17\x45NSEMBLE_REDUCTION_MEAN\x10\x01\x12!\n\x1d\x45NSEMBLE_REDUCTION_WORST_CASE\x10\x02\x12\"\n\x1e\x45NSEMBLE_REDUCTION_UNCERTAINTY\x10\x03\x32\x8e\x02\n\rRewardService\x12J\n\x05Score\x12\x1f.quartet.reward.v1.ScoreRequest\x1a .quartet.reward.v1.ScoreResponse\x12P\n\x07\x43ompare\x12!.quartet.reward.v1.CompareRequest\x1a\".quartet.reward.v1.CompareResponse\x12_\n\x0cGetModelInfo\x12&.quartet.reward.v1.GetModelInfoRequest\x1a\'.quartet.reward.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quartet.reward.v1.reward_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_TRUNCATIONPOLICY']._serialized_start=976
-  _globals['_TRUNCATIONPOLICY']._serialized_end=1087
+  _globals['_SCOREREQUEST_HEADWEIGHTSENTRY']._loaded_options = None
+  _globals['_SCOREREQUEST_HEADWEIGHTSENTRY']._serialized_options = b'8\001'
+  _globals['_COMPAREREQUEST_HEADWEIGHTSENTRY']._loaded_options = None
+  _globals['_COMPAREREQUEST_HEADWEIGHTSENTRY']._serialized_options = b'8\001'
+  _globals['_TRUNCATIONPOLICY']._serialized_start=2708
+  _globals['_TRUNCATIONPOLICY']._serialized_end=2882
+  _globals['_ENSEMBLEREDUCTION']._serialized_start=2885
+  _globals['_ENSEMBLEREDUCTION']._serialized_end=3040
   _globals['_SCOREREQUEST']._serialized_start=86
-  _globals['_SCOREREQUEST']._serialized_end=252
-  _globals['_SCOREITEM']._serialized_start=255
-  _globals['_SCOREITEM']._serialized_end=434
-  _globals['_SCORERESULT']._serialized_start=437
-  _globals['_SCORERESULT']._serialized_end=604
-  _globals['_SCORERESPONSE']._serialized_start=607
-  _globals['_SCORERESPONSE']._serialized_end=766
-  _globals['_NORMALISATION']._serialized_start=768
-  _globals['_NORMALISATION']._serialized_end=825
-  _globals['_GETMODELINFOREQUEST']._serialized_start=827
-  _globals['_GETMODELINFOREQUEST']._serialized_end=848
-  _globals['_GETMODELINFORESPONSE']._serialized_start=850
-  _globals['_GETMODELINFORESPONSE']._serialized_end=974
-  _globals['_REWARDSERVICE']._serialized_start=1090
-  _globals['_REWARDSERVICE']._serialized_end=1278
+  _globals['_SCOREREQUEST']._serialized_end=376
+  _globals['_SCOREREQUEST_HEADWEIGHTSENTRY']._serialized_start=326
+  _globals['_SCOREREQUEST_HEADWEIGHTSENTRY']._serialized_end=376
+  _globals['_SCOREITEM']._serialized_start=379
+  _globals['_SCOREITEM']._serialized_end=558
+  _globals['_SCORERESULT']._serialized_start=561
+  _globals['_SCORERESULT']._serialized_end=833
+  _globals['_ATTRIBUTE']._serialized_start=835
+  _globals['_ATTRIBUTE']._serialized_end=875
+  _globals['_SCORERESPONSE']._serialized_start=878
+  _globals['_SCORERESPONSE']._serialized_end=1037
+  _globals['_COMPAREREQUEST']._serialized_start=1040
+  _globals['_COMPAREREQUEST']._serialized_end=1316
+  _globals['_COMPAREREQUEST_HEADWEIGHTSENTRY']._serialized_start=326
+  _globals['_COMPAREREQUEST_HEADWEIGHTSENTRY']._serialized_end=376
+  _globals['_COMPARISON']._serialized_start=1319
+  _globals['_COMPARISON']._serialized_end=1463
+  _globals['_RESPONSE']._serialized_start=1465
+  _globals['_RESPONSE']._serialized_end=1572
+  _globals['_COMPARERESULT']._serialized_start=1575
+  _globals['_COMPARERESULT']._serialized_end=1783
+  _globals['_COMPARERESPONSE']._serialized_start=1786
+  _globals['_COMPARERESPONSE']._serialized_end=1949
+  _globals['_NORMALISATION']._serialized_start=1951
+  _globals['_NORMALISATION']._serialized_end=2008
+  _globals['_GETMODELINFOREQUEST']._serialized_start=2010
+  _globals['_GETMODELINFOREQUEST']._serialized_end=2031
+  _globals['_GETMODELINFORESPONSE']._serialized_start=2034
+  _globals['_GETMODELINFORESPONSE']._serialized_end=2359
+  _globals['_HEAD']._serialized_start=2361
+  _globals['_HEAD']._serialized_end=2413
+  _globals['_ENSEMBLE']._serialized_start=2416
+  _globals['_ENSEMBLE']._serialized_end=2561
+  _globals['_ENSEMBLEMEMBER']._serialized_start=2564
+  _globals['_ENSEMBLEMEMBER']._serialized_end=2705
+  _globals['_REWARDSERVICE']._serialized_start=3043
+  _globals['_REWARDSERVICE']._serialized_end=3313
 # @@protoc_insertion_point(module_scope)

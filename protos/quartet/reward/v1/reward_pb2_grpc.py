@@ -40,6 +40,11 @@ class RewardServiceStub:
                 request_serializer=quartet_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.SerializeToString,
                 response_deserializer=quartet_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.FromString,
                 _registered_method=True)
+        self.Compare = channel.unary_unary(
+                '/quartet.reward.v1.RewardService/Compare',
+                request_serializer=quartet_dot_reward_dot_v1_dot_reward__pb2.CompareRequest.SerializeToString,
+                response_deserializer=quartet_dot_reward_dot_v1_dot_reward__pb2.CompareResponse.FromString,
+                _registered_method=True)
         self.GetModelInfo = channel.unary_unary(
                 '/quartet.reward.v1.RewardService/GetModelInfo',
                 request_serializer=quartet_dot_reward_dot_v1_dot_reward__pb2.GetModelInfoRequest.SerializeToString,
@@ -53,6 +58,13 @@ class RewardServiceServicer:
 
     def Score(self, request, context):
         """Scores every item, in order; each has its own status.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
+    def Compare(self, request, context):
+        """How likely the first of two responses to a prompt is preferred, in order; each pair has its own status.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -72,6 +84,11 @@ def add_RewardServiceServicer_to_server(servicer, server):
                     servicer.Score,
                     request_deserializer=quartet_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.FromString,
                     response_serializer=quartet_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.SerializeToString,
+            ),
+            'Compare': grpc.unary_unary_rpc_method_handler(
+                    servicer.Compare,
+                    request_deserializer=quartet_dot_reward_dot_v1_dot_reward__pb2.CompareRequest.FromString,
+                    response_serializer=quartet_dot_reward_dot_v1_dot_reward__pb2.CompareResponse.SerializeToString,
             ),
             'GetModelInfo': grpc.unary_unary_rpc_method_handler(
                     servicer.GetModelInfo,
@@ -107,6 +124,33 @@ class RewardService:
             '/quartet.reward.v1.RewardService/Score',
             quartet_dot_reward_dot_v1_dot_reward__pb2.ScoreRequest.SerializeToString,
             quartet_dot_reward_dot_v1_dot_reward__pb2.ScoreResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def Compare(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/quartet.reward.v1.RewardService/Compare',
+            quartet_dot_reward_dot_v1_dot_reward__pb2.CompareRequest.SerializeToString,
+            quartet_dot_reward_dot_v1_dot_reward__pb2.CompareResponse.FromString,
             options,
             channel_credentials,
             insecure,

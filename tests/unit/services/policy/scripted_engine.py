@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
 
+from services.policy.adapter_config import AdapterConfig
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight
 
 
@@ -49,6 +52,15 @@ class AppliedUpdate:
 
 
 @dataclass
+class LoadedAdapter:
+    """What the engine was told to hold ready, and PEFT's configuration that lay beside it."""
+
+    config: AdapterConfig
+    tensors: dict[str, torch.Tensor]
+    written: dict[str, Any]
+
+
+@dataclass
 class ScriptedEngine:
     """Implements services.policy.engine.Engine. ``gate`` closed holds every completion; ``update_gate``, updates."""
 
@@ -65,10 +77,15 @@ class ScriptedEngine:
     running: int = 0
     cancelled: int = 0
     updates: list[AppliedUpdate] = field(default_factory=list)
+    adapter_modules: dict[str, tuple[int, int]] = field(default_factory=dict)
+    adapters: dict[int, LoadedAdapter] = field(default_factory=dict)
+    adapter_gate: asyncio.Event = field(default_factory=asyncio.Event)
+    adapter_error: Exception | None = None
 
     def __post_init__(self) -> None:
         self.gate.set()
         self.update_gate.set()
+        self.adapter_gate.set()
 
     async def start(self) -> None:
         """There is nothing to load."""
@@ -93,6 +110,17 @@ class ScriptedEngine:
         # Read now and not before, as an engine does: the file must still be there.
         self.updates.append(AppliedUpdate(version, in_flight, safetensors.parent, load_file(safetensors)))
         return 0.125
+
+    async def load_adapter(self, number: int, safetensors: Path, config: AdapterConfig) -> None:
+        await self.adapter_gate.wait()
+        if self.adapter_error is not None:
+            raise self.adapter_error
+        written = json.loads((safetensors.parent / "adapter_config.json").read_text())
+        self.adapters[number] = LoadedAdapter(config, load_file(safetensors), written)
+
+    async def unload_adapter(self, number: int) -> None:
+        await self.adapter_gate.wait()
+        del self.adapters[number]
 
     async def check(self) -> None:
         if isinstance(self.update_error, EngineFailedError):

@@ -36,7 +36,7 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> TransformersScorer
 
 
 def scores_of(scorer: TransformersScorer, sequences: Sequence[Sequence[int]]) -> list[float]:
-    return scorer.score([ScorerItem(sequence) for sequence in sequences])
+    return [score for (score,) in scorer.score([ScorerItem(sequence) for sequence in sequences])]
 
 
 def ragged(count: int = 9, seed: int = 1) -> list[list[int]]:

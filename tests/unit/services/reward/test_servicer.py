@@ -17,6 +17,8 @@ from quartet.common.v1 import common_pb2
 from quartet.fingerprint import tokenizer_fingerprint
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting.model import Hosting
+from services.reward.combining import Combination, Member, Statistics
+from services.reward.panel import Panel
 from services.reward.scorer import Encoding, ScorerItem, TransformersScorer
 from services.reward.servicer import HostedReward, RewardServicer
 from services.runtime.batcher import Batcher, BatchLimits
@@ -43,9 +45,9 @@ class ScriptedScorer:
     answer: Callable[[Sequence[int]], float] = exact
     seen: list[list[int]] = field(default_factory=list)
 
-    def score(self, items: Sequence[ScorerItem]) -> list[float]:
+    def score(self, items: Sequence[ScorerItem]) -> list[list[float]]:
         self.seen += [list(item.token_ids) for item in items]
-        return [self.answer(item.token_ids) for item in items]
+        return [[self.answer(item.token_ids)] for item in items]
 
 
 def of_ids(prompt: Sequence[int], response: Sequence[int]) -> reward_pb2.ScoreItem:
@@ -96,16 +98,17 @@ async def make_house(serve, tokenizer) -> AsyncIterator[Callable[..., Any]]:
     async def make(scorer: Any, encoding: Encoding | None = None) -> House:
         servicer = RewardServicer(ServiceMetrics("reward"))
         fingerprint = tokenizer_fingerprint(tokenizer)
-        batchers.append(Batcher(scorer.score, limits=LIMITS, metrics=servicer.metrics))
+        panel = Panel([scorer])
+        batchers.append(Batcher(panel, limits=LIMITS, metrics=servicer.metrics))
         servicer.hosted = HostedReward(
-            scorer=scorer,
+            panel=panel,
             encoding=encoding or Encoding(pair=False, end_token_id=1),
             tokenizer=tokenizer,
             model=common_pb2.ModelInfo(
                 served_by=common_pb2.ServedBy(model_id="m", tokenizer_fingerprint=fingerprint), vocab_size=300
             ),
-            normalisation=reward_pb2.Normalisation(mean=2.0, std=4.0, count=10),
             batcher=batchers[-1],
+            combination=Combination(members=(Member(statistics=Statistics(mean=2.0, std=4.0, count=10)),)),
         )
         channel = await serve(
             servicer.metrics, lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server)
@@ -255,6 +258,11 @@ async def test_an_encoder_scores_a_pair_as_transformers_does_segments_included(m
     assert "prompt and response have 14 tokens, the model takes 12" in refused[0].status.reason
     assert (cut.truncated, cut.token_count) == (True, LONGEST)
     assert cut.score == pytest.approx(direct("w3 w4 w5 w6 w7 w8", "w9 w10 w11"), abs=2e-5)
+    # From the right it is the newest words of the response, and the last separator stays.
+    full = of_text("w1 w2 w3 w4 w5 w6 w7 w8 w9", "w10 w11")
+    cut, none_left = (await house.score([long, full], truncation=reward_pb2.TRUNCATION_POLICY_RIGHT)).results
+    assert cut.score == pytest.approx(direct("w1 w2 w3 w4 w5 w6 w7 w8", "w9"), abs=2e-5)
+    assert "truncation RIGHT would leave nothing of the response" in none_left.status.reason
 
 
 async def test_each_refused_item_says_why_and_never_reaches_the_model(house):
@@ -341,7 +349,7 @@ async def test_normalised_scores_are_given_beside_the_raw_ones_exactly_when_aske
 
 
 async def test_a_model_without_statistics_refuses_to_normalise_before_it_scores(house):
-    house.change(normalisation=None)
+    house.change(combination=Combination())
     assert await house.refusal([of_ids([5], [6])], normalise=True) == (
         grpc.StatusCode.FAILED_PRECONDITION,
         "normalise",

@@ -260,6 +260,11 @@ def test_files_that_change_are_taken_once_and_a_wrong_pair_is_never_taken(securi
         (PolicySettings, "--token-file a", "the admin port, which replaces the weights, would not: set --admin-token"),
         (PolicySettings, "--tls-cert a --tls-key b --tls-client-ca c", "set --admin-token-file or --admin-tls-client"),
         (PolicySettings, "--token-file a --admin-token-file a", "--token-file and --admin-token-file are both 'a'"),
+        (RewardSettings, "--token-file a", "the admin port, which replaces the model, would not: set --admin-token"),
+        (RewardSettings, "--token-file a --admin-token-file a", "whoever may score could use the admin port; give"),
+        (RewardSettings, "--admin-tls-key a", "--admin-tls-key is set without --admin-tls-cert: TLS needs both"),
+        (RewardSettings, "--drift-window 49", "--drift-window is '49': Input should be greater than or equal to 50"),
+        (RewardSettings, "--drift-alpha 1", "--drift-alpha is '1': Input should be less than 1"),
         (RewardSettings, "--max-connections 0", "--max-connections is '0': Input should be greater than or equal to 1"),
         (RewardSettings, "--request-timeout-s 0", "--request-timeout-s is '0': Input should be greater than 0"),
     ],
@@ -271,14 +276,15 @@ def test_flags_that_do_not_go_together_are_refused(settings, flags, said, capsys
     assert said in capsys.readouterr().err
 
 
-def test_the_admin_port_takes_over_the_certificate_and_never_who_may_call():
+@pytest.mark.parametrize("of", [PolicySettings, RewardSettings])
+def test_the_admin_port_takes_over_the_certificate_and_never_who_may_call(of):
     flags = "--tls-cert a --tls-key b --tls-client-ca c --token-file d --admin-token-file e"
-    settings = PolicySettings.from_command_line(["--model", "m", *flags.split()])
+    settings = of.from_command_line(["--model", "m", *flags.split()])
     assert settings.admin_security == ListenerSecurity(
         tls_cert=Path("a"), tls_key=Path("b"), token_file=Path("e"), prefix="--admin-"
     )
     own = "--admin-tls-cert f --admin-tls-key g --admin-tls-client-ca h"
-    settings = PolicySettings.from_command_line(["--model", "m", *flags.split(), *own.split()])
+    settings = of.from_command_line(["--model", "m", *flags.split(), *own.split()])
     assert settings.admin_security == ListenerSecurity(
         tls_cert=Path("f"), tls_key=Path("g"), tls_client_ca=Path("h"), token_file=Path("e"), prefix="--admin-"
     )
