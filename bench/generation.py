@@ -2,9 +2,10 @@
 
     python -m bench.generation
 
-Both sides run the same vLLM with the same model, prompts, sampling, seeds and number of concurrent requests, and give
-the caller token ids and their log-probabilities, as a trainer needs them. The service's side is all that stands
-between a trainer and the engine: client, gRPC, protobuf, the service's event loop, and the process it runs in.
+``bench.generate`` sets more sides beside these two. Both run the same vLLM with the same model, prompts, sampling,
+seeds and number of concurrent requests, and give the caller token ids and their log-probabilities, as a trainer needs
+them. The service's side is all that stands between a trainer and the engine: client, gRPC, protobuf, the service's
+event loop, and the process it runs in.
 
 - The sides take turns, and who goes first alternates, so that a drift of the machine hits both. The figure is the
   median over the rounds of service / in process, two turns that lie seconds apart; other load on the machine moves
@@ -30,7 +31,6 @@ import gc
 import itertools
 import os
 import random
-import socket
 import statistics
 import sys
 import tempfile
@@ -43,10 +43,13 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]  # vLLM needs it too.
 
 from bench.models import END, VOCABULARY, make_models
+from bench.turns import free_port
 from quartet.client import Completion, PolicyClient, Sampling
 from quartet.fingerprint import derive_seeds
 
 TARGET = 0.90
+SERVICE = "policy service"
+IN_PROCESS = "AsyncLLM in process"
 _WARM_UP = 2
 _READY_S = 300.0
 # Share of the load that a turn begins with, uncounted.
@@ -80,7 +83,7 @@ Response = tuple[Sequence[int], Sequence[float]]
 
 @dataclass(frozen=True, kw_only=True)
 class Side:
-    """One way to generate. ``processes``: those that are this side's alone; this process works for both."""
+    """One way to generate. ``processes``: those that are this side's alone; this process works for all."""
 
     name: str
     generate: Callable[[list[list[int]], list[int]], Awaitable[list[Response]]]
@@ -107,20 +110,20 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
-    """The counted rounds, and the share of responses that were the same token for token."""
+    """The counted rounds of each side, and the share of responses that were the same on the first two sides."""
 
-    service: tuple[Turn, ...]
-    in_process: tuple[Turn, ...]
+    turns: dict[str, tuple[Turn, ...]]
     same_share: float
 
-    @property
-    def ratios(self) -> list[float]:
-        """Service / in process of each round."""
-        return [ours.rate / peer.rate for ours, peer in zip(self.service, self.in_process, strict=True)]
+    def ratios(self, peer: str) -> list[float]:
+        """Service / ``peer`` of each round."""
+        pairs = zip(self.turns[SERVICE], self.turns[peer], strict=True)
+        return [ours.rate / theirs.rate for ours, theirs in pairs]
 
     @property
     def ratio(self) -> float:
-        return statistics.median(self.ratios)
+        """Service / in process: the median of the rounds."""
+        return statistics.median(self.ratios(IN_PROCESS))
 
     def lines(self) -> list[str]:
         """The table."""
@@ -130,78 +133,84 @@ class Result:
             cpu_s = statistics.median(turn.cpu_ms_per_token for turn in turns)
             return f"{name:<22}{statistics.median(rates):>9,.0f}{min(rates):>9,.0f}{max(rates):>9,.0f}{cpu_s:>20.3f}"
 
-        idle = max(turn.idle_share for turn in (*self.service, *self.in_process))
-        low, _, high = statistics.quantiles(self.ratios, n=4)
-        found = [
-            f"{'tokens/s':<22}{'median':>9}{'least':>9}{'most':>9}{'CPU s/1,000 tokens':>20}",
-            row("policy service", self.service),
-            row("AsyncLLM in process", self.in_process),
-            f"{'service / in process':<22}{self.ratio:>9.3f}{min(self.ratios):>9.3f}{max(self.ratios):>9.3f}"
-            f"   middle half of {len(self.ratios)} rounds {low:.3f} to {high:.3f}",
-            f"responses the same on both sides: {self.same_share:.1%}; idle side: at most {idle:.1%} of one core",
-        ]
+        idle = max(turn.idle_share for turns in self.turns.values() for turn in turns)
+        found = [f"{'tokens/s':<28}{'median':>9}{'least':>9}{'most':>9}{'CPU s/1,000 tokens':>20}"]
+        found += [row(name, turns) for name, turns in self.turns.items()]
+        for peer in list(self.turns)[1:]:
+            ratios = self.ratios(peer)
+            low, middle, high = statistics.quantiles(ratios, n=4)
+            found.append(
+                f"{'service / ' + peer:<28}{middle:>9.3f}{min(ratios):>9.3f}{max(ratios):>9.3f}"
+                f"   middle half of {len(ratios)} rounds {low:.3f} to {high:.3f}"
+            )
+        found.append(
+            f"responses the same through the service and in process: {self.same_share:.1%}; "
+            f"idle sides: at most {idle:.1%} of one core"
+        )
         if idle > _IDLE_SHARE:
-            found.append(f"warning: the idle side took more than {_IDLE_SHARE:.0%} of a core; the ratio is not clean")
+            found.append(f"warning: the idle sides took more than {_IDLE_SHARE:.0%} of a core; the ratio is not clean")
         return found
 
     def figures(self) -> dict[str, Any]:
         """What a program wants to know of it."""
         turns = {
-            name: [asdict(turn) | {"tokens_per_s": turn.rate} for turn in turns]
-            for name, turns in (("service", self.service), ("in_process", self.in_process))
+            name: [asdict(turn) | {"tokens_per_s": turn.rate} for turn in turns] for name, turns in self.turns.items()
         }
-        return {"ratio": self.ratio, "ratios": self.ratios, "same_share": self.same_share, **turns}
+        return {"ratio": self.ratio, "ratios": self.ratios(IN_PROCESS), "same_share": self.same_share, **turns}
 
 
-def measure(load: Load) -> Result:
-    """Starts both sides and measures them in turns."""
-    # Before vLLM is imported; the service inherits them.
+Starts = Callable[[Path, Load], contextlib.AbstractAsyncContextManager[Side]]
+"""Starts a side with a model."""
+
+
+def measure(
+    load: Load,
+    *,
+    make_model: Callable[[Path], Path] = lambda folder: make_models(folder)[0],
+    others: Sequence[Starts] = (),
+) -> Result:
+    """Starts the sides, the service and in process first, and measures them in turns."""
+    # Before vLLM is imported; the sides inherit them.
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "2")
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", ",".join(map(str, sorted(os.sched_getaffinity(0)))))
     import uvloop  # As vLLM's own servers run it.
 
     with tempfile.TemporaryDirectory() as folder:
-        policy, _ = make_models(Path(folder))
-        result: Result = uvloop.run(_measure(policy, load))
+        model = make_model(Path(folder))
+        result: Result = uvloop.run(_measure(model, load, (_service, _in_process, *others)))
     return result
 
 
-async def _measure(model: Path, load: Load) -> Result:
-    async with _service(model, load) as service, _in_process(model, load) as in_process:
-        turns: dict[str, list[Turn]] = {service.name: [], in_process.name: []}
-        same = []
+async def _measure(model: Path, load: Load, starts: Sequence[Starts]) -> Result:
+    async with contextlib.AsyncExitStack() as stack:
+        sides = [await stack.enter_async_context(start(model, load)) for start in starts]
+        turns: dict[str, list[Turn]] = {side.name: [] for side in sides}
+        same: list[bool] = []
         for number in range(-_WARM_UP, load.rounds):
-            first, second = (service, in_process) if number % 2 == 0 else (in_process, service)
             answers: dict[str, list[Response]] = {}
             taken: dict[str, Turn] = {}
-            for side, other in ((first, second), (second, first)):
-                answers[side.name], taken[side.name] = await _turn(side, other, load, number)
+            for side in sides if number % 2 == 0 else reversed(sides):
+                others = [other for other in sides if other is not side]
+                answers[side.name], taken[side.name] = await _turn(side, others, load, number)
             if number < 0:
                 continue
             for name, turn in taken.items():
                 turns[name].append(turn)
-            pairs = zip(answers[service.name], answers[in_process.name], strict=True)
+            pairs = zip(answers[SERVICE], answers[IN_PROCESS], strict=True)
             same += [list(ours[0]) == list(theirs[0]) for ours, theirs in pairs]
-            ours, theirs = (taken[side.name].rate for side in (service, in_process))
-            print(
-                f"round {number + 1:>2}: service {ours:>7,.0f} tokens/s, in process {theirs:>7,.0f}, "
-                f"ratio {ours / theirs:.3f}",
-                flush=True,
-            )
-        return Result(
-            service=tuple(turns[service.name]),
-            in_process=tuple(turns[in_process.name]),
-            same_share=sum(same) / len(same),
-        )
+            rates = ", ".join(f"{side.name} {taken[side.name].rate:,.0f}" for side in sides)
+            ratio = taken[SERVICE].rate / taken[IN_PROCESS].rate
+            print(f"round {number + 1:>2}: tokens/s: {rates}; ratio {ratio:.3f}", flush=True)
+        return Result(turns={name: tuple(kept) for name, kept in turns.items()}, same_share=sum(same) / len(same))
 
 
-async def _turn(side: Side, other: Side, load: Load, number: int) -> tuple[list[Response], Turn]:
+async def _turn(side: Side, others: Sequence[Side], load: Load, number: int) -> tuple[list[Response], Turn]:
     part = max(1, int(_REWARM * load.prompts))
     await side.generate(load.prompt_ids(f"rewarm {number}")[:part], load.seeds(f"rewarm {number}")[:part])
     prompts, seeds = load.prompt_ids(f"round {number}"), load.seeds(f"round {number}")
     here = psutil.Process()
-    own, idle = [here, *side.processes()], other.processes()
+    own, idle = [here, *side.processes()], [process for other in others for process in other.processes()]
     gc.collect()  # The garbage of one turn is not collected in the next.
     own_s, idle_s, start_s = _cpu_s(own), _cpu_s(idle), time.perf_counter()
     responses = await side.generate(prompts, seeds)
@@ -225,14 +234,14 @@ def _cpu_s(processes: Sequence[psutil.Process]) -> float:
     return float(sum(t.user + t.system for t in times))
 
 
-def _family(process: psutil.Process) -> list[psutil.Process]:
+def family(process: psutil.Process) -> list[psutil.Process]:
     return [process, *process.children(recursive=True)]
 
 
 @contextlib.asynccontextmanager
 async def _service(model: Path, load: Load) -> AsyncIterator[Side]:
     """A policy service as ``quartet-policy`` starts it, and its client."""
-    ports = [_free_port() for _ in range(3)]
+    ports = [free_port() for _ in range(3)]
     flags = [f"--{name}={port}" for name, port in zip(("port", "admin-port", "metrics-port"), ports, strict=True)]
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "services.policy", "--model", str(model), "--engine", "vllm"),
@@ -260,7 +269,7 @@ async def _service(model: Path, load: Load) -> AsyncIterator[Side]:
                 return [responses[p] for p in range(len(prompts))]
 
             root = psutil.Process(process.pid)
-            yield Side(name="service", generate=generate, processes=lambda: _family(root))
+            yield Side(name=SERVICE, generate=generate, processes=lambda: family(root))
     finally:
         if not ended.done():
             process.terminate()
@@ -284,15 +293,17 @@ async def _in_process(model: Path, load: Load) -> AsyncIterator[Side]:
         max_num_seqs=256,
         disable_log_stats=True,
     )
-    before = {process.pid for process in _family(psutil.Process())}
+    before = {process.pid for process in family(psutil.Process())}
     engine = await asyncio.to_thread(AsyncLLM.from_engine_args, arguments)
-    own = [process for process in _family(psutil.Process()) if process.pid not in before]
+    own = [process for process in family(psutil.Process()) if process.pid not in before]
 
     asked = itertools.count()
 
     async def one(prompt: list[int], seed: int, request_id: str) -> Response:
         final = None
-        async for output in engine.generate({"prompt_token_ids": prompt}, _params(seed, load.new_tokens), request_id):
+        async for output in engine.generate(
+            {"prompt_token_ids": prompt}, sampling_params(seed, load.new_tokens), request_id
+        ):
             final = output
         if final is None:
             raise SystemExit("AsyncLLM ended a request without an answer")
@@ -307,14 +318,14 @@ async def _in_process(model: Path, load: Load) -> AsyncIterator[Side]:
         return await asyncio.gather(*(one(prompt, seed, str(i)) for i, (prompt, seed) in numbered))
 
     try:
-        yield Side(name="in process", generate=generate, processes=lambda: own)
+        yield Side(name=IN_PROCESS, generate=generate, processes=lambda: own)
     finally:
         await asyncio.to_thread(engine.shutdown)
         # Its __del__ calls this again, at the interpreter's end, when the modules it needs are gone.
         engine.shutdown = lambda timeout=None: None
 
 
-def _params(seed: int, new_tokens: int) -> Any:
+def sampling_params(seed: int, new_tokens: int) -> Any:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -328,12 +339,6 @@ def _params(seed: int, new_tokens: int) -> Any:
         detokenize=False,
         output_kind=RequestOutputKind.FINAL_ONLY,
     )
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def main() -> None:

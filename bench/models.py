@@ -48,6 +48,30 @@ def make_models(folder: Path) -> tuple[Path, Path]:
     return folder / "policy", folder / "reward"
 
 
+def make_larger_policy(folder: Path) -> Path:
+    """A Llama of 29 M parameters with the same tokenizer; returns its folder."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=512,
+        intermediate_size=1536,
+        num_hidden_layers=8,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=END,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
 def write_prompts(path: Path, count: int, words: int) -> None:
     """JSON Lines of prompts of ``words`` words."""
     draw = random.Random(1)

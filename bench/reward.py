@@ -6,23 +6,22 @@
 - padded batches: the same in batches of 32, in the order of arrival, padded to the longest.
 - pipeline: transformers' pipeline("text-classification"), batches of 32; it tokenises, too.
 - vLLM: its pooling runner's classify, in process.
+- vLLM HTTP server: the same through its own server, all texts in one request.
 - own scorer: what the reward service runs, called in process; tells what gRPC and the runtime cost.
 - reward service: through gRPC, in a process of its own.
 
 All in float32 with the same 31 M-parameter Llama classifier. Two loads: texts as they come, and four responses that
-share each prompt. Sides take turns (see ``bench.turns``); what they found is compared.
+share each prompt. Sides take turns (see ``bench.turns``); what they found is compared. Then what callers wait who ask
+for one score at a time (see ``bench.reward_latency``). The figures go to bench/out as reward.json and reward.png.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import contextlib
 import json
 import random
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
@@ -32,10 +31,12 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
+from bench import reward_latency
+from bench.machine import machine
 from bench.models import sentence
-from bench.turns import Side, end_at_once, free_port, serve_turns, set_threads, set_vllm_environment, start_sides
+from bench.reward_servers import SERVICE, VLLM_SERVER, client, running
+from bench.turns import Side, end_at_once, serve_turns, set_threads, set_vllm_environment, start_sides
 
-SERVICE = "reward service"
 SCORER = "own scorer"
 NAIVE = ("one by one", "padded batches")
 TARGETS = {"alone": 0.95, "shared": 1.3}
@@ -44,7 +45,7 @@ NAIVE_TARGET = 2.0
 OVERHEAD_TARGET = 0.05
 _LONGEST = 512
 _BATCH = 32
-_READY_S = 120.0
+OUTPUT = Path(__file__).resolve().parent / "out"
 _VOCABULARY = 8192
 
 
@@ -119,8 +120,8 @@ def make_loads(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, list
     }
 
 
-def measure(texts: Path | None, count: int, rounds: int) -> dict[str, list[Side]]:
-    """Both loads; the first turn of each side warms it up and is not kept."""
+def measure(texts: Path | None, count: int, rounds: int) -> tuple[dict[str, list[Side]], reward_latency.Results]:
+    """Both loads, and latencies; the first turn of each side warms it up and is not kept."""
     pairs = read_pairs(texts, count)
     results = {}
     with tempfile.TemporaryDirectory() as name:
@@ -142,7 +143,11 @@ def measure(texts: Path | None, count: int, rounds: int) -> dict[str, list[Side]
                             print(f"round {number + 1}: {side.name:<16} {rate:>8,.1f} texts/s", flush=True)
             print("\n".join(table(sides, len(content), tokens)))
             results[load] = sides
-    return results
+        print("\nlatency")
+        online = [(text.prompt, text.response) for text in make_loads(model, pairs)["alone"]]
+        latencies = reward_latency.measure(model, online, min(rounds, 2))
+        print("\n".join(reward_latency.table(latencies)))
+    return results, latencies
 
 
 def _seconds(side: Side) -> float:
@@ -186,6 +191,45 @@ def verdicts(results: dict[str, list[Side]]) -> list[str]:
             f"{OVERHEAD_TARGET:.0%}",
         )
     return found
+
+
+def save(results: dict[str, list[Side]], latencies: reward_latency.Results) -> None:
+    """The figures as JSON, and as a picture."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    OUTPUT.mkdir(exist_ok=True)
+    figures = {
+        load: {side.name: [[turn.seconds, turn.peak_mib] for turn in side.turns] for side in sides}
+        for load, sides in results.items()
+    }
+    waits = {
+        name: {count: [w.rate, w.percentile_ms(50), w.percentile_ms(99)] for count, w in by_count.items()}
+        for name, by_count in latencies.items()
+    }
+    content = {"machine": machine(), "seconds_and_peak_mib": figures, "rate_p50_ms_p99_ms": waits}
+    (OUTPUT / "reward.json").write_text(json.dumps(content, indent=1) + "\n")
+
+    figure, axes = pyplot.subplots(1, len(results) + 1, figsize=(5 * len(results) + 5, 3.6), layout="constrained")
+    for axis, (load, sides) in zip(axes, results.items(), strict=False):
+        rates = [len(side.turns[0].found) / _seconds(side) for side in sides]
+        colours = ["tab:green" if side.name == SERVICE else "tab:gray" for side in sides]
+        bars = axis.barh([side.name for side in sides], rates, color=colours)
+        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.margins(x=0.15)
+        axis.invert_yaxis()
+        axis.set_title({"alone": "texts as they come", "shared": "four responses share a prompt"}[load])
+        axis.set_xlabel("texts/s")
+    for name, by_count in latencies.items():
+        counts = list(by_count)
+        (line,) = axes[-1].plot(counts, [by_count[c].percentile_ms(50) for c in counts], marker="o", label=name)
+        p99 = [by_count[c].percentile_ms(99) for c in counts]
+        axes[-1].plot(counts, p99, marker="o", linestyle=":", color=line.get_color())
+    axes[-1].set(xscale="log", yscale="log", xlabel="callers at once", ylabel="ms", title="latency: p50, dotted p99")
+    axes[-1].legend()
+    figure.savefig(OUTPUT / "reward.png", dpi=110)
 
 
 # Sides -------------------------------------------------------------------------------------------------------------
@@ -277,47 +321,23 @@ def _scorer(model: Path, texts: list[Text]) -> None:
     serve_turns(work)
 
 
-def _service(model: Path, texts: list[Text]) -> None:
-    from quartet.client import ItemFailure, RewardClient, ScoreItem
+def _server(name: str) -> Callable[[Path, list[Text]], None]:
+    def serve(model: Path, texts: list[Text]) -> None:
+        pairs = [(text.prompt, text.response) for text in texts]
 
-    ports = [free_port() for _ in range(2)]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "services.reward", "--model", str(model), "--log-level", "warning"),
-            *("--port", str(ports[0]), "--metrics-port", str(ports[1]), "--admin-port", "0"),
-        ],
-        stdout=sys.stderr,
-    )
-    items = [ScoreItem(prompt=text.prompt, response=text.response) for text in texts]
+        async def ask() -> list[float]:
+            async with client(name, port) as asks:
+                return await asks(pairs)
 
-    async def ask() -> list[float]:
-        async with RewardClient(f"127.0.0.1:{ports[0]}") as client:
-            await client.wait_ready(_READY_S)
-            model_info, _ = await client.get_model_info()
-            scores = await client.score(items, tokenizer_fingerprint=model_info.served_by.tokenizer_fingerprint)
-        found = []
-        for result in scores.results:
-            if isinstance(result, ItemFailure):
-                raise SystemExit(result.reason)
-            found.append(result.score)
-        return found
+        def work() -> tuple[float, list[float]]:
+            start_s = time.perf_counter()
+            found = asyncio.run(ask())
+            return time.perf_counter() - start_s, found
 
-    def work() -> tuple[float, list[float]]:
-        start_s = time.perf_counter()
-        found = asyncio.run(ask())
-        return time.perf_counter() - start_s, found
+        with running(name, model) as (process, port):
+            serve_turns(work, psutil.Process(process.pid))
 
-    async def ready() -> None:
-        async with RewardClient(f"127.0.0.1:{ports[0]}") as client:
-            await client.wait_ready(_READY_S)
-
-    try:
-        asyncio.run(ready())
-        serve_turns(work, psutil.Process(process.pid))
-    finally:
-        process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(30)
+    return serve
 
 
 _SIDES: dict[str, Callable[[Path, list[Text]], None]] = {
@@ -325,8 +345,9 @@ _SIDES: dict[str, Callable[[Path, list[Text]], None]] = {
     NAIVE[1]: lambda model, texts: _batches(model, texts, _BATCH),
     "pipeline": _pipeline,
     "vLLM": _vllm,
+    VLLM_SERVER: _server(VLLM_SERVER),
     SCORER: _scorer,
-    SERVICE: _service,
+    SERVICE: _server(SERVICE),
 }
 
 
@@ -341,7 +362,9 @@ def main() -> None:
         name, model, file = options.side
         _SIDES[name](Path(model), [Text(*row) for row in json.loads(Path(file).read_text())])
         return
-    print("\n" + "\n".join(verdicts(measure(options.texts, options.count, options.rounds))))
+    results, latencies = measure(options.texts, options.count, options.rounds)
+    save(results, latencies)
+    print("\n" + "\n".join(verdicts(results)))
 
 
 if __name__ == "__main__":

@@ -142,15 +142,19 @@ def set_threads() -> None:
     torch.set_num_threads(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def set_vllm_environment() -> None:
-    """All cores, and the engine in this very process, so that its memory is seen. Before vLLM is imported."""
+def vllm_environment() -> dict[str, str]:
+    """Our environment, and vLLM told to use all cores and to say little."""
     cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else [0]
-    os.environ |= {
+    return os.environ | {
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
-        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     }
+
+
+def set_vllm_environment() -> None:
+    """The same for this process, with the engine in it, so that its memory is seen. Before vLLM is imported."""
+    os.environ.update(vllm_environment(), VLLM_ENABLE_V1_MULTIPROCESSING="0")
 
 
 def end_at_once() -> None:

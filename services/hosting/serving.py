@@ -21,7 +21,11 @@ _OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 class ForwardSettings(ServiceSettings):
     """Settings of a service that runs forward passes."""
 
-    max_batch_tokens: PositiveInt = Field(16384, description="most tokens of a model batch, padding included")
+    max_batch_tokens: NonNegativeInt = Field(
+        0,
+        description="most tokens of a model batch, with its padding where the model needs any; "
+        "0: 4,096 on a processor, 16,384 on a GPU",
+    )
     max_batch_items: PositiveInt = Field(256, description="most sequences of a model batch")
     max_queued_tokens: PositiveInt = Field(
         4_000_000, description="most tokens waiting; a request that would exceed it is refused whole"
@@ -34,11 +38,17 @@ class ForwardSettings(ServiceSettings):
     )
     threads: NonNegativeInt = Field(0, description="processor threads of the model; 0: as many as torch chooses")
 
-    @property
-    def batch_limits(self) -> BatchLimits:
-        """Budgets of the batcher; in deterministic mode every item is a batch of its own."""
+    def batch_limits(self, device: str, *, padded: bool) -> BatchLimits:
+        """Budgets of the batcher; in deterministic mode every item is a batch of its own.
+
+        Args:
+            device: type of the model's device. A processor is as fast with a few thousand tokens as with many, and
+                who comes while a batch is in hand waits the less for it the smaller it is.
+            padded: whether the model's batches are.
+        """
         return BatchLimits(
-            max_batch_tokens=self.max_batch_tokens,
+            padded=padded,
+            max_batch_tokens=self.max_batch_tokens or (4096 if device == "cpu" else 16384),
             max_batch_items=1 if self.deterministic else self.max_batch_items,
             max_queued_tokens=self.max_queued_tokens,
             max_held_bytes=self.max_held_mib * 2**20,

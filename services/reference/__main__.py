@@ -38,6 +38,7 @@ async def serve(settings: ReferenceSettings) -> int:
         import torch
 
         from services.hosting import model as hosting_model
+        from services.hosting.warm_up import warm_up
         from services.reference.logprobs import ReferenceItem, ReferenceModel
 
         if settings.threads:
@@ -46,7 +47,14 @@ async def serve(settings: ReferenceSettings) -> int:
         tokenizer = hosting_model.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
         chunk_mib = settings.chunk_mib or (16 if hosting.device.type == "cpu" else 1024)
         reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=chunk_mib * 2**20)
-        reference.logprobs([ReferenceItem([0, 0, 0], 1, 1.0, True)])
+        limits = settings.batch_limits(hosting.device.type, padded=not reference.hidden_states.packed)
+        warm_up(
+            lambda sequences: reference.logprobs([ReferenceItem(ids, 1, 1.0, True) for ids in sequences]),
+            device=hosting.device.type,
+            limits=limits,
+            longest=reference.max_sequence_tokens,
+            vocabulary=reference.vocab_size,
+        )
         return HostedReference(
             reference=reference,
             model=hosting_model.describe(
@@ -60,7 +68,7 @@ async def serve(settings: ReferenceSettings) -> int:
                 eos_token_ids=hosting_model.end_tokens(folder, reference.model.config, tokenizer),
                 deterministic=settings.deterministic,
             ),
-            batcher=Batcher(reference.logprobs, limits=settings.batch_limits, metrics=metrics),
+            batcher=Batcher(reference.logprobs, limits=limits, metrics=metrics),
         )
 
     async with ServiceRuntime(name="reference", settings=settings, metrics=metrics) as runtime:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -58,7 +59,10 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
             raise InvalidArgumentError(
                 f"temperature is {temperature}, must be a finite number greater than 0", field="temperature"
             )
-        prepared = [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items]
+        # In a thread: a large request would hold up the event loop, and with it every health check.
+        prepared = await asyncio.to_thread(
+            lambda: [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items]
+        )
         ready = [item for item in prepared if isinstance(item, ReferenceItem)]
         clock = serving.WorkClock()
         answers = iter(

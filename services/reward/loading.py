@@ -72,7 +72,8 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
     )
     loaded = replace(loaded, golden=tuple(_check_golden(settings, loaded, model) for model in models))
     # Last: it has a thread, and the metrics look at it from now on.
-    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=settings.batch_limits, metrics=metrics))
+    limits = settings.batch_limits(panel.device, padded=panel.padded)
+    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=limits, metrics=metrics))
 
 
 def _load_models(settings: RewardSettings) -> list[_Model]:
@@ -105,12 +106,19 @@ def _load_model(
     settings: RewardSettings, name: str, folder: Path, metadata: RewardMetadata, hosting: Hosting
 ) -> _Model:
     from services.hosting import model as hosting_model
+    from services.hosting.warm_up import warm_up
     from services.reward.scorer import ScorerItem, TransformersScorer
 
     tokenizer = hosting_model.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
     scorer = TransformersScorer(folder, hosting=hosting, tokenizer=tokenizer, heads=metadata.heads)
     encoding = scorer.encoding(folder, tokenizer)
-    scorer.score([ScorerItem([0, 0]), ScorerItem([0])])
+    warm_up(
+        lambda sequences: scorer.score([ScorerItem(ids) for ids in sequences]),
+        device=scorer.device,
+        limits=settings.batch_limits(scorer.device, padded=scorer.padded),
+        longest=scorer.max_sequence_tokens,
+        vocabulary=scorer.vocab_size,
+    )
     return _Model(
         name=name,
         metadata=metadata,

@@ -48,6 +48,16 @@ class Panel:
         """Tokens that every model takes; 0 without a model."""
         return min((member.max_sequence_tokens for member in self.members), default=0)
 
+    @property
+    def padded(self) -> bool:
+        """Whether a model's batches are."""
+        return any(member.padded for member in self.members)
+
+    @property
+    def device(self) -> str:
+        """Type of the device that scores; all models share it."""
+        return next((member.device for member in self.members), "cpu")
+
     def __call__(self, works: Sequence[Work]) -> list[Answers]:
         """What is said of each response, in order."""
         answers = iter(self.score([candidate for work in works for candidate in work]))

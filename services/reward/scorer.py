@@ -37,10 +37,15 @@ class ScorerItem:
 
 
 class Scorer(Protocol):
-    """What the servicer needs of a reward model. ``score`` runs in one thread alone."""
+    """What the servicer needs of a reward model. ``score`` runs in one thread alone.
+
+    ``device``: its type. ``padded``: whether a batch costs as many tokens as its longest item has, times its items.
+    """
 
     vocab_size: int
     max_sequence_tokens: int
+    device: str
+    padded: bool
 
     def score(self, items: Sequence[ScorerItem]) -> list[list[float]]:
         """Raw scores (H,) of each item, one a head."""
@@ -107,8 +112,11 @@ class TransformersScorer:
         self.is_decoder = isinstance(self.head, torch.nn.Linear)
         # Some encoders tell the texts of a pair apart by more than the token between them.
         self.has_segments = int(getattr(model.config, "type_vocab_size", 0) or 0) > 1
+        self.device = hosting.device.type
+        self.padded = True
         if self.is_decoder:
             self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
+            self.padded = not self.hidden_states.packed
         elif hosting.device.type == "cpu":
             prepack(self.model.base_model)
 

@@ -44,7 +44,7 @@ class ItemError:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLimits:
-    """Budgets. Tokens count padding in a batch (items x longest), and not in the queue.
+    """Budgets. Tokens count padding (items x longest) in a batch that is ``padded``, and never in the queue.
 
     ``max_held_bytes``: of all requests from arrival to answer. ``max_wait_s``: age from which the oldest item begins
     every second batch.
@@ -55,6 +55,7 @@ class BatchLimits:
     max_queued_tokens: int
     max_held_bytes: int = 256 * 2**20
     max_wait_s: float = 2.0
+    padded: bool = True
 
 
 @dataclass(eq=False)
@@ -94,7 +95,9 @@ class Batcher(Generic[Item, Result]):
             max_batch_tokens=limits.max_batch_tokens,
             max_batch_items=limits.max_batch_items,
             max_wait_s=limits.max_wait_s,
+            padded=limits.padded,
         )
+        self._padded = limits.padded
         self._unanswered: set[_Request[Item, Result]] = set()
         self._changed = threading.Condition()
         self._closed = False
@@ -227,7 +230,7 @@ class Batcher(Generic[Item, Result]):
     def _results(self, batch: list[Entry[_Request[Item, Result]]]) -> Sequence[Result | ItemError]:
         """What the model says to each item of ``batch``."""
         tokens = sum(entry.tokens for entry in batch)
-        padded = max(entry.tokens for entry in batch) * len(batch)
+        padded = max(entry.tokens for entry in batch) * len(batch) if self._padded else tokens
         start_s = time.monotonic()
         results: Sequence[Result | ItemError]
         try:

@@ -7,8 +7,10 @@ A batch begins with one item, whose turn it is, and is filled with neighbours in
 - An age cap bounds the wait whatever comes later: every second batch begins with the oldest item once that has waited
   ``max_wait_s``. An item with k older ones before it goes at most 2k + 2 batches after that. Only every second one,
   so that a long list that has grown old does not hold up everybody in its turn.
-- The batch is filled first from the same call while hardly any of it is padding, so that a turn is worth a batch, then
-  with whatever is nearest in length, while the budget lasts.
+- A padded batch is filled first from the same call while hardly any of it is padding, so that a turn is worth a batch,
+  then with whatever is nearest in length, while the budget lasts.
+- A batch without padding costs what its tokens are, whatever their lengths: it is filled in order, from the same call
+  and then from the oldest, so that items which begin alike, as neighbours in a call often do, go together.
 
 Nothing is sorted anew for a batch: items lie in buckets of equal length, and each costs O(log of the lengths waiting).
 """
@@ -19,12 +21,14 @@ import heapq
 import itertools
 from bisect import bisect_left, bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from operator import attrgetter
 from typing import Generic, TypeVar
 
-# While it is filled from one call, no item of a batch is shorter than this share of the longest.
+# While it is filled from one call, no item of a padded batch is shorter than this share of the longest.
 _OWN_SHARE = 0.75
+# So many items may be passed over, as too long for the room that is left, before a batch without padding goes.
+_MISFITS = 16
 
 _tokens_of = attrgetter("tokens")
 
@@ -76,15 +80,25 @@ class Call(Generic[Payload]):
             self._first += 1
         return self.entries[self._first]
 
+    def in_order(self) -> Iterator[Entry[Payload]]:
+        """The items that still wait, which may be taken meanwhile."""
+        if self.waiting:
+            self.first()  # What has gone before it is passed over once.
+        return (entry for entry in itertools.islice(self.entries, self._first, None) if entry.waiting)
+
     def sweep(self) -> None:
         if 2 * self.waiting < len(self.by_length):
             self.by_length = [entry for entry in self.by_length if entry.waiting]
 
 
 class WaitingLine(Generic[Payload]):
-    """Calls whose items wait. Not safe for threads: whoever shares it holds a lock."""
+    """Calls whose items wait. Not safe for threads: whoever shares it holds a lock.
 
-    def __init__(self, *, max_batch_tokens: int, max_batch_items: int, max_wait_s: float) -> None:
+    ``padded``: whether every item of a batch counts as many tokens as its longest.
+    """
+
+    def __init__(self, *, max_batch_tokens: int, max_batch_items: int, max_wait_s: float, padded: bool = True) -> None:
+        self._padded = padded
         self._max_tokens = max_batch_tokens
         self._max_items = max_batch_items
         self._max_wait_s = max_wait_s
@@ -162,6 +176,9 @@ class WaitingLine(Generic[Payload]):
             self._rotation[call.caller] = None
             self._rotation.move_to_end(call.caller)
         batch = [first]
+        if not self._padded:
+            self._fill_in_order(call, batch)
+            return batch
         low = high = first.tokens
         if call.waiting:
             low, high = self._fill_from(call, batch)
@@ -175,6 +192,22 @@ class WaitingLine(Generic[Payload]):
             return oldest
         caller = next(iter(self._new or self._rotation))
         return next(iter(self._callers[caller]))
+
+    def _fill_in_order(self, call: Call[Payload], batch: list[Entry[Payload]]) -> None:
+        """Adds to the batch's one item what follows it in its own call, then what came first, while there is room."""
+        room = self._max_tokens - batch[0].tokens
+        misfits = 0
+        oldest = list(itertools.islice(self._calls, self._max_items + _MISFITS + 1))  # Each gives an item or a misfit.
+        for other in itertools.chain([call], (other for other in oldest if other is not call)):
+            for entry in other.in_order():
+                if len(batch) >= self._max_items or self._lengths[0] > room or misfits > _MISFITS:
+                    return
+                if entry.tokens > room:
+                    misfits += 1
+                    continue
+                room -= entry.tokens
+                self._remove(entry)
+                batch.append(entry)
 
     def _fill_from(self, call: Call[Payload], batch: list[Entry[Payload]]) -> tuple[int, int]:
         """Adds neighbours of the batch's one item from its own call; returns the least and the greatest length."""

