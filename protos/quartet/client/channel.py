@@ -198,9 +198,9 @@ class ServiceClient:
                 backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
 
     @contextlib.asynccontextmanager
-    async def _stream(self) -> AsyncIterator[tuple[tuple[str, str], ...]]:
+    async def _stream(self, request_id: str | None = None) -> AsyncIterator[tuple[tuple[str, str], ...]]:
         """Metadata of a streaming call; its failures come out typed. Not retried: the caller knows what is missing."""
-        request_id = new_request_id()
+        request_id = request_id or new_request_id()
         try:
             yield self._metadata(request_id)
         except grpc.aio.AioRpcError as error:
