@@ -25,6 +25,7 @@ from services.policy.engine import (
     Sampling,
 )
 from services.policy.hosted import HostedPolicy
+from services.runtime import calls
 from services.runtime.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
@@ -99,6 +100,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             async with contextlib.aclosing(self._generate(hosted, request, prepared, sampling, n, adapter)) as replies:
                 async for reply in replies:
                     self.metrics.items.labels(common_pb2.ItemStatusCode.Name(reply.status.code)).inc()
+                    version = reply.served_by.weights_version
+                    calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
                     if adapter is not None:
                         reply.adapter, reply.adapter_fingerprint = adapter.name, adapter.fingerprint
                     yield reply
@@ -116,7 +119,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         adapter: Adapter | None,
     ) -> AsyncGenerator[policy_pb2.GenerateResponse, None]:
         seeds = _seeds(request.sampling, len(prepared), n)
-        call_id = secrets.token_hex(8)
+        call_id = f"{calls.current_request_id()}-{secrets.token_hex(4)}"
         done: asyncio.Queue[asyncio.Task[Generated]] = asyncio.Queue()
         places: dict[asyncio.Task[Generated], tuple[int, int]] = {}
         try:

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
+from services.runtime import calls
 from services.runtime.admission import Admission, Hold
 from services.runtime.errors import DeadlineExceededError, ServiceError, UnavailableError
 from services.runtime.telemetry import QueueState, ServiceMetrics
@@ -29,6 +30,7 @@ log = structlog.get_logger()
 
 # How soon it is seen that a model which is being replaced has answered its last request: nobody waits for it.
 _DRAIN_POLL_S = 0.05
+_MOST_LOGGED_IDS = 32
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,6 +68,7 @@ class _Request(Generic[Item, Result]):
     future: asyncio.Future[list[Result | ItemError]]
     items: Sequence[Item]
     results: list[Result | ItemError | None]
+    request_id: str
     missing: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -141,7 +144,9 @@ class Batcher(Generic[Item, Result]):
         total = sum(tokens)
         self.admission.enqueue(total, hold)  # Before anything is made for each item: refusing is cheap.
         loop = asyncio.get_running_loop()
-        request: _Request[Item, Result] = _Request(loop, loop.create_future(), items, [None] * len(items))
+        request: _Request[Item, Result] = _Request(
+            loop, loop.create_future(), items, [None] * len(items), calls.current_request_id()
+        )
         now_s = time.monotonic()
         call = Call(
             request,
@@ -238,7 +243,7 @@ class Batcher(Generic[Item, Result]):
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
         except Exception as error:
-            log.error("batch_failed", items=len(batch), exc_info=error)
+            log.error("batch_failed", items=len(batch), request_ids=_request_ids(batch), exc_info=error)
             results = [ItemError(f"the model failed: {type(error).__name__}", retryable=True)] * len(batch)
         else:
             self.admission.served(tokens, time.monotonic() - start_s)
@@ -275,6 +280,12 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             oldest_s = self._line.oldest_s()
         return 0.0 if oldest_s is None else time.monotonic() - oldest_s
+
+
+def _request_ids(batch: Iterable[Entry[_Request[Any, Any]]]) -> list[str]:
+    """Of the calls that have items in ``batch``; enough of them to find the log of each."""
+    found = dict.fromkeys(entry.call.payload.request_id for entry in batch)
+    return list(found)[:_MOST_LOGGED_IDS]
 
 
 def _set_outcomes(outcomes: Iterable[tuple[asyncio.Future[Any], list[Any] | ServiceError]]) -> None:

@@ -28,8 +28,9 @@ from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
 from services.runtime.interceptors import CallInterceptor
+from services.runtime.logs import configure_logging
 from services.runtime.security import Gate, ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
-from services.runtime.telemetry import ServiceMetrics, configure_logging
+from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
 

@@ -1,41 +1,17 @@
-"""Logs and metrics: events with units in their keys, Prometheus conventions."""
+"""Metrics, by the conventions of Prometheus. docs/metrics.md has a table of them all."""
 
 from __future__ import annotations
 
-import logging
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 # From a millisecond to ten minutes: an interactive score and a long generation share the scale.
 LATENCY_BUCKETS_S = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 SHARE_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 1.0)
 TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
-
-
-def configure_logging(level: str, log_format: str) -> None:
-    """Structured logs on stderr, for our own events and those of the libraries below."""
-    console = sys.stderr.isatty() if log_format == "auto" else log_format == "console"
-    renderer = structlog.dev.ConsoleRenderer() if console else structlog.processors.JSONRenderer()
-    number = getattr(logging, level.upper())
-    structlog.configure(
-        processors=[
-            structlog.contextvars.merge_contextvars,
-            structlog.processors.add_log_level,
-            structlog.processors.TimeStamper(fmt="iso", utc=True),
-            structlog.processors.StackInfoRenderer(),
-            structlog.processors.format_exc_info,
-            renderer,
-        ],
-        wrapper_class=structlog.make_filtering_bound_logger(number),
-        logger_factory=structlog.PrintLoggerFactory(file=sys.stderr),
-        cache_logger_on_first_use=False,
-    )
-    logging.basicConfig(level=max(number, logging.WARNING), stream=sys.stderr, format="%(name)s: %(message)s")
 
 
 @dataclass(frozen=True, kw_only=True)
