@@ -89,6 +89,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 f"{self._admitted} completions are in hand and {total} more were asked for, at most {self.max_queued} "
                 "are taken; try again later",
                 retry_after_ms=_RETRY_AFTER_MS,
+                refused_as="completions",
             )
         adapter = hosted.adapters.take(request.adapter)
         self._admitted += total
@@ -119,7 +120,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         adapter: Adapter | None,
     ) -> AsyncGenerator[policy_pb2.GenerateResponse, None]:
         seeds = _seeds(request.sampling, len(prepared), n)
-        call_id = f"{calls.current_request_id()}-{secrets.token_hex(4)}"
+        call_id = f"{calls.current_request_id()}.{secrets.token_hex(4)}"
         done: asyncio.Queue[asyncio.Task[Generated]] = asyncio.Queue()
         places: dict[asyncio.Task[Generated], tuple[int, int]] = {}
         try:

@@ -248,6 +248,7 @@ class Batcher(Generic[Item, Result]):
         else:
             self.admission.served(tokens, time.monotonic() - start_s)
         self._metrics.batch_seconds.observe(time.monotonic() - start_s)
+        self._metrics.batch_items.observe(len(batch))
         self._metrics.batch_tokens.observe(padded)
         self._metrics.batch_occupancy.observe(tokens / padded if padded else 1.0)
         return results

@@ -97,6 +97,8 @@ class _Call:
         elif error is not None and not isinstance(error, grpc.aio.AbortError):
             code = grpc.StatusCode.INTERNAL
         self.metrics.calls.labels(self.method, code.name).inc()
+        if isinstance(error, ServiceError) and error.refused_as:
+            self.metrics.refused.labels(error.refused_as).inc()
         self._log(code, seconds, error)
         request_id = (REQUEST_ID, self.record.request_id)
         if isinstance(error, ServiceError):
