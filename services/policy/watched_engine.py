@@ -12,6 +12,7 @@ from typing import Any, cast
 
 from prometheus_client import Gauge, Histogram
 
+from quartet import tracing
 from services.policy.engine import Engine, Generated, GenerationTask, InFlight
 from services.runtime.telemetry import LATENCY_BUCKETS_S, QueueState, ServiceMetrics
 
@@ -34,6 +35,7 @@ class _Watched:
     prompt_tokens: int
     start_s: float
     tokens: int = 0
+    finish: str = ""
 
 
 class WatchedEngine:
@@ -73,7 +75,7 @@ class WatchedEngine:
     async def generate(self, task: GenerationTask) -> Generated:
         with self._watch(task) as seen:
             generated = await self._engine.generate(task)
-            seen.tokens = len(generated.token_ids)
+            seen.tokens, seen.finish = len(generated.token_ids), str(generated.finish)
             return generated
 
     async def stream(self, task: GenerationTask) -> AsyncGenerator[Any, None]:
@@ -85,10 +87,14 @@ class WatchedEngine:
                     if not seen.tokens and piece.token_ids:
                         self._first_seconds.observe(time.monotonic() - seen.start_s)
                     seen.tokens += len(piece.token_ids)
+                    seen.finish = str(piece.finish or "")
                     yield piece
 
     async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
-        pause_s = await self._engine.update_weights(safetensors, version, in_flight)
+        attributes: tracing.Attributes = {"quartet.weights_version": version, "quartet.in_flight": str(in_flight)}
+        with tracing.span("update weights", attributes=attributes) as span:
+            pause_s = await self._engine.update_weights(safetensors, version, in_flight)
+            span.set({"quartet.pause_s": pause_s})
         self._pause_seconds.observe(pause_s)
         return pause_s
 
@@ -106,12 +112,30 @@ class WatchedEngine:
 
     @contextlib.contextmanager
     def _watch(self, task: GenerationTask) -> Iterator[_Watched]:
-        """Counts a completion as long as it is in the engine; measures it when it was finished."""
+        """Counts and traces a completion as long as it is in the engine; measures it when it was finished."""
         seen = _Watched(len(task.prompt_ids), time.monotonic())
         self._inside[seen] = None
         try:
-            yield seen
+            with tracing.span("generate") as span:
+                try:
+                    yield seen
+                finally:
+                    if span is not tracing.NO_SPAN:
+                        span.set(self._attributes(task, seen))
             self._seconds.observe(time.monotonic() - seen.start_s)
             self._tokens.observe(seen.tokens)
         finally:
             del self._inside[seen]
+
+    def _attributes(self, task: GenerationTask, seen: _Watched) -> tracing.Attributes:
+        """By the conventions for generative models where these have a name."""
+        return {
+            "gen_ai.operation.name": "text_completion",
+            "gen_ai.usage.input_tokens": seen.prompt_tokens,
+            "gen_ai.usage.output_tokens": seen.tokens,
+            "gen_ai.request.max_tokens": task.sampling.max_new_tokens,
+            "gen_ai.request.temperature": task.sampling.temperature,
+            "gen_ai.response.finish_reasons": [seen.finish or "unfinished"],
+            "quartet.engine": self._engine.name,
+            "quartet.engine_request_id": task.request_id,
+        }

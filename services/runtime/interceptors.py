@@ -12,12 +12,23 @@ import grpc
 import structlog
 from structlog.contextvars import bind_contextvars
 
+from quartet import tracing
 from services.runtime import calls
 from services.runtime.calls import REQUEST_ID, CallRecord
 from services.runtime.errors import InternalError, ServiceError, status_metadata
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
+
+# Where the service and not its caller has failed, by the conventions of OpenTelemetry.
+_OUR_FAULT = frozenset(
+    {
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -67,6 +78,7 @@ class _Call:
 
     def __init__(self, metrics: ServiceMetrics, method: str, metadata: Any, context: Any) -> None:
         self.metrics = metrics
+        self.path = method
         self.method = method.rpartition("/")[2]
         self.metadata = metadata
         self.context = context
@@ -83,6 +95,9 @@ class _Call:
         # gRPC has made this task for this call: nothing needs to be put back at its end.
         calls.begin(self.record)
         bind_contextvars(request_id=self.record.request_id)
+        self.span = tracing.NO_SPAN
+        if tracing.active():
+            self._trace()
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
 
     async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
@@ -100,12 +115,42 @@ class _Call:
         if isinstance(error, ServiceError) and error.refused_as:
             self.metrics.refused.labels(error.refused_as).inc()
         self._log(code, seconds, error)
+        self._end_trace(code)
         request_id = (REQUEST_ID, self.record.request_id)
         if isinstance(error, ServiceError):
             await self.context.abort(error.code, error.message, (request_id, *status_metadata(error)))
         elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
             message = f"internal error; the service's log says why under request id {self.record.request_id}"
             await self.context.abort(grpc.StatusCode.INTERNAL, message, (request_id,))
+
+    def _trace(self) -> None:
+        """Begins the span of the call, within the client's where it sent one."""
+        self.span = tracing.span(
+            self.path.lstrip("/"),
+            kind="server",
+            attributes={
+                "rpc.system": "grpc",
+                "rpc.service": self.path.lstrip("/").rpartition("/")[0],
+                "rpc.method": self.method,
+                "quartet.request_id": self.record.request_id,
+            },
+            parent=tracing.from_metadata(self.metadata),
+        )
+        self.span.stay()
+        bind_contextvars(trace_id=self.span.trace_id)
+
+    def _end_trace(self, code: grpc.StatusCode) -> None:
+        if self.span is tracing.NO_SPAN:
+            return
+        record = self.record
+        self.span.set(
+            {"rpc.grpc.status_code": code.value[0], "quartet.items": record.items, "quartet.tokens": record.tokens}
+        )
+        if record.weights_version is not None:
+            self.span.set({"quartet.weights_version": record.weights_version})
+        if code in _OUR_FAULT:
+            self.span.fail(code.name)
+        self.span.end()
 
     def _log(self, code: grpc.StatusCode, seconds: float, error: BaseException | None) -> None:
         """One line a call. What was asked and answered is counted here and never told."""

@@ -16,6 +16,7 @@ from typing import Any, Self, TypeVar
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from quartet import tracing
 from quartet.client.errors import NotReadyError, UnavailableError, translate
 from quartet.client.security import Security
 
@@ -184,27 +185,45 @@ class ServiceClient:
         request_id = new_request_id()
         start = time.monotonic()
         backoff_s = self.policy.first_backoff_s
-        while True:
-            try:
-                # Not wait_for_ready: that would wait for a service that is away until the deadline of an attempt.
-                return await method(request, timeout=self.policy.deadline_s, metadata=self._metadata(request_id))
-            except grpc.aio.AioRpcError as error:
-                typed = translate(error, self.name, request_id)
-                pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
-                waited_s = time.monotonic() - start
-                if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
-                    raise typed from error
-                await asyncio.sleep(pause_s)
-                backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
+        with self._span(type(request).__name__.removesuffix("Request"), request_id) as span:
+            while True:
+                metadata = (*self._metadata(request_id), *span.metadata)
+                try:
+                    # Not wait_for_ready: that would wait for a service that is away until the deadline of an attempt.
+                    return await method(request, timeout=self.policy.deadline_s, metadata=metadata)
+                except grpc.aio.AioRpcError as error:
+                    typed = translate(error, self.name, request_id)
+                    pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
+                    waited_s = time.monotonic() - start
+                    if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
+                        span.set({"rpc.grpc.status_code": error.code().value[0]})
+                        raise typed from error
+                    span.event("tried again", {"code": error.code().name, "pause_s": pause_s})
+                    await asyncio.sleep(pause_s)
+                    backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
+
+    def _span(self, method: str, request_id: str) -> tracing.Span:
+        """Of a call with all its attempts."""
+        if not tracing.active():
+            return tracing.NO_SPAN
+        attributes = {
+            "rpc.system": "grpc",
+            "rpc.service": self.health_service,
+            "rpc.method": method,
+            "quartet.request_id": request_id,
+        }
+        return tracing.span(f"{self.health_service}/{method}", kind="client", attributes=attributes)
 
     @contextlib.asynccontextmanager
-    async def _stream(self) -> AsyncIterator[tuple[tuple[str, str], ...]]:
+    async def _stream(self, *, method: str) -> AsyncIterator[tuple[tuple[str, str], ...]]:
         """Metadata of a streaming call; its failures come out typed. Not retried: the caller knows what is missing."""
         request_id = new_request_id()
-        try:
-            yield self._metadata(request_id)
-        except grpc.aio.AioRpcError as error:
-            raise translate(error, self.name, request_id) from error
+        with self._span(method, request_id) as span:
+            try:
+                yield (*self._metadata(request_id), *span.metadata)
+            except grpc.aio.AioRpcError as error:
+                span.set({"rpc.grpc.status_code": error.code().value[0]})
+                raise translate(error, self.name, request_id) from error
 
 
 def pushback_s(error: grpc.aio.AioRpcError) -> float:

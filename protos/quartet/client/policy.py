@@ -170,7 +170,7 @@ class PolicyClient(ServiceClient):
         )
         stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
         count = 0
-        async with self._stream() as metadata:
+        async with self._stream(method="Generate") as metadata:
             call = stub.Generate(request, timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
             try:
                 async for reply in call:
@@ -235,7 +235,7 @@ class WeightsClient(ServiceClient):
             QuartetError: see quartet.client.errors.
         """
         stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
-        async with self._stream() as metadata:
+        async with self._stream(method="UpdateWeights") as metadata:
             steps = _update_steps(tensors, weights_version, fingerprint, in_flight)
             call: grpc.aio.StreamUnaryCall[weights_pb2.UpdateWeightsRequest, weights_pb2.UpdateWeightsResponse]
             call = stub.UpdateWeights(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)

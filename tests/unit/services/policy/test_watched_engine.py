@@ -24,6 +24,7 @@ def task(number: int = 0, prompt_tokens: int = 3) -> GenerationTask:
 @dataclass
 class Piece:
     token_ids: list[int]
+    finish: str | None = None
 
 
 @dataclass
