@@ -13,9 +13,10 @@ import contextlib
 import importlib.util
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import wraps
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, Protocol, Self
+from typing import TYPE_CHECKING, Any, Literal, ParamSpec, Protocol, Self, TypeVar
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -25,6 +26,9 @@ Kind = Literal["internal", "client", "server"]
 Metadata = tuple[tuple[str, str], ...]
 Place = Any
 """Where in a trace something happens: opaque; None while no traces are kept."""
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 _log = logging.getLogger("quartet.tracing")
 
@@ -182,6 +186,22 @@ def phase(name: str, attributes: Attributes | None = None) -> Iterator[Span]:
         return
     with span(name, attributes=attributes) as begun, _tracer.enter(begun.place):
         yield begun
+
+
+def traced(name: str) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Makes every call of a function, not of a coroutine, a ``phase`` of this name."""
+
+    def wrap(function: Callable[P, T]) -> Callable[P, T]:
+        @wraps(function)
+        def within(*arguments: P.args, **named: P.kwargs) -> T:
+            if _tracer is None:
+                return function(*arguments, **named)
+            with phase(name):
+                return function(*arguments, **named)
+
+        return within
+
+    return wrap
 
 
 def here() -> Place:

@@ -7,9 +7,11 @@ import contextlib
 import ipaddress
 import json
 import random
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -23,6 +25,8 @@ from quartet.client.security import Security
 T = TypeVar("T")
 
 REQUEST_ID = "quartet-request-id"
+_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_belongs_to: ContextVar[str] = ContextVar("quartet_request_ids", default="")
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -237,4 +241,23 @@ def pushback_s(error: grpc.aio.AioRpcError) -> float:
 
 
 def new_request_id() -> str:
-    return uuid.uuid4().hex
+    """Of a call: what it belongs to, where that is said, and something that no other call has."""
+    belongs_to = _belongs_to.get()
+    return f"{belongs_to}.{uuid.uuid4().hex}" if belongs_to else uuid.uuid4().hex
+
+
+@contextlib.contextmanager
+def request_ids(prefix: str) -> Iterator[None]:
+    """Calls made within have request ids that begin with ``prefix`` and a dot, so that logs of services can be searched
+    for all that belongs together.
+
+    Raises:
+        ValueError: ``prefix`` is not 1 to 64 letters, digits, ``.``, ``_`` and ``-``.
+    """
+    if not _PREFIX.fullmatch(prefix):
+        raise ValueError(f"prefix is {prefix!r}, must be 1 to 64 letters, digits, '.', '_' and '-'")
+    token = _belongs_to.set(prefix)
+    try:
+        yield
+    finally:
+        _belongs_to.reset(token)
