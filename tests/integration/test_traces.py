@@ -15,8 +15,6 @@ from quartet.client.reference import TokenSequence
 from tests.conftest import free_port
 from tests.otlp_collector import Collector, inside, start_collector
 
-pytest.importorskip("opentelemetry.exporter.otlp.proto.grpc", reason="the extra otel is not installed")
-
 TEXT = "my phone screen is broken"
 
 
