@@ -1,4 +1,4 @@
-"""A collector of traces for tests: takes OTLP over gRPC, and keeps what came. Who imports it is skipped without the extra ``otel``."""
+"""A collector of traces for tests: takes OTLP over gRPC, keeps what came. Without the extra otel importers skip."""
 
 from __future__ import annotations
 
