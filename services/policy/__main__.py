@@ -46,7 +46,13 @@ async def serve(settings: PolicySettings) -> int:
     staging = staging_parent(settings.staging_dir)
     metrics = ServiceMetrics("policy", batches=False)
     async with ServiceRuntime(name="policy", settings=settings, metrics=metrics) as runtime:
-        policy = PolicyServicer(metrics, max_queued=settings.max_queued, stop=runtime.stop)
+        policy = PolicyServicer(
+            metrics,
+            max_queued=settings.max_queued,
+            stop=runtime.stop,
+            keep=settings.keep_limits,
+            retry_grace_s=settings.retry_grace_s,
+        )
         weights = WeightsServicer(
             metrics, staging=staging, max_bytes=int(settings.max_update_gib * 2**30), stop=runtime.stop
         )

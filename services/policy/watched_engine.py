@@ -13,7 +13,7 @@ from typing import Any, cast
 from prometheus_client import Gauge, Histogram
 
 from quartet import tracing
-from services.policy.engine import Engine, Generated, GenerationTask, InFlight
+from services.policy.engine import Engine, Generated, GenerationTask, InFlight, Piece
 from services.runtime.telemetry import LATENCY_BUCKETS_S, QueueState, ServiceMetrics
 
 _COMPLETION_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
@@ -78,11 +78,9 @@ class WatchedEngine:
             seen.tokens, seen.finish = len(generated.token_ids), str(generated.finish)
             return generated
 
-    async def stream(self, task: GenerationTask) -> AsyncGenerator[Any, None]:
-        """For engines that stream: its pieces, each with the next ``token_ids``."""
-        engine: Any = self._engine
+    async def stream(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
         with self._watch(task) as seen:
-            async with contextlib.aclosing(engine.stream(task)) as pieces:
+            async with contextlib.aclosing(self._engine.stream(task)) as pieces:
                 async for piece in pieces:
                     if not seen.tokens and piece.token_ids:
                         self._first_seconds.observe(time.monotonic() - seen.start_s)

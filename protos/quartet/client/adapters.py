@@ -14,7 +14,7 @@ import grpc
 
 from quartet.client.channel import ServiceClient
 from quartet.client.errors import InvalidInputError
-from quartet.client.policy import CHUNK_BYTES, UPDATE_ACCEPTED, WireTensor
+from quartet.client.policy import CHUNK_BYTES, WireTensor, upload
 from quartet.fingerprint import adapter_fingerprint
 from quartet.policy.v1 import adapters_pb2, adapters_pb2_grpc, weights_pb2
 
@@ -119,16 +119,7 @@ class AdapterClient(ServiceClient):
         async with self._stream(method="LoadAdapter") as metadata:
             call: grpc.aio.StreamUnaryCall[adapters_pb2.LoadAdapterRequest, adapters_pb2.LoadAdapterResponse]
             call = stub.LoadAdapter(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
-            try:
-                for number, step in enumerate(_load_steps(name, config, tensors)):
-                    await call.write(step)
-                    if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
-                        break
-                else:
-                    await call.done_writing()
-                reply = await call
-            finally:
-                call.cancel()  # Does nothing once it is answered.
+            reply = await upload(call, _load_steps(name, config, tensors))
         return AdapterLoad(
             adapter=_info(reply.adapter), already_loaded=reply.already_loaded, received_bytes=reply.received_bytes
         )

@@ -219,9 +219,11 @@ class ServiceClient:
         return tracing.span(f"{self.health_service}/{method}", kind="client", attributes=attributes)
 
     @contextlib.asynccontextmanager
-    async def _stream(self, *, method: str) -> AsyncIterator[tuple[tuple[str, str], ...]]:
+    async def _stream(
+        self, request_id: str | None = None, *, method: str
+    ) -> AsyncIterator[tuple[tuple[str, str], ...]]:
         """Metadata of a streaming call; its failures come out typed. Not retried: the caller knows what is missing."""
-        request_id = new_request_id()
+        request_id = request_id or new_request_id()
         with self._span(method, request_id) as span:
             try:
                 yield (*self._metadata(request_id), *span.metadata)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import grpc
 import pytest
 from google.protobuf import any_pb2
@@ -27,6 +29,8 @@ from quartet.client import (
     ServiceFailedError,
     TokenSequence,
     UnavailableError,
+    WeightsClient,
+    WireTensor,
 )
 from quartet.common.v1 import common_pb2
 from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
@@ -144,3 +148,30 @@ async def test_log_probabilities_of_another_length_than_the_response_are_a_failu
     await server.stop(0)
     assert whole == LogProbs(logprobs=(-1.0, -2.0), entropies=())
     assert short == ItemFailure(reason="the service gave 2 log-probabilities for 3 response tokens", retryable=False)
+
+
+async def test_a_stream_that_is_refused_while_it_is_written_comes_out_with_the_services_status():
+    """The refusal may arrive before, in, or after a write, which fails by itself then."""
+
+    class Refuse(grpc.aio.ServerInterceptor):
+        async def intercept_service(self, continuation, details):
+            if "Weights" not in details.method:
+                return await continuation(details)
+
+            async def handle(requests, context):
+                await context.abort(grpc.StatusCode.UNAUTHENTICATED, "no")
+
+            return grpc.stream_unary_rpc_method_handler(handle)
+
+    server = grpc.aio.server(interceptors=[Refuse()])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        tensors = [WireTensor(name="w", dtype="F32", shape=(1,), data=memoryview(b"abcd"))]
+        for _ in range(300):
+            async with WeightsClient(f"127.0.0.1:{port}", policy=ONCE) as weights:
+                updates = [weights.update(tensors, weights_version=version) for version in (1, 2)]
+                refused = await asyncio.gather(*updates, return_exceptions=True)
+            assert [type(error) for error in refused] == [CredentialsError] * 2
+    finally:
+        await server.stop(None)
