@@ -6,13 +6,14 @@ import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Any
 
 import grpc
 import pytest
 import structlog
 
-from quartet.client import CallPolicy, RewardClient, ScoreItem, ServiceFailedError
+from quartet.client import CallPolicy, RewardClient, ScoreItem, Security, ServiceFailedError
 from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.runtime import calls, tracebacks
@@ -21,6 +22,7 @@ from services.runtime.interceptors import CallInterceptor
 from services.runtime.logs import configure_logging
 from services.runtime.security import Gate, TokenCheck
 from services.runtime.telemetry import ServiceMetrics
+from tests.certificates import Authority
 
 SECRET = "hunter2-hunter2-hunter2"
 TEXT = "I have a rare illness"
@@ -159,8 +161,6 @@ async def test_neither_tokens_nor_texts_are_logged_whatever_goes_wrong(house, lo
 async def test_the_client_s_error_names_the_id_that_the_log_has(house, logged):
     _, address = house
     read = logged()
-    from quartet.client import Security
-
     client = RewardClient(address, policy=CallPolicy(patience_s=0.0), security=Security(token=SECRET))
     async with client:
         with pytest.raises(ServiceFailedError) as failed:
@@ -168,6 +168,51 @@ async def test_the_client_s_error_names_the_id_that_the_log_has(house, logged):
     (event,) = [event for event in read() if event["event"] == "call_failed"]
     assert event["request_id"] == failed.value.request_id
     assert failed.value.request_id in str(failed.value)
+
+
+@dataclass
+class Peer:
+    identities: list[bytes] | None
+
+    def peer(self) -> str:
+        return "ipv4:10.0.0.7:4242"
+
+    def peer_identities(self) -> list[bytes] | None:
+        return self.identities
+
+
+@pytest.mark.parametrize(
+    ("identities", "caller"),
+    [
+        (None, "ipv4:10.0.0.7:4242"),
+        ([b"trainer", b"spiffe://lab/trainer"], "trainer,spiffe://lab/trainer ipv4:10.0.0.7:4242"),
+        ([b'bad "name\n'], "bad__name_ ipv4:10.0.0.7:4242"),
+    ],
+)
+def test_a_caller_is_named_by_its_certificate_and_its_address(identities, caller):
+    assert calls.caller_of(Peer(identities)) == caller
+
+
+async def test_a_call_under_mtls_is_logged_with_the_name_in_the_client_s_certificate(tmp_path, logged):
+    authority = Authority.make()
+    cert, key = authority.sign("reward").write(tmp_path, "service")
+    service = House()
+    server = grpc.aio.server(interceptors=[CallInterceptor(service.metrics)])
+    reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
+    pair = [(key.read_bytes(), cert.read_bytes())]
+    trusted = authority.certificate_pem
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials(pair, trusted, require_client_auth=True))
+    await server.start()
+    read = logged()
+    client_cert, client_key = authority.sign("night-trainer", host="trainer.example").write(tmp_path, "client")
+    (tmp_path / "ca").write_bytes(trusted)
+    security = Security(ca_file=tmp_path / "ca", cert_file=client_cert, key_file=client_key, server_name="localhost")
+    async with RewardClient(f"127.0.0.1:{port}", security=security) as client:
+        await client.score([ScoreItem(prompt="a", response="b")])
+    await server.stop(0)
+    service.batcher.close()
+    (done,) = [event for event in read() if event["event"] == "call_done"]
+    assert done["caller"].startswith("trainer.example,127.0.0.1 ipv4:127.0.0.1:")
 
 
 def test_libraries_log_in_the_same_form_and_info_of_theirs_not_at_all(logged):
