@@ -33,6 +33,7 @@ from services.policy.engine import (
 )
 from services.policy.hosted import HostedPolicy
 from services.policy.text_stream import TextStream, decode
+from services.runtime import calls
 from services.runtime.errors import UnavailableError
 
 _FINISH = {
@@ -207,7 +208,7 @@ class GenerationRun:
                 )
             )
         seeds = asked.seeds_of(request.sampling, len(request.prompts), self.n, self._seed)
-        call_id = secrets.token_hex(8)
+        call_id = f"{calls.current_request_id()}.{secrets.token_hex(4)}"
         for index in missing:
             work = GenerationTask(
                 prompt_ids=[],

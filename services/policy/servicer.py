@@ -16,6 +16,7 @@ from services.policy import asked
 from services.policy.hosted import HostedPolicy
 from services.policy.kept_requests import KeepLimits, KeptRequests
 from services.policy.run import GenerationRun
+from services.runtime import calls
 from services.runtime.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
@@ -93,6 +94,8 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
             async for reply in replies:
                 if reply.HasField("status"):
                     self.metrics.items.labels(common_pb2.ItemStatusCode.Name(reply.status.code)).inc()
+                    version = reply.served_by.weights_version
+                    calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
                 yield reply
 
     def _run_of(self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int) -> GenerationRun:
@@ -122,6 +125,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 f"{self._admitted} completions are in hand and {count} more were asked for, at most {self.max_queued} "
                 "are taken; try again later",
                 retry_after_ms=_RETRY_AFTER_MS,
+                refused_as="completions",
             )
         self._admitted += count
 

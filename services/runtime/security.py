@@ -274,12 +274,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if self.tokens is not None:
             reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
             if reason is not None:
-                return _refusing(UnauthenticatedError(reason))
+                return _refusing(UnauthenticatedError(reason, refused_as="credentials"))
         if self.calls >= self.max_calls:
             return _refusing(
                 OverloadedError(
                     f"{self.calls} calls are in hand, at most {self.max_calls} are taken; try again later",
                     retry_after_ms=_RETRY_AFTER_MS,
+                    refused_as="calls",
                 )
             )
         return self._admit(handler)

@@ -24,12 +24,14 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from quartet import tracing
 from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
 from services.runtime.interceptors import CallInterceptor
+from services.runtime.logs import configure_logging
 from services.runtime.security import Gate, ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
-from services.runtime.telemetry import ServiceMetrics, configure_logging
+from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
 
@@ -269,11 +271,13 @@ def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaita
     configure_logging(settings.log_level, settings.log_format)
     code = 2
     try:
+        tracing.start(name, settings.otlp_endpoint)
         code = _run_loop(serve)
-    except (StartError, ModelFolderError) as error:
+    except (StartError, ModelFolderError, tracing.TracingError) as error:
         sys.stderr.write(f"{name}: {error}\n")
     except KeyboardInterrupt:
         code = 130
+    tracing.stop()
     sys.stderr.flush()
     sys.exit(code)
 

@@ -8,7 +8,10 @@ from grpc_status import rpc_status
 
 
 class QuartetError(Exception):
-    """A call failed. ``service``: what was called, ``code``: the gRPC status, ``field``: the bad field if named."""
+    """A call failed. ``service``: what was called, ``code``: the gRPC status, ``field``: the bad field if named.
+
+    ``request_id``: under which the service's log tells of the call; empty where it was not made.
+    """
 
     def __init__(
         self,
@@ -19,7 +22,8 @@ class QuartetError(Exception):
         field: str = "",
         request_id: str = "",
     ) -> None:
-        super().__init__(f"{service}: {message}" if service else message)
+        text = f"{service}: {message}" if service else message
+        super().__init__(f"{text} (request id {request_id})" if request_id and request_id not in message else text)
         self.message = message
         self.service = service
         self.code = code

@@ -230,7 +230,7 @@ class PolicyClient(ServiceClient):
         start_s, backoff_s = time.monotonic(), self.policy.first_backoff_s
         while True:
             try:
-                async with self._stream(request.request_id) as metadata:
+                async with self._stream(request.request_id, method="Generate") as metadata:
                     call = stub.Generate(
                         request, timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True
                     )
@@ -364,7 +364,7 @@ class WeightsClient(ServiceClient):
             QuartetError: see quartet.client.errors.
         """
         stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
-        async with self._stream() as metadata:
+        async with self._stream(method="UpdateWeights") as metadata:
             steps = _update_steps(tensors, weights_version, fingerprint, in_flight)
             call: grpc.aio.StreamUnaryCall[weights_pb2.UpdateWeightsRequest, weights_pb2.UpdateWeightsResponse]
             call = stub.UpdateWeights(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
