@@ -86,6 +86,9 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[QuartetError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.ABORTED: PreconditionError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    # Who cancels a call himself sees asyncio.CancelledError. This is what gRPC says of calls that reach a server in the
+    # moment in which it stops.
+    grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.DATA_LOSS: DamagedError,
@@ -102,4 +105,6 @@ def translate(error: grpc.aio.AioRpcError, service: str, request_id: str = "") -
             field = bad_request.field_violations[0].field
     kind = ERROR_BY_CODE.get(error.code(), ServiceFailedError)
     message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.CANCELLED and message == "CANCELLED":
+        message = "the service ended the call without an answer: it is stopping"
     return kind(message, service=service, code=error.code(), field=field, request_id=request_id)
