@@ -26,6 +26,9 @@ CHUNK_BYTES = 1024 * 1024
 # Initial metadata with which the service accepts the begin of an update.
 UPDATE_ACCEPTED = "quartet-update-accepted"
 
+# A status that is not here by then never comes.
+_STATUS_S = 2.0
+
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
 
@@ -382,21 +385,42 @@ async def upload(call: grpc.aio.StreamUnaryCall[Request, Reply], steps: Iterator
     Raises:
         grpc.aio.AioRpcError: with the status that the service gave.
     """
+    broken = False
     try:
         for number, step in enumerate(steps):
             try:
                 await call.write(step)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 # The service has ended the call. Why is in its own status, which may come only after the write failed.
+                broken = True
                 break
             # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
             if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
                 break
         else:
             await call.done_writing()
-        return await call
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise (await _own_status(call, error) if broken else error) from None
     finally:
         call.cancel()  # Does nothing once it is answered.
+
+
+async def _own_status(call: grpc.aio.StreamUnaryCall[Request, Reply], error: grpc.aio.AioRpcError) -> Exception:
+    """What the service said, once it is here: until then gRPC takes the failed write for the end of the call."""
+    end_s = time.monotonic() + _STATUS_S
+    while await call.details() == error.details() and error.code() is grpc.StatusCode.INTERNAL:
+        if time.monotonic() > end_s:
+            return error
+        await asyncio.sleep(0.01)
+    return grpc.aio.AioRpcError(
+        await call.code(),
+        grpc.aio.Metadata(*(await call.initial_metadata() or ())),
+        grpc.aio.Metadata(*(await call.trailing_metadata() or ())),
+        details=await call.details(),
+        debug_error_string=error.debug_error_string(),
+    )
 
 
 def _update_steps(
