@@ -11,7 +11,7 @@ BIN := .venv/bin
 TESTS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-reference bench-reward
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-15s %s\n", name, $$0 }'
@@ -50,6 +50,9 @@ bench-reward: setup  ## scoring against transformers and vLLM; some minutes
 
 bench-generate: setup  ## generation against vLLM and transformers; some minutes
 	$(BIN)/python -m bench.generate
+
+bench-overload: setup  ## the reward and reference services under five times the load they can bear
+	$(BIN)/python -m bench.overload
 
 bench-reference: setup  ## log-probabilities at a large vocabulary against transformers and vLLM
 	$(BIN)/python -m bench.reference

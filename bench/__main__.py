@@ -1,6 +1,7 @@
 """``make bench``: all measurements of this machine in one run, and whether they are where they should be.
 
-``python -m bench batcher`` measures what the batcher costs, alone and in seconds.
+``python -m bench batcher`` measures what the batcher costs, alone and in seconds; ``python -m bench linear`` what the
+trainer's linear layers save.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from bench import batcher, generation, ppo_overhead
+from bench import batcher, generation, linear, ppo_overhead
 from bench.machine import machine
 
 OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
@@ -18,11 +19,14 @@ OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
 def main() -> None:
     where = machine()
     print("; ".join(f"{name} {value}" for name, value in where.items()))
+    if sys.argv[1:] == ["linear"]:
+        print("\n".join(("", *linear.measure())))
+        return
     if sys.argv[1:] == ["batcher"]:
         print("\n".join(("", *batcher.measure(batcher.Load()).lines())))
         return
     if sys.argv[1:]:
-        sys.exit(f"bench: unknown measurement {' '.join(sys.argv[1:])!r}: say batcher, or nothing for all")
+        sys.exit(f"bench: unknown measurement {' '.join(sys.argv[1:])!r}: say batcher or linear, or nothing for all")
     asked = generation.Load()
     print(
         f"\ngeneration: {asked.prompts} concurrent requests of {asked.prompt_tokens} + {asked.new_tokens} tokens",

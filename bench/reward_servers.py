@@ -69,7 +69,7 @@ async def _wait_ready(name: str, process: subprocess.Popen[bytes], port: int) ->
     import aiohttp
     import grpc
 
-    from quartet.client import ServiceError
+    from quartet.client import QuartetError
 
     give_up_s = time.monotonic() + _READY_S
     async with client(name, port) as ask:
@@ -79,7 +79,7 @@ async def _wait_ready(name: str, process: subprocess.Popen[bytes], port: int) ->
             try:
                 await ask([([2, 3], [4, 1])])
                 return
-            except (aiohttp.ClientError, grpc.RpcError, ServiceError):
+            except (aiohttp.ClientError, grpc.RpcError, QuartetError):
                 if time.monotonic() > give_up_s:
                     raise
             await asyncio.sleep(0.5)

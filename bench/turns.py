@@ -13,7 +13,7 @@ import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -70,7 +70,7 @@ class Side:
 
 
 @contextmanager
-def start_sides(commands: dict[str, Sequence[str]]) -> Iterator[list[Side]]:
+def start_sides(commands: Mapping[str, Sequence[str]]) -> Iterator[list[Side]]:
     """All sides, one after another, so that no two load at the same time."""
     sides: list[Side] = []
     try:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from quartet import tracing
 from quartet.client import QuartetError
 from quartet.model_folder import ModelFolderError
 from quartet.settings import Settings
@@ -76,15 +77,18 @@ def main(argv: list[str] | None = None) -> None:
     settings_class: type[Settings] = _load(command.settings)
     settings = settings_class.from_command_line(arguments)
     try:
+        tracing.start("quartet-train", getattr(settings, "otlp_endpoint", None))
         run: Callable[[Any], None] = _load(command.main)
         run(settings)
-    except (TrainerError, ModelFolderError, QuartetError) as error:
+    except (TrainerError, ModelFolderError, QuartetError, tracing.TracingError) as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"quartet-train {name}: {line}\n")
         sys.exit(getattr(error, "exit_code", 2))
     except KeyboardInterrupt:
         sys.stderr.write(f"quartet-train {name}: interrupted\n")
         sys.exit(130)
+    finally:
+        tracing.stop()
 
 
 def _usage() -> str:

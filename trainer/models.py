@@ -20,6 +20,7 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from quartet.model_folder import find_model, read_metadata, write_metadata
 from trainer.errors import ModelError
+from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 
@@ -29,7 +30,9 @@ _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length
 _PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
 _ADDED_PAD_TOKEN = "<|pad|>"
 # Bytes of logits that exist at once: what stays in a processor's cache, and what a GPU needs to be busy.
-_LOGIT_BYTES = {"cpu": 2**20, "cuda": 2**28}
+_LOGIT_BYTES = {"cpu": 2**22, "cuda": 2**28}
+# On a processor: logits of so many tokens of the vocabulary at a time.
+_CPU_PART = 4096
 # Largest difference between a model's own logits and hidden states times output weights that is rounding.
 _HEAD_TOLERANCE = 1e-3
 
@@ -80,6 +83,7 @@ def load_policy(model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch
         if policy.generation_config.eos_token_id is None:
             policy.generation_config.eos_token_id = tokenizer.eos_token_id
     disable_dropout(policy)
+    use_fast_linear(policy.base_model)
     return policy.train()
 
 
@@ -121,6 +125,7 @@ def load_reward_model(
         initialise_head(reward_model.score, seed=new_head_seed or 0)
     _fit(reward_model, tokenizer)
     disable_dropout(reward_model)
+    use_fast_linear(reward_model.base_model)
     return reward_model.train()
 
 
@@ -298,7 +303,9 @@ class TokenLogprobs(nn.Module):
         entropy_BS: Tensor | None
         if self.plain_head:
             head = self.policy.get_output_embeddings()
-            chunk = max(64, _LOGIT_BYTES.get(ids_BS.device.type, 2**28) // (4 * head.weight.shape[0]))
+            vocabulary = head.weight.shape[0]
+            part = min(_CPU_PART, vocabulary) if ids_BS.device.type == "cpu" else vocabulary
+            chunk = max(64, _LOGIT_BYTES.get(ids_BS.device.type, 2**28) // (4 * part))
             logprobs_BS, entropy_BS = chunked_selective_logprobs(
                 hidden_BSD,
                 head.weight,
@@ -306,6 +313,7 @@ class TokenLogprobs(nn.Module):
                 next_ids_BS,
                 temperature,
                 chunk_tokens=chunk,
+                part_size=part,
                 mask_BT=next_wanted_BS,
                 want_entropy=want_entropy,
             )

@@ -22,6 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from quartet import tracing
 from quartet.client import QuartetError
 from quartet.fingerprint import derive_seed
 from trainer import rewards
@@ -80,10 +81,11 @@ def train(run: PPORun, stop: StopRequest) -> None:
             saving_s = 0.0
             while run.step < settings.steps and not stop.requested:
                 start_s = time.perf_counter() - saving_s
-                rollout = run.collect()
-                metrics = learner.step(rollout, run.step)
-                run.advance(rollout)  # At once: what is saved after this belongs to the new step.
-                publish_s = publish(run, learner)
+                with run.as_step():
+                    rollout = run.collect()
+                    metrics = learner.step(rollout, run.step)
+                    run.advance(rollout)  # At once: what is saved after this belongs to the new step.
+                    publish_s = publish(run, learner)
                 metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
                 evaluated: dict[str, float] = {}
                 try:
@@ -163,6 +165,7 @@ class Learner:
         """What a checkpoint keeps of it."""
         return Trained(modules={"policy": self.policy, "critic": self.critic}, optimisers=self.optimisers, kl=self.kl)
 
+    @tracing.traced("learn")
     def step(self, rollout: Rollout, step: int) -> dict[str, float]:
         """Learns from one rollout and returns the figures of the step, times in seconds among them.
 
@@ -185,6 +188,7 @@ class Learner:
         metrics["time/update_s"] = time.perf_counter() - start_s - forward_s
         return metrics
 
+    @tracing.traced("forward")
     @torch.no_grad()
     def evaluate(self, experience: Experience) -> Evaluated:
         """Log-probabilities, entropies and values of every response token under the present weights."""
@@ -261,6 +265,7 @@ class Learner:
             )
         return scores_N
 
+    @tracing.traced("update")
     def update(self, experience: Experience, targets: Targets, step: int) -> dict[str, float]:
         """Epochs over the rollout: every sample once an epoch, in minibatches of a fresh permutation each."""
         sums: dict[str, float] = {}

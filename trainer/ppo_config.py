@@ -42,6 +42,11 @@ class ServiceAddresses(ServiceCredentials):
     reference: Address = Field("127.0.0.1:50053", description="reference service, likewise")
     ready_timeout_s: PositiveFloat = Field(300.0, description="how long a service may take to be ready, seconds")
     call_deadline_s: PositiveFloat = Field(600.0, description="longest that one call may take, seconds")
+    otlp_endpoint: str | None = Field(
+        None,
+        description="collector that traces are sent to, OTLP over gRPC (http://127.0.0.1:4317); default "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, and no traces without it. Needs the extra otel",
+    )
 
 
 class SamplingSettings(Settings):
@@ -158,7 +163,7 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
         """The settings that decide the result: a resumed run must have the same."""
         free = {
             "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "reference",
-            "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction",
+            "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction", "otlp_endpoint",
         }  # fmt: skip
         return self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
 

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import contextvars
+import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from quartet.client import QuartetError
+from quartet import tracing
+from quartet.client import QuartetError, request_ids
 from quartet.client.reward import Normalisation
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import ModelFolderError, find_model
@@ -34,6 +38,9 @@ from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, open_output, write_json
 
 _BEFORE = "evaluation_before.json"
 _AFTER = "evaluation_after.json"
+_NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]")
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -132,10 +139,25 @@ class PPORun:
                 f"not those of --model {self.settings.model!r}: KL is to the reference, and doesn't start at 0\n"
             )
 
+    @contextlib.contextmanager
+    def as_step(self) -> Iterator[None]:
+        """What is done within belongs to the next step, in traces and in the logs of the services, which name the
+        requests of step 7 of runs/ppo ``ppo.step7.*``."""
+        name = _NOT_IN_IDS.sub("-", self.settings.output.resolve().name)[:40] or "ppo"
+        attributes: tracing.Attributes = {"quartet.run": name, "quartet.step": self.step + 1}
+        with request_ids(f"{name}.step{self.step + 1}"), tracing.phase("step", attributes):
+            yield
+
+    def _run(self, work: Coroutine[Any, Any, T]) -> T:
+        """To its end, knowing which step it belongs to: the loop would keep what it knew when it began."""
+        return self._loop.run(work, context=contextvars.copy_context())
+
+    @tracing.traced("publish")
     def publish(self, weights: Weights) -> None:
         """Makes every policy replica serve ``weights``."""
-        self._loop.run(self._services.publish(weights))
+        self._run(self._services.publish(weights))
 
+    @tracing.traced("rollout")
     def collect(self) -> Rollout:
         """The next rollout.
 
@@ -150,7 +172,7 @@ class PPORun:
             for p, task in enumerate(drawn)
             for s in range(settings.samples_per_prompt)
         ]
-        rollout = self._loop.run(self._services.collect(tasks, settings, top_p=settings.top_p, top_k=settings.top_k))
+        rollout = self._run(self._services.collect(tasks, settings, top_p=settings.top_p, top_k=settings.top_k))
         failed = len(rollout.failures)
         if failed > settings.max_failed_fraction * len(tasks) or len(rollout.samples) < 2:
             raise ServicesError(
@@ -210,9 +232,10 @@ class PPORun:
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 
+    @tracing.traced("evaluate")
     def evaluate(self) -> Evaluation:
         """The present policy on the held-out prompts."""
-        return self._loop.run(evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer))
+        return self._run(evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer))
 
     def evaluate_before(self) -> None:
         """The SFT policy, once in a run's life."""

@@ -13,6 +13,9 @@ from pathlib import Path
 
 import torch
 
+from services.runtime.memory import DeviceMemory
+from services.runtime.telemetry import ServiceMetrics
+
 # Of safetensors; all are held in the precision of the service, but integers.
 _FLOATING = {"F64", "F32", "F16", "BF16", "F8_E4M3", "F8_E5M2"}
 _GIB = 2**30
@@ -87,6 +90,14 @@ def _group_bytes(membership: Path, cgroups: Path) -> list[int | None]:
             pass  # The root has no limit, and a part of the tree may not be ours to read.
         group = group.parent
     return left
+
+
+def watch_gpu(metrics: ServiceMetrics, device_type: str) -> None:
+    """Lets ``metrics`` tell what torch holds of the GPU that it runs on; does nothing elsewhere."""
+    if device_type == "cuda":
+        metrics.memory.device = lambda: DeviceMemory(
+            allocated_bytes=torch.cuda.memory_allocated(), reserved_bytes=torch.cuda.memory_reserved()
+        )
 
 
 def release() -> None:

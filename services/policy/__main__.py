@@ -40,12 +40,19 @@ async def serve(settings: PolicySettings) -> int:
     from services.policy.hosted import HostedPolicy
     from services.policy.servicer import PolicyServicer
     from services.policy.staging import read_layout, staging_parent
+    from services.policy.watched_engine import watched
     from services.policy.weights_servicer import WeightsServicer
 
     staging = staging_parent(settings.staging_dir)
-    metrics = ServiceMetrics("policy")
+    metrics = ServiceMetrics("policy", batches=False)
     async with ServiceRuntime(name="policy", settings=settings, metrics=metrics) as runtime:
-        policy = PolicyServicer(metrics, max_queued=settings.max_queued, stop=runtime.stop)
+        policy = PolicyServicer(
+            metrics,
+            max_queued=settings.max_queued,
+            stop=runtime.stop,
+            keep=settings.keep_limits,
+            retry_grace_s=settings.retry_grace_s,
+        )
         weights = WeightsServicer(
             metrics, staging=staging, max_bytes=int(settings.max_update_gib * 2**30), stop=runtime.stop
         )
@@ -71,7 +78,8 @@ async def serve(settings: PolicySettings) -> int:
             ),
         )
         runtime.serve_metrics()
-        engine = choose_engine(folder, settings)
+        slots = 1 if settings.deterministic else settings.max_concurrent
+        engine = watched(choose_engine(folder, settings), metrics, slots=slots)
         try:
             # First what is quick to load and refuse: a large engine takes minutes.
             tokenizer = await asyncio.to_thread(

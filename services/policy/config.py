@@ -7,7 +7,8 @@ from typing import ClassVar, Literal
 
 from pydantic import Field
 
-from quartet.settings import NonNegativeInt, Port, PositiveFloat, PositiveInt, UnitFloat
+from quartet.settings import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt, UnitFloat
+from services.policy.kept_requests import KeepLimits
 from services.runtime.admin import AdminSettings
 
 
@@ -28,6 +29,16 @@ class PolicySettings(AdminSettings):
     max_queued: PositiveInt = Field(
         16384, description="most completions in hand, waiting ones included; a request beyond is refused whole"
     )
+    retry_cache_requests: NonNegativeInt = Field(
+        1024, description="requests whose finished completions are kept for a retry of the same id; 0 keeps none"
+    )
+    retry_cache_mib: PositiveInt = Field(64, description="most memory for them, MiB")
+    retry_cache_s: PositiveFloat = Field(300.0, description="seconds that they are kept after the last call has left")
+    retry_grace_s: NonNegativeFloat = Field(
+        0.0,
+        description="seconds that the work of a request with an id goes on after its last call has left, for a retry "
+        "to join it; 0: it ends and frees its slots at once",
+    )
     max_sequence_tokens: NonNegativeInt = Field(
         0, description="longest sequence, prompt and response; 0: what the model's configuration says"
     )
@@ -46,3 +57,10 @@ class PolicySettings(AdminSettings):
         16, description="largest rank of a LoRA adapter; with vLLM every adapter takes memory and time of this rank"
     )
     max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")
+
+    @property
+    def keep_limits(self) -> KeepLimits:
+        """Bounds of what is kept for retries."""
+        return KeepLimits(
+            count=self.retry_cache_requests, max_bytes=self.retry_cache_mib * 2**20, age_s=self.retry_cache_s
+        )

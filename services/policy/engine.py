@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -29,7 +29,11 @@ class InFlight(StrEnum):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How to sample. ``temperature`` 0 is greedy, ``top_k`` 0 keeps all, ``stop_token_ids`` include the model's own."""
+    """How to sample. ``temperature`` 0 is greedy, ``top_k`` 0 keeps all, ``stop_token_ids`` include the model's own.
+
+    ``logit_bias``: (token, what is added to its logit) before anything else. Stop strings are not here: the engine
+    knows no text, and the service looks for them in what ``stream`` yields.
+    """
 
     temperature: float
     top_p: float
@@ -37,6 +41,7 @@ class Sampling:
     max_new_tokens: int
     min_new_tokens: int
     stop_token_ids: tuple[int, ...]
+    logit_bias: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,6 +69,28 @@ class Generated:
     version_spans: list[tuple[int, int]]
     start_unix_ns: int
     end_unix_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """The next tokens of a completion, with what ``Generated`` says of tokens; ``finish`` is set in the last piece."""
+
+    token_ids: list[int]
+    logprobs: list[float]
+    version_spans: list[tuple[int, int]]
+    finish: Finish | None = None
+
+
+def cut_spans(spans: Iterable[tuple[int, int]], start: int, end: int) -> list[tuple[int, int]]:
+    """The (version, tokens) spans of the tokens [start, end) of a completion with these ``spans``."""
+    cut: list[tuple[int, int]] = []
+    position = 0
+    for version, count in spans:
+        inside = min(end, position + count) - max(start, position)
+        if inside > 0:
+            cut.append((version, inside))
+        position += count
+    return cut
 
 
 class EngineFailedError(Exception):
@@ -98,6 +125,17 @@ class Engine(Protocol):
 
     async def generate(self, task: GenerationTask) -> Generated:
         """One completion. Cancelling the coroutine frees its slot at once.
+
+        Raises:
+            GenerationFailedError: this one failed.
+            EngineFailedError: the engine died.
+        """
+        ...
+
+    def stream(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        """The same completion in pieces as its tokens are sampled; the last one has ``finish``, and may have no tokens.
+
+        Who reads slower than the engine samples gets larger pieces. Closing the generator frees the slot at once.
 
         Raises:
             GenerationFailedError: this one failed.

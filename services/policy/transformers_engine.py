@@ -16,7 +16,7 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -31,7 +31,16 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 from services.hosting.model import choose_hosting, longest_sequence
 from services.policy.adapter_config import AdapterConfig
 from services.policy.config import PolicySettings
-from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Sampling
+from services.policy.engine import (
+    EngineFailedError,
+    Finish,
+    Generated,
+    GenerationTask,
+    InFlight,
+    Piece,
+    Sampling,
+    cut_spans,
+)
 from services.policy.low_rank import LowRankAdapter, RowAdapters, read_adapter, row_wise_modules
 from services.policy.staging import WEIGHTS_FILE
 from services.runtime.errors import StartError
@@ -61,6 +70,8 @@ class _Row:
     logprobs: list[float] = field(default_factory=list)
     spans: list[list[int]] = field(default_factory=list)
     start_unix_ns: int
+    # Called in the engine's thread after each token, when somebody reads along.
+    on_token: Callable[[], None] | None = None
 
     @property
     def sampling(self) -> Sampling:
@@ -112,6 +123,7 @@ class TransformersEngine:
         self._joining: list[_Row] = []  # No longer waiting, and not in the batch yet.
         self._batch: _Batch | None = None
         self._update: _Update | None = None
+        self._left = False  # Somebody cancelled since the last step.
         self._changed = threading.Condition()
         self._stopping = False
         self._failure: str | None = None
@@ -154,19 +166,61 @@ class TransformersEngine:
         return model
 
     async def generate(self, task: GenerationTask) -> Generated:
+        # Cancelling the wrapper cancels the future, which the thread notices before the next token.
+        return await asyncio.wrap_future(self._enter(task, None).future)
+
+    async def stream(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        loop, news = asyncio.get_running_loop(), asyncio.Event()
+
+        def tell() -> None:
+            # The loop may be gone when the process ends: then nobody reads along.
+            with contextlib.suppress(RuntimeError):
+                loop.call_soon_threadsafe(news.set)
+
+        row = self._enter(task, tell)
+        answer = asyncio.wrap_future(row.future)
+        answer.add_done_callback(lambda _: news.set())
+        sent = 0
+        try:
+            while not answer.done():
+                await news.wait()
+                news.clear()
+                # The thread appends a token first and counts it in a span last: what is counted is there.
+                spans = [(version, count) for version, count in list(row.spans)]
+                if not answer.done() and (end := sum(count for _, count in spans)) > sent:
+                    yield _piece(row.token_ids, row.logprobs, spans, sent, end)
+                    sent = end
+            done = answer.result()
+            count = len(done.token_ids)
+            yield _piece(done.token_ids, done.logprobs, done.version_spans, sent, count, done.finish)
+        finally:
+            answer.cancel()
+
+    def _enter(self, task: GenerationTask, on_token: Callable[[], None] | None) -> _Row:
         row = _Row(
             task=task,
             adapter=self._adapters[task.adapter] if task.adapter else None,
             future=Future(),
             generator=torch.Generator().manual_seed(task.seed),
             start_unix_ns=time.time_ns(),
+            on_token=on_token,
         )
+        row.future.add_done_callback(self._note_cancelled)
         with self._changed:
             self._require_alive()
             self._waiting.append(row)
             self._changed.notify()
-        # Cancelling the wrapper cancels the future, which the thread notices before the next token.
-        return await asyncio.wrap_future(row.future)
+        return row
+
+    def _note_cancelled(self, future: Future[Generated]) -> None:
+        if future.cancelled():
+            self._left = True
+
+    @property
+    def counts(self) -> tuple[int, int]:
+        """How many requests are being generated, and how many wait for a slot."""
+        with self._changed:
+            return len(self._batch.rows if self._batch is not None else ()), len(self._waiting) + len(self._joining)
 
     async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
         update = _Update(
@@ -233,7 +287,11 @@ class TransformersEngine:
 
     def _step(self) -> None:
         """Drops who left, changes weights, admits newcomers, and samples one token for everybody."""
-        self._keep(lambda row: not row.future.cancelled())
+        if self._left:
+            self._left = False
+            self._keep(lambda row: not row.future.cancelled())
+            with self._changed:
+                self._waiting = deque(row for row in self._waiting if not row.future.cancelled())
         self._maybe_update()
         self._admit()
         if self._batch is not None:
@@ -312,6 +370,8 @@ class TransformersEngine:
                 row.spans[-1][1] += 1
             else:
                 row.spans.append([self.version, 1])
+            if row.on_token is not None:
+                row.on_token()
 
     def _finish(self) -> None:
         """Answers the rows that are done and closes their places in the batch."""
@@ -379,6 +439,23 @@ def _finish_of(row: _Row) -> Finish | None:
     return Finish.LENGTH if len(row.token_ids) >= row.sampling.max_new_tokens else None
 
 
+def _piece(
+    token_ids: list[int],
+    logprobs: list[float],
+    spans: list[tuple[int, int]],
+    start: int,
+    end: int,
+    finish: Finish | None = None,
+) -> Piece:
+    """Tokens [start, end) of a completion."""
+    return Piece(
+        token_ids=token_ids[start:end],
+        logprobs=logprobs[start:end],
+        version_spans=cut_spans(spans, start, end),
+        finish=finish,
+    )
+
+
 def _answer(row: _Row, finish: Finish) -> None:
     with contextlib.suppress(InvalidStateError):  # Cancelled since.
         if row.future.done():
@@ -396,8 +473,11 @@ def _answer(row: _Row, finish: Finish) -> None:
 
 
 def _processed(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
-    """(B, V) logits of the distribution that is sampled: end tokens held back, temperature, top-k, then top-p."""
+    """(B, V) logits of the distribution that is sampled: bias, end tokens held back, temperature, top-k, then top-p."""
     for index, row in enumerate(rows):
+        if row.sampling.logit_bias:
+            tokens, biases = zip(*row.sampling.logit_bias, strict=True)
+            logits_BV[index, list(tokens)] += torch.tensor(biases, device=logits_BV.device)
         if len(row.token_ids) < row.sampling.min_new_tokens:
             logits_BV[index, list(row.sampling.stop_token_ids)] = -torch.inf
     temperatures_B = torch.tensor([row.sampling.temperature or 1.0 for row in rows], device=logits_BV.device)

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import os
 import time
-from collections.abc import Awaitable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Mapping, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,9 @@ from services.policy.engine import (
     GenerationFailedError,
     GenerationTask,
     InFlight,
+    Piece,
     Sampling,
+    cut_spans,
 )
 from services.policy.low_rank import linear_modules_of, read_tensors
 from services.policy.staging import staging_parent
@@ -131,26 +133,62 @@ class VllmEngine:
         await self._llm.reset_prefix_cache()
 
     async def generate(self, task: GenerationTask) -> Generated:
+        start_unix_ns = time.time_ns()
+        final: RequestOutput | None = None
+        async with contextlib.aclosing(self._outputs(task, by_token=False)) as outputs:
+            async for output in outputs:
+                final = output
+        if final is None:
+            raise GenerationFailedError("the engine ended this request without an answer")
+        return _generated(final, self.version, start_unix_ns)
+
+    async def stream(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        sent = 0
+        spans: list[tuple[int, int]] = []
+        async with contextlib.aclosing(self._outputs(task, by_token=True)) as outputs:
+            async for output in outputs:
+                token_ids, logprobs = _tokens(output)
+                end = sent + len(token_ids)
+                spans = _spans(output, self._span_starts(output), end, self.version) or spans
+                finish = _FINISHES[output.outputs[0].finish_reason or "abort"] if output.finished else None
+                yield Piece(
+                    token_ids=token_ids, logprobs=logprobs, version_spans=cut_spans(spans, sent, end), finish=finish
+                )
+                sent = end
+                if finish is not None:
+                    return
+        raise GenerationFailedError("the engine ended this request without an answer")
+
+    async def _outputs(self, task: GenerationTask, *, by_token: bool) -> AsyncGenerator[RequestOutput, None]:
+        """What vLLM says of the request: once at its end, or its new tokens each time."""
         self._require_alive()
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
-        start_unix_ns = time.time_ns()
-        final: RequestOutput | None = None
         try:
             with self._adapters.running(task.adapter) as lora:
                 stream = self._llm.generate(
-                    {"prompt_token_ids": task.prompt_ids}, _sampling_params(task), task.request_id, lora_request=lora
+                    {"prompt_token_ids": task.prompt_ids},
+                    _sampling_params(task, by_token=by_token),
+                    task.request_id,
+                    lora_request=lora,
                 )
-                async for output in stream:
-                    final = output
+                # Closed at once, which takes the request out of the engine, and not when the collector gets to it.
+                async with contextlib.aclosing(stream):
+                    async for output in stream:
+                        yield output
         except EngineDeadError as error:
             self._failure = self._failure or "the engine process died"
             raise EngineFailedError(self._failure) from error
         except EngineGenerateError as error:
             raise GenerationFailedError(f"the engine failed on this request: {error.__cause__ or error}") from error
-        if final is None:
-            raise GenerationFailedError("the engine ended this request without an answer")
-        return _generated(final, self.version, start_unix_ns)
+
+    def _span_starts(self, output: RequestOutput) -> list[tuple[str, int]]:
+        """(version, first token) so far of a request that runs on; vLLM tells the public its spans only at the end."""
+        processor = self._llm.output_processor
+        for internal_id in processor.external_req_ids.get(output.request_id, ()):
+            if (state := processor.request_states.get(internal_id)) is not None:
+                return list(state.weight_version_starts)
+        return []
 
     async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
         self._require_alive()
@@ -259,7 +297,7 @@ def _engine_name() -> str:
     raise StartError("vLLM is not installed; install the extra quartet[policy], or choose --engine transformers")
 
 
-def _sampling_params(task: GenerationTask) -> SamplingParams:
+def _sampling_params(task: GenerationTask, *, by_token: bool) -> SamplingParams:
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind
 
@@ -271,28 +309,46 @@ def _sampling_params(task: GenerationTask) -> SamplingParams:
         max_tokens=sampling.max_new_tokens,
         min_tokens=sampling.min_new_tokens,
         stop_token_ids=list(sampling.stop_token_ids),
+        logit_bias=dict(sampling.logit_bias) or None,
         seed=task.seed,
         logprobs=0,  # Of the sampled token alone.
         flat_logprobs=True,
         detokenize=False,
-        output_kind=RequestOutputKind.FINAL_ONLY,
+        output_kind=RequestOutputKind.DELTA if by_token else RequestOutputKind.FINAL_ONLY,
     )
 
 
-def _generated(output: RequestOutput, version: int, start_unix_ns: int) -> Generated:
+def _tokens(output: RequestOutput) -> tuple[list[int], list[float]]:
+    """Token ids of an output, and of each its log-probability."""
     completion = output.outputs[0]
     token_ids = list(completion.token_ids)
     flat: Any = completion.logprobs
     # The sampled token comes first at every position.
     logprobs = [flat.logprobs[start] for start in flat.start_indices] if flat is not None else []
-    spans = [(int(span.version), span.end - span.start) for span in completion.weight_versions or ()]
-    if not spans and token_ids:
-        spans = [(version, len(token_ids))]
+    return token_ids, logprobs[: len(token_ids)]
+
+
+def _spans(output: RequestOutput, starts: Sequence[tuple[str, int]], count: int, version: int) -> list[tuple[int, int]]:
+    """(version, tokens) of the first ``count`` tokens of a completion, by vLLM's record where it has one.
+
+    ``starts``: (version, first token) of a request that runs on. ``version``: that which serves now.
+    """
+    if output.outputs[0].weight_versions:
+        return [(int(span.version), span.end - span.start) for span in output.outputs[0].weight_versions]
+    if not starts:
+        return [(version, count)] if count else []
+    # The record may be ahead of the output that is being read.
+    ends = [*(start for _, start in starts[1:]), max(count, starts[-1][1])]
+    return [(int(label), end - start) for (label, start), end in zip(starts, ends, strict=True)]
+
+
+def _generated(output: RequestOutput, version: int, start_unix_ns: int) -> Generated:
+    token_ids, logprobs = _tokens(output)
     return Generated(
         token_ids=token_ids,
-        logprobs=logprobs[: len(token_ids)],
-        finish=_FINISHES[completion.finish_reason or "abort"],
-        version_spans=spans,
+        logprobs=logprobs,
+        finish=_FINISHES[output.outputs[0].finish_reason or "abort"],
+        version_spans=_spans(output, (), len(token_ids), version),
         start_unix_ns=start_unix_ns,
         end_unix_ns=time.time_ns(),
     )

@@ -38,6 +38,7 @@ async def serve(settings: ReferenceSettings) -> int:
         import torch
 
         from services.hosting import model as hosting_model
+        from services.hosting.memory import watch_gpu
         from services.hosting.warm_up import warm_up
         from services.reference.logprobs import ReferenceItem, ReferenceModel
 
@@ -47,6 +48,7 @@ async def serve(settings: ReferenceSettings) -> int:
         tokenizer = hosting_model.load_tokenizer(folder, trust_remote_code=settings.trust_remote_code)
         chunk_mib = settings.chunk_mib or (16 if hosting.device.type == "cpu" else 1024)
         reference = ReferenceModel(folder, hosting=hosting, tokenizer=tokenizer, chunk_bytes=chunk_mib * 2**20)
+        watch_gpu(metrics, hosting.device.type)
         limits = settings.batch_limits(hosting.device.type, padded=not reference.hidden_states.packed)
         warm_up(
             lambda sequences: reference.logprobs([ReferenceItem(ids, 1, 1.0, True) for ids in sequences]),

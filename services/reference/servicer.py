@@ -12,6 +12,7 @@ from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
 from services.hosting import serving
 from services.hosting.model import out_of_range
 from services.reference.logprobs import ReferenceItem, ReferenceModel, ReferenceResult
+from services.runtime import calls
 from services.runtime.admission import Hold
 from services.runtime.batcher import Batcher, ItemError
 from services.runtime.errors import InvalidArgumentError, UnavailableError
@@ -83,7 +84,9 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         ]
         for result in results:
             self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
-        self.metrics.tokens.labels("reference").inc(sum(len(item.token_ids) for item in ready))
+        tokens = sum(len(item.token_ids) for item in ready)
+        self.metrics.tokens.labels("reference").inc(tokens)
+        calls.note(items=len(results), tokens=tokens, weights_version=hosted.model.served_by.weights_version)
         return reference_pb2.LogProbsResponse(results=results, served_by=hosted.model.served_by, work=work)
 
 

@@ -71,6 +71,10 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
         baseline=_baseline(models, rule),
     )
     loaded = replace(loaded, golden=tuple(_check_golden(settings, loaded, model) for model in models))
+    if models:
+        from services.hosting.memory import watch_gpu
+
+        watch_gpu(metrics, panel.device)
     # Last: it has a thread, and the metrics look at it from now on.
     limits = settings.batch_limits(panel.device, padded=panel.padded)
     return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=limits, metrics=metrics))

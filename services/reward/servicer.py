@@ -16,6 +16,7 @@ from services.reward.hosted import LoadedReward
 from services.reward.panel import Answers, Work
 from services.reward.preparing import Prepared, choose_cut, prepare
 from services.reward.score_watch import ScoreWatch
+from services.runtime import calls
 from services.runtime.admission import Hold
 from services.runtime.batcher import ItemError
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
@@ -88,7 +89,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             else reward_pb2.ScoreResult(status=serving.invalid(item))
             for item in prepared
         ]
-        self._count(results, ready)
+        self._count(hosted, results, ready)
         if not request.head_weights:  # Scores of other weights are of another distribution.
             self._watch(hosted, results)
         return reward_pb2.ScoreResponse(results=results, served_by=hosted.model.served_by, work=work)
@@ -125,7 +126,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             else _comparison(hosted, pair, next(marks), weights)
             for pair in prepared
         ]
-        self._count(results, [item for pair in ready for item in pair])
+        self._count(hosted, results, [item for pair in ready for item in pair])
         return reward_pb2.CompareResponse(results=results, served_by=hosted.model.served_by, work=work)
 
     async def _submit(
@@ -158,11 +159,16 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         )
 
     def _count(
-        self, results: Iterable[reward_pb2.ScoreResult | reward_pb2.CompareResult], scored: Iterable[Prepared]
+        self,
+        hosted: HostedReward,
+        results: Sequence[reward_pb2.ScoreResult | reward_pb2.CompareResult],
+        scored: Iterable[Prepared],
     ) -> None:
         for result in results:
             self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
-        self.metrics.tokens.labels("scored").inc(sum(item.count for item in scored))
+        tokens = sum(item.count for item in scored)
+        self.metrics.tokens.labels("scored").inc(tokens)
+        calls.note(items=len(results), tokens=tokens, weights_version=hosted.model.served_by.weights_version)
 
 
 def describe(hosted: LoadedReward) -> reward_pb2.GetModelInfoResponse:

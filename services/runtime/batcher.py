@@ -20,6 +20,8 @@ from typing import Any, Generic, TypeVar
 
 import structlog
 
+from quartet import tracing
+from services.runtime import batch_spans, calls
 from services.runtime.admission import Admission, Hold
 from services.runtime.errors import DeadlineExceededError, ServiceError, UnavailableError
 from services.runtime.telemetry import QueueState, ServiceMetrics
@@ -29,6 +31,7 @@ log = structlog.get_logger()
 
 # How soon it is seen that a model which is being replaced has answered its last request: nobody waits for it.
 _DRAIN_POLL_S = 0.05
+_MOST_LOGGED_IDS = 32
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -66,6 +69,9 @@ class _Request(Generic[Item, Result]):
     future: asyncio.Future[list[Result | ItemError]]
     items: Sequence[Item]
     results: list[Result | ItemError | None]
+    request_id: str
+    place: tracing.Place
+    waits_since_s: float
     missing: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,10 +145,18 @@ class Batcher(Generic[Item, Result]):
             self._metrics.refused.labels("expired").inc()
             raise DeadlineExceededError("the deadline had passed before the request could wait")
         total = sum(tokens)
+        now_s = time.monotonic()
         self.admission.enqueue(total, hold)  # Before anything is made for each item: refusing is cheap.
         loop = asyncio.get_running_loop()
-        request: _Request[Item, Result] = _Request(loop, loop.create_future(), items, [None] * len(items))
-        now_s = time.monotonic()
+        request: _Request[Item, Result] = _Request(
+            loop,
+            loop.create_future(),
+            items,
+            [None] * len(items),
+            calls.current_request_id(),
+            tracing.here(),
+            now_s,
+        )
         call = Call(
             request,
             tokens,
@@ -223,6 +237,8 @@ class Batcher(Generic[Item, Result]):
             self._metrics.queue_seconds.observe(now_s - min(entry.call.arrived_s for entry in batch))
         if expired:
             self._metrics.refused.labels("expired").inc(len(expired))
+            for call in expired:
+                batch_spans.expire(call.payload)
             error = DeadlineExceededError("the deadline passed while the request waited")
             self._settle([(call.payload, error) for call in expired])
         return batch
@@ -231,6 +247,7 @@ class Batcher(Generic[Item, Result]):
         """What the model says to each item of ``batch``."""
         tokens = sum(entry.tokens for entry in batch)
         padded = max(entry.tokens for entry in batch) * len(batch) if self._padded else tokens
+        span = batch_spans.begin_batch(batch, padded_tokens=padded)
         start_s = time.monotonic()
         results: Sequence[Result | ItemError]
         try:
@@ -238,11 +255,14 @@ class Batcher(Generic[Item, Result]):
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} items")
         except Exception as error:
-            log.error("batch_failed", items=len(batch), exc_info=error)
+            log.error("batch_failed", items=len(batch), request_ids=_request_ids(batch), exc_info=error)
+            span.fail(type(error).__name__)
             results = [ItemError(f"the model failed: {type(error).__name__}", retryable=True)] * len(batch)
         else:
             self.admission.served(tokens, time.monotonic() - start_s)
+        batch_spans.end_batch(batch, span)
         self._metrics.batch_seconds.observe(time.monotonic() - start_s)
+        self._metrics.batch_items.observe(len(batch))
         self._metrics.batch_tokens.observe(padded)
         self._metrics.batch_occupancy.observe(tokens / padded if padded else 1.0)
         return results
@@ -275,6 +295,12 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             oldest_s = self._line.oldest_s()
         return 0.0 if oldest_s is None else time.monotonic() - oldest_s
+
+
+def _request_ids(batch: Iterable[Entry[_Request[Any, Any]]]) -> list[str]:
+    """Of the calls that have items in ``batch``; enough of them to find the log of each."""
+    found = dict.fromkeys(entry.call.payload.request_id for entry in batch)
+    return list(found)[:_MOST_LOGGED_IDS]
 
 
 def _set_outcomes(outcomes: Iterable[tuple[asyncio.Future[Any], list[Any] | ServiceError]]) -> None:

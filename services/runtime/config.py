@@ -53,6 +53,11 @@ class ServiceSettings(Settings):
     max_connection_age_s: NonNegativeFloat = Field(
         0.0, description="seconds until clients are asked to connect anew, with rotated certificates; 0: never"
     )
+    otlp_endpoint: str | None = Field(
+        None,
+        description="collector that traces are sent to, OTLP over gRPC (http://127.0.0.1:4317); default "
+        "OTEL_EXPORTER_OTLP_ENDPOINT, and no traces without it. Needs the extra otel",
+    )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least level logged")
     log_format: Literal["auto", "json", "console"] = Field(
         "auto", description="auto: console on a terminal, else one JSON object a line"

@@ -10,15 +10,21 @@ from google.rpc import error_details_pb2, status_pb2
 
 
 class ServiceError(Exception):
-    """Base of every error a client may see. ``field``: the field that is wrong, if one is."""
+    """Base of every error a client may see. ``field``: the field that is wrong, if one is.
+
+    ``refused_as``: the reason under which the call is counted as refused, where whoever raises it does not count.
+    """
 
     code = grpc.StatusCode.INTERNAL
 
-    def __init__(self, message: str, *, field: str = "", retry_after_ms: int | None = None) -> None:
+    def __init__(
+        self, message: str, *, field: str = "", retry_after_ms: int | None = None, refused_as: str = ""
+    ) -> None:
         super().__init__(message)
         self.message = message
         self.field = field
         self.retry_after_ms = retry_after_ms
+        self.refused_as = refused_as
 
 
 class InvalidArgumentError(ServiceError):

@@ -10,15 +10,25 @@ from typing import Any
 
 import grpc
 import structlog
-from structlog.contextvars import bound_contextvars
+from structlog.contextvars import bind_contextvars
 
+from quartet import tracing
+from services.runtime import calls
+from services.runtime.calls import REQUEST_ID, CallRecord
 from services.runtime.errors import InternalError, ServiceError, status_metadata
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
 
-REQUEST_ID = "quartet-request-id"
-_LONGEST_REQUEST_ID = 128
+# Where the service and not its caller has failed, by the conventions of OpenTelemetry.
+_OUR_FAULT = frozenset(
+    {
+        grpc.StatusCode.INTERNAL,
+        grpc.StatusCode.UNAVAILABLE,
+        grpc.StatusCode.DEADLINE_EXCEEDED,
+        grpc.StatusCode.DATA_LOSS,
+    }
+)
 
 
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
@@ -37,14 +47,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler is None or method.startswith("/grpc.health."):
             return handler
         metadata: Any = handler_call_details.invocation_metadata or ()  # type: ignore[attr-defined]
-        request_id = next((value for key, value in metadata if key == REQUEST_ID), "")
-        request_id = str(request_id)[:_LONGEST_REQUEST_ID]
         if handler.response_streaming:
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
             async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
                 async with (
-                    _Call(self.metrics, method, request_id, context),
+                    _Call(self.metrics, method, metadata, context),
                     # Closed at once when the client leaves, not when the collector gets to it: slots wait to be freed.
                     contextlib.aclosing(behaviour(request, context)) as replies,
                 ):
@@ -57,7 +65,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def unary(request: Any, context: Any) -> Any:
-            async with _Call(self.metrics, method, request_id, context):
+            async with _Call(self.metrics, method, metadata, context):
                 return await behaviour(request, context)
 
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
@@ -68,16 +76,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 class _Call:
     """One call from arrival to status."""
 
-    def __init__(self, metrics: ServiceMetrics, method: str, request_id: str, context: Any) -> None:
+    def __init__(self, metrics: ServiceMetrics, method: str, metadata: Any, context: Any) -> None:
         self.metrics = metrics
+        self.path = method
         self.method = method.rpartition("/")[2]
+        self.metadata = metadata
         self.context = context
-        self.request_id = request_id
         self.start_s = 0.0
 
     async def __aenter__(self) -> None:
         self.start_s = time.monotonic()
         self.metrics.calls_in_flight.inc()
+        self.record = CallRecord(
+            request_id=calls.read_request_id(self.metadata),
+            method=self.method,
+            caller=calls.caller_of(self.context),
+        )
+        # gRPC has made this task for this call: nothing needs to be put back at its end.
+        calls.begin(self.record)
+        bind_contextvars(request_id=self.record.request_id)
+        self.span = tracing.NO_SPAN
+        if tracing.active():
+            self._trace()
+        self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
 
     async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         seconds = time.monotonic() - self.start_s
@@ -91,16 +112,62 @@ class _Call:
         elif error is not None and not isinstance(error, grpc.aio.AbortError):
             code = grpc.StatusCode.INTERNAL
         self.metrics.calls.labels(self.method, code.name).inc()
-        with bound_contextvars(request_id=self.request_id):
-            event = {"method": self.method, "code": code.name, "seconds": round(seconds, 4)}
-            if code is grpc.StatusCode.INTERNAL and not isinstance(error, InternalError):
-                log.error("call_failed", **event, exc_info=error)
-            elif isinstance(error, ServiceError):
-                log.warning("call_refused", **event, reason=error.message)
-            else:
-                log.debug("call_done", **event)
+        if isinstance(error, ServiceError) and error.refused_as:
+            self.metrics.refused.labels(error.refused_as).inc()
+        self._log(code, seconds, error)
+        self._end_trace(code)
+        request_id = (REQUEST_ID, self.record.request_id)
         if isinstance(error, ServiceError):
-            await self.context.abort(error.code, error.message, status_metadata(error))
+            await self.context.abort(error.code, error.message, (request_id, *status_metadata(error)))
         elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
-            message = f"internal error; the service's log says why under request id {self.request_id or '(none)'}"
-            await self.context.abort(grpc.StatusCode.INTERNAL, message)
+            message = f"internal error; the service's log says why under request id {self.record.request_id}"
+            await self.context.abort(grpc.StatusCode.INTERNAL, message, (request_id,))
+
+    def _trace(self) -> None:
+        """Begins the span of the call, within the client's where it sent one."""
+        self.span = tracing.span(
+            self.path.lstrip("/"),
+            kind="server",
+            attributes={
+                "rpc.system": "grpc",
+                "rpc.service": self.path.lstrip("/").rpartition("/")[0],
+                "rpc.method": self.method,
+                "quartet.request_id": self.record.request_id,
+            },
+            parent=tracing.from_metadata(self.metadata),
+        )
+        self.span.stay()
+        bind_contextvars(trace_id=self.span.trace_id)
+
+    def _end_trace(self, code: grpc.StatusCode) -> None:
+        if self.span is tracing.NO_SPAN:
+            return
+        record = self.record
+        self.span.set(
+            {"rpc.grpc.status_code": code.value[0], "quartet.items": record.items, "quartet.tokens": record.tokens}
+        )
+        if record.weights_version is not None:
+            self.span.set({"quartet.weights_version": record.weights_version})
+        if code in _OUR_FAULT:
+            self.span.fail(code.name)
+        self.span.end()
+
+    def _log(self, code: grpc.StatusCode, seconds: float, error: BaseException | None) -> None:
+        """One line a call. What was asked and answered is counted here and never told."""
+        record = self.record
+        event: dict[str, Any] = {
+            "request_id": record.request_id,  # Also where a generator is closed outside of its task.
+            "method": self.method,
+            "code": code.name,
+            "seconds": round(seconds, 4),
+            "caller": record.caller,
+            "items": record.items,
+            "tokens": record.tokens,
+            "weights_version": record.weights_version,
+        }
+        if code is grpc.StatusCode.INTERNAL and not isinstance(error, InternalError):
+            log.error("call_failed", **event, exc_info=error)
+        elif isinstance(error, ServiceError):
+            log.warning("call_refused", **event, reason=error.message)
+        else:
+            log.info("call_done", **event)

@@ -274,12 +274,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if self.tokens is not None:
             reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
             if reason is not None:
-                return _refusing(UnauthenticatedError(reason))
+                return _refusing(UnauthenticatedError(reason, refused_as="credentials"))
         if self.calls >= self.max_calls:
             return _refusing(
                 OverloadedError(
                     f"{self.calls} calls are in hand, at most {self.max_calls} are taken; try again later",
                     retry_after_ms=_RETRY_AFTER_MS,
+                    refused_as="calls",
                 )
             )
         return self._admit(handler)
@@ -318,10 +319,19 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         deserialise = _refusing_damage(handler.request_deserializer)
         serialise = handler.response_serializer
         if handler.request_streaming:
-            # What comes when is the servicer's to judge.
             if handler.response_streaming:
-                return grpc.stream_stream_rpc_method_handler(handler.stream_stream, deserialise, serialise)
-            return grpc.stream_unary_rpc_method_handler(handler.stream_unary, deserialise, serialise)
+
+                async def both(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
+                    async with contextlib.aclosing(handler.stream_stream(self._each(requests), context)) as replies:
+                        async for reply in replies:
+                            yield reply
+
+                return grpc.stream_stream_rpc_method_handler(both, deserialise, serialise)
+
+            async def stream(requests: AsyncIterator[Any], context: Any) -> Any:
+                return await handler.stream_unary(self._each(requests), context)
+
+            return grpc.stream_unary_rpc_method_handler(stream, deserialise, serialise)
         # As handlers of a stream of requests: gRPC would wait for a single one by itself, for ever.
         if handler.response_streaming:
 
@@ -340,6 +350,21 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
     def _release(self, _: Any) -> None:
         self.calls -= 1
+
+    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+        """The messages of a stream, none waited for longer than allowed: who goes silent holds up nobody."""
+        following = aiter(requests)
+        while True:
+            try:
+                async with asyncio.timeout(self.request_timeout_s):
+                    request = await anext(following)
+            except StopAsyncIteration:
+                return
+            except TimeoutError as error:
+                raise DeadlineExceededError(
+                    f"the next message of the stream did not come within {self.request_timeout_s:g} s"
+                ) from error
+            yield request
 
     async def _read(self, context: Any) -> Any:
         try:

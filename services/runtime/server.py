@@ -24,17 +24,21 @@ from grpc_health.v1._async import HealthServicer
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
+from quartet import tracing
 from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
 from services.runtime.interceptors import CallInterceptor
+from services.runtime.logs import configure_logging
 from services.runtime.security import Gate, ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
-from services.runtime.telemetry import ServiceMetrics, configure_logging
+from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
 
 _SERVING = health_pb2.HealthCheckResponse.SERVING
 _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
+# More than may come over all connections.
+_MAX_UNSEEN_CALLS = 2**20
 # A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
 _KEEPALIVE_MS = 60_000
 _IDLE_MS = 900_000
@@ -221,6 +225,10 @@ def _channel_options(settings: ServiceSettings) -> list[tuple[str, int]]:
         ("grpc.max_connection_idle_ms", _IDLE_MS),
         ("grpc.max_allowed_incoming_connections", settings.max_connections),
         ("grpc.max_concurrent_streams", settings.max_connection_calls),
+        # Above 1,000 calls that have not been looked at gRPC would drop some, as CANCELLED and at random. We look at
+        # all of them, and refuse those above max_calls with a status that says what to do.
+        ("grpc.server.max_pending_requests", _MAX_UNSEEN_CALLS),
+        ("grpc.server.max_pending_requests_hard_limit", _MAX_UNSEEN_CALLS),
     ]
     if settings.max_connection_age_s:
         # What is in flight may finish: the limit is of connections, not of calls.
@@ -263,11 +271,13 @@ def run_service(name: str, settings: ServiceSettings, serve: Callable[[], Awaita
     configure_logging(settings.log_level, settings.log_format)
     code = 2
     try:
+        tracing.start(name, settings.otlp_endpoint)
         code = _run_loop(serve)
-    except (StartError, ModelFolderError) as error:
+    except (StartError, ModelFolderError, tracing.TracingError) as error:
         sys.stderr.write(f"{name}: {error}\n")
     except KeyboardInterrupt:
         code = 130
+    tracing.stop()
     sys.stderr.flush()
     sys.exit(code)
 

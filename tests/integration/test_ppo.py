@@ -128,6 +128,10 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert served.weights_fingerprint == safetensors_fingerprint(tmp_path / "run" / "model") != before[model]
     assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
     assert "held-out reward: before" in done.stdout
+    # The logs of all services tell the requests of a step by their ids.
+    for service, method in zip(services, ("Generate", "Score", "LogProbs"), strict=True):
+        lines = [line for line in service.log.read_text().splitlines() if '"request_id": "run.step2.' in line]
+        assert method in {json.loads(line).get("method") for line in lines}
     # The same weights, prompts and seeds give the same answers: paired, nothing has changed.
     where = addresses(*services)
     del where[2:4]  # Evaluation publishes nothing, so it needs no admin address.
@@ -143,6 +147,29 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
 
 
 @pytest.mark.slow
+def test_a_step_is_one_trace_from_its_phases_to_the_services(start_three, folders, prompts, tmp_path):
+    from tests.otlp_collector import inside, start_collector  # Skips without the extra otel.
+
+    model, _ = folders
+    with start_collector() as (collector, endpoint):
+        services = start_three()
+        flags = ["--otlp-endpoint", endpoint, "--steps", "2", "--max-eval-prompts", "4"]
+        done = run(ppo(model, prompts, tmp_path / "run", addresses(*services), *flags))
+        assert done.returncode == 0, done.stderr
+        spans = [span for _, span in collector.spans()]
+    steps = [span for span in spans if span.name == "step"]
+    assert [{x.key: x.value.int_value for x in step.attributes}["quartet.step"] for step in steps] == [1, 2]
+    assert len({step.trace_id for step in steps}) == 2
+    for step in steps:
+        assert not step.parent_span_id
+        phases = {span.name: span for span in spans if inside(span, step)}
+        assert list(phases) == ["rollout", "learn", "publish"]
+        assert [span.name for span in spans if inside(span, phases["learn"])] == ["forward", "update"]
+        asked = {span.name.rpartition("/")[2] for span in spans if inside(span, phases["rollout"])}
+        assert asked >= {"Generate", "Score", "LogProbs"}
+        assert "UpdateWeights" in {span.name.rpartition("/")[2] for span in spans if inside(span, phases["publish"])}
+
+
 @pytest.mark.parametrize("engine", ["transformers", "vllm"])
 async def test_a_run_outlives_the_death_of_reward_and_policy_service(
     engine, start_three, start_service, folders, prompts, tmp_path

@@ -218,7 +218,11 @@ async def test_after_a_swap_the_window_is_empty_and_the_new_tokenizer_is_asked_f
 @pytest.mark.parametrize(
     ("name", "error", "said"),
     [
-        ("two_labels", PreconditionError, "num_labels is 2, must be 1; the model that served goes on serving"),
+        (
+            "two_labels",
+            PreconditionError,
+            r"num_labels is 2, must be 1; or name the heads .*; the model that served",
+        ),
         ("bad_baseline", PreconditionError, r"baseline.scores\[1\] is nan, must be a finite number; the model that"),
         ("empty", PreconditionError, "the folder has no config.json"),
         ("nothing", PreconditionError, "there is no such folder"),

@@ -430,7 +430,9 @@ def test_code_that_comes_with_a_model_is_run_only_when_asked_for(make_reward_mod
 def test_a_wrong_file_is_one_clear_line_at_the_start_before_the_model_is_loaded(fort, make_reward_model, tmp_path):
     model = make_reward_model()
     (tmp_path / "empty").write_text("")
-    said = start_fails("--model", str(model), "--token-file", str(tmp_path / "empty"))
+    (tmp_path / "admin").write_text(ADMIN)
+    tokens = ("--token-file", str(tmp_path / "empty"), "--admin-token-file", str(tmp_path / "admin"))
+    said = start_fails("--model", str(model), *tokens)
     assert said.startswith(f"quartet-reward: --token-file: token file '{tmp_path}/empty' is empty")
     other = fort.servers.sign("another").write(tmp_path, "other")
     said = start_fails(
@@ -446,6 +448,7 @@ def policy(start_service, make_policy, tmp_path_factory) -> Iterator[LiveService
     (folder / "tokens").write_text(TOKEN)
     (folder / "admin").write_text(ADMIN)
     flags = f"--engine transformers --token-file {folder}/tokens --admin-token-file {folder}/admin --log-level debug"
+    flags += f" --request-timeout-s {REQUEST_S}"
     live = start_service("policy", make_policy(), *flags.split())
     yield live
     assert live.stop() == 0
@@ -485,6 +488,24 @@ async def test_weight_updates_are_answered_on_the_admin_port_alone_and_with_its_
             await client.get_model_info()
     async with PolicyClient(policy.address, policy=ONCE, security=generate) as client:
         assert (await client.get_model_info()).vocab_size == 300
+
+
+async def test_an_update_whose_sender_goes_silent_is_given_up_and_the_next_one_is_heard(policy):
+    admin = Security(token=ADMIN)
+    async with grpc.aio.insecure_channel(policy.admin_address) as channel:
+        bearer = (("authorization", f"Bearer {ADMIN}"),)
+        start_s = time.monotonic()
+        silent = weights_pb2_grpc.WeightsServiceStub(channel).UpdateWeights(metadata=bearer)
+        await asyncio.sleep(REQUEST_S / 4)
+        async with WeightsClient(policy.admin_address, policy=ONCE, security=admin) as weights:
+            with pytest.raises(QuartetError, match="another weight update is under way"):
+                await weights.update([], weights_version=1)
+            with pytest.raises(grpc.aio.AioRpcError, match="message of the stream did not come within") as given_up:
+                await silent
+            assert given_up.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+            assert 0.9 * REQUEST_S < time.monotonic() - start_s < REQUEST_S + 3
+            with pytest.raises(QuartetError, match="tensors"):
+                await weights.update([], weights_version=1)
 
 
 async def test_the_log_holds_no_secret_even_at_debug_level(fort):

@@ -5,7 +5,7 @@ async with RewardClient("127.0.0.1:50052") as reward:
 """
 
 from quartet.client.adapters import AdapterClient, AdapterConfig, AdapterInfo, AdapterLoad, Adapters
-from quartet.client.channel import CallPolicy
+from quartet.client.channel import CallPolicy, request_ids
 from quartet.client.errors import (
     AlreadyExistsError,
     CredentialsError,
@@ -27,6 +27,7 @@ from quartet.client.policy import (
     InFlightPolicy,
     PolicyClient,
     Sampling,
+    TokenDelta,
     WeightsClient,
     WeightsUpdate,
     WireTensor,
@@ -93,6 +94,7 @@ __all__ = [
     "Security",
     "ServedBy",
     "ServiceFailedError",
+    "TokenDelta",
     "TokenSequence",
     "Truncation",
     "UnavailableError",
@@ -100,4 +102,5 @@ __all__ = [
     "WeightsUpdate",
     "WireTensor",
     "WorkInterval",
+    "request_ids",
 ]

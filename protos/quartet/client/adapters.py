@@ -116,7 +116,7 @@ class AdapterClient(ServiceClient):
         """
         config, tensors = read_adapter(adapter)
         stub = adapters_pb2_grpc.AdapterServiceStub(self._channel)
-        async with self._stream() as metadata:
+        async with self._stream(method="LoadAdapter") as metadata:
             call: grpc.aio.StreamUnaryCall[adapters_pb2.LoadAdapterRequest, adapters_pb2.LoadAdapterResponse]
             call = stub.LoadAdapter(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
             reply = await upload(call, _load_steps(name, config, tensors))
@@ -132,7 +132,7 @@ class AdapterClient(ServiceClient):
             QuartetError: see quartet.client.errors.
         """
         stub = adapters_pb2_grpc.AdapterServiceStub(self._channel)
-        async with self._stream() as metadata:
+        async with self._stream(method="UnloadAdapter") as metadata:
             request = adapters_pb2.UnloadAdapterRequest(name=name)
             reply = await stub.UnloadAdapter(request, timeout=self.policy.deadline_s, metadata=metadata)
         return _info(reply.adapter)

@@ -7,21 +7,26 @@ import contextlib
 import ipaddress
 import json
 import random
+import re
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from quartet import tracing
 from quartet.client.errors import NotReadyError, UnavailableError, translate
 from quartet.client.security import Security
 
 T = TypeVar("T")
 
 REQUEST_ID = "quartet-request-id"
+_PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_belongs_to: ContextVar[str] = ContextVar("quartet_request_ids", default="")
 _MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
@@ -184,27 +189,47 @@ class ServiceClient:
         request_id = new_request_id()
         start = time.monotonic()
         backoff_s = self.policy.first_backoff_s
-        while True:
-            try:
-                # Not wait_for_ready: that would wait for a service that is away until the deadline of an attempt.
-                return await method(request, timeout=self.policy.deadline_s, metadata=self._metadata(request_id))
-            except grpc.aio.AioRpcError as error:
-                typed = translate(error, self.name, request_id)
-                pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
-                waited_s = time.monotonic() - start
-                if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
-                    raise typed from error
-                await asyncio.sleep(pause_s)
-                backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
+        with self._span(type(request).__name__.removesuffix("Request"), request_id) as span:
+            while True:
+                metadata = (*self._metadata(request_id), *span.metadata)
+                try:
+                    # Not wait_for_ready: that would wait for a service that is away until the deadline of an attempt.
+                    return await method(request, timeout=self.policy.deadline_s, metadata=metadata)
+                except grpc.aio.AioRpcError as error:
+                    typed = translate(error, self.name, request_id)
+                    pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
+                    waited_s = time.monotonic() - start
+                    if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
+                        span.set({"rpc.grpc.status_code": error.code().value[0]})
+                        raise typed from error
+                    span.event("tried again", {"code": error.code().name, "pause_s": pause_s})
+                    await asyncio.sleep(pause_s)
+                    backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
+
+    def _span(self, method: str, request_id: str) -> tracing.Span:
+        """Of a call with all its attempts."""
+        if not tracing.active():
+            return tracing.NO_SPAN
+        attributes = {
+            "rpc.system": "grpc",
+            "rpc.service": self.health_service,
+            "rpc.method": method,
+            "quartet.request_id": request_id,
+        }
+        return tracing.span(f"{self.health_service}/{method}", kind="client", attributes=attributes)
 
     @contextlib.asynccontextmanager
-    async def _stream(self) -> AsyncIterator[tuple[tuple[str, str], ...]]:
+    async def _stream(
+        self, request_id: str | None = None, *, method: str
+    ) -> AsyncIterator[tuple[tuple[str, str], ...]]:
         """Metadata of a streaming call; its failures come out typed. Not retried: the caller knows what is missing."""
-        request_id = new_request_id()
-        try:
-            yield self._metadata(request_id)
-        except grpc.aio.AioRpcError as error:
-            raise translate(error, self.name, request_id) from error
+        request_id = request_id or new_request_id()
+        with self._span(method, request_id) as span:
+            try:
+                yield (*self._metadata(request_id), *span.metadata)
+            except grpc.aio.AioRpcError as error:
+                span.set({"rpc.grpc.status_code": error.code().value[0]})
+                raise translate(error, self.name, request_id) from error
 
 
 def pushback_s(error: grpc.aio.AioRpcError) -> float:
@@ -218,4 +243,23 @@ def pushback_s(error: grpc.aio.AioRpcError) -> float:
 
 
 def new_request_id() -> str:
-    return uuid.uuid4().hex
+    """Of a call: what it belongs to, where that is said, and something that no other call has."""
+    belongs_to = _belongs_to.get()
+    return f"{belongs_to}.{uuid.uuid4().hex}" if belongs_to else uuid.uuid4().hex
+
+
+@contextlib.contextmanager
+def request_ids(prefix: str) -> Iterator[None]:
+    """Calls made within have request ids that begin with ``prefix`` and a dot, so that logs of services can be searched
+    for all that belongs together.
+
+    Raises:
+        ValueError: ``prefix`` is not 1 to 64 letters, digits, ``.``, ``_`` and ``-``.
+    """
+    if not _PREFIX.fullmatch(prefix):
+        raise ValueError(f"prefix is {prefix!r}, must be 1 to 64 letters, digits, '.', '_' and '-'")
+    token = _belongs_to.set(prefix)
+    try:
+        yield
+    finally:
+        _belongs_to.reset(token)

@@ -8,7 +8,10 @@ from grpc_status import rpc_status
 
 
 class QuartetError(Exception):
-    """A call failed. ``service``: what was called, ``code``: the gRPC status, ``field``: the bad field if named."""
+    """A call failed. ``service``: what was called, ``code``: the gRPC status, ``field``: the bad field if named.
+
+    ``request_id``: under which the service's log tells of the call; empty where it was not made.
+    """
 
     def __init__(
         self,
@@ -19,7 +22,8 @@ class QuartetError(Exception):
         field: str = "",
         request_id: str = "",
     ) -> None:
-        super().__init__(f"{service}: {message}" if service else message)
+        text = f"{service}: {message}" if service else message
+        super().__init__(f"{text} (request id {request_id})" if request_id and request_id not in message else text)
         self.message = message
         self.service = service
         self.code = code
@@ -82,6 +86,9 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[QuartetError]] = {
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.ABORTED: PreconditionError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    # Who cancels a call himself sees asyncio.CancelledError. This is what gRPC says of calls that reach a server in the
+    # moment in which it stops.
+    grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.DATA_LOSS: DamagedError,
@@ -98,4 +105,6 @@ def translate(error: grpc.aio.AioRpcError, service: str, request_id: str = "") -
             field = bad_request.field_violations[0].field
     kind = ERROR_BY_CODE.get(error.code(), ServiceFailedError)
     message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.CANCELLED and message == "CANCELLED":
+        message = "the service ended the call without an answer: it is stopping"
     return kind(message, service=service, code=error.code(), field=field, request_id=request_id)

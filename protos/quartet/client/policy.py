@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
-from collections.abc import AsyncGenerator, Iterator, Sequence
+import random
+import time
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeVar
@@ -12,8 +15,8 @@ from typing import TypeVar
 import grpc
 
 from quartet.client import types
-from quartet.client.channel import ServiceClient
-from quartet.client.errors import ServiceFailedError
+from quartet.client.channel import ServiceClient, new_request_id, pushback_s
+from quartet.client.errors import InvalidInputError, ServiceFailedError, UnavailableError
 from quartet.client.types import ItemFailure, ModelInfo, PromptLike, ServedBy, WorkInterval
 from quartet.fingerprint import TensorDigest, weights_fingerprint
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_pb2_grpc
@@ -22,6 +25,9 @@ from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_
 CHUNK_BYTES = 1024 * 1024
 # Initial metadata with which the service accepts the begin of an update.
 UPDATE_ACCEPTED = "quartet-update-accepted"
+
+# A status that is not here by then never comes.
+_STATUS_S = 2.0
 
 Request = TypeVar("Request")
 Reply = TypeVar("Reply")
@@ -57,7 +63,10 @@ _IN_FLIGHT = {
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to sample; log-probabilities come back of exactly this distribution. See SamplingParams in policy.proto."""
+    """How to sample; log-probabilities come back of exactly this distribution. See SamplingParams in policy.proto.
+
+    A trainer that computes log-probabilities itself gets the same ones as long as it uses temperature alone.
+    """
 
     max_new_tokens: int
     temperature: float = 1.0
@@ -66,13 +75,16 @@ class Sampling:
     min_new_tokens: int = 0
     seed: int | None = None
     stop_token_ids: tuple[int, ...] = ()
+    stop_strings: tuple[str, ...] = ()
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Completion:
     """One finished completion. ``token_ids`` and ``logprobs`` have the same length; natural logarithms.
 
-    ``adapter`` and its content fingerprint tell which LoRA adapter sampled it; empty: the base model.
+    ``adapter`` and its content fingerprint tell which LoRA adapter sampled it; empty: the base model. What ended it
+    when ``finish_reason`` is STOP: ``stop_token_id``, the last token, or ``stop_string``, before which ``text`` ends.
     """
 
     prompt_index: int
@@ -87,6 +99,20 @@ class Completion:
     work: WorkInterval
     adapter: str = ""
     adapter_fingerprint: str = ""
+    stop_token_id: int | None = None
+    stop_string: str = ""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenDelta:
+    """The next tokens of a completion that is not finished, their natural-log probabilities, and text that has become
+    certain: whole characters. Joined they are the completion that follows; where it fails, they are void."""
+
+    prompt_index: int
+    sample_index: int
+    token_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]
+    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -144,49 +170,148 @@ class PolicyClient(ServiceClient):
         return_text: bool = False,
         prompt_seeds: Sequence[int] = (),
         adapter: str = "",
+        request_id: str | None = None,
+        patience_s: float = 0.0,
     ) -> AsyncGenerator[Completion | FailedCompletion, None]:
         """Yields each (prompt, sample) as soon as it is finished, in no set order.
 
-        Leaving the iteration early cancels the rest. Not retried: when the service goes away in the middle,
-        UnavailableError is raised and the caller asks again for what it has not got (``prompt_seeds`` keeps the draws).
+        Leaving the iteration early cancels the rest. When the service goes away in the middle, UnavailableError is
+        raised and the caller asks again for what it has not got (``prompt_seeds`` keeps the draws); with ``patience_s``
+        the client does so itself, for so many seconds, under the same request id: the service runs nothing twice that
+        it has finished or is running still.
         ``adapter``: name of a loaded LoRA adapter (``AdapterClient``) to generate with; empty: the base model.
+        ``request_id``: under which the service knows this request; by default a fresh one. For a retry of the caller's
+        own, give the same id and the same arguments again.
 
         Raises:
             NotFoundError: no such adapter is loaded.
             QuartetError: see quartet.client.errors.
         """
-        params = policy_pb2.SamplingParams(
-            temperature=sampling.temperature,
-            top_p=sampling.top_p,
-            top_k=sampling.top_k,
-            max_new_tokens=sampling.max_new_tokens,
-            min_new_tokens=sampling.min_new_tokens,
-            seed=sampling.seed,
-            stop_token_ids=sampling.stop_token_ids,
-            prompt_seeds=prompt_seeds,
-        )
-        request = policy_pb2.GenerateRequest(
-            prompts=[types.prompt_message(prompt) for prompt in prompts],
-            n=n,
-            sampling=params,
-            tokenizer_fingerprint=tokenizer_fingerprint,
-            return_text=return_text,
-            adapter=adapter,
-        )
+        request = _request(prompts, sampling, n, tokenizer_fingerprint, return_text, prompt_seeds, adapter, request_id)
+        async with contextlib.aclosing(self._answers(request, patience_s)) as answers:
+            async for answer in answers:
+                if not isinstance(answer, TokenDelta):
+                    yield answer
+
+    async def generate_stream(
+        self,
+        prompts: Sequence[PromptLike],
+        sampling: Sampling,
+        *,
+        n: int = 1,
+        tokenizer_fingerprint: str = "",
+        return_text: bool = True,
+        prompt_seeds: Sequence[int] = (),
+        adapter: str = "",
+        request_id: str | None = None,
+        patience_s: float = 0.0,
+    ) -> AsyncGenerator[TokenDelta | Completion | FailedCompletion, None]:
+        """Yields the tokens of each (prompt, sample) as they are sampled, and then the finished completion.
+
+        As ``generate``, but for ``patience_s``: once tokens of an unfinished completion were yielded, a service that
+        goes away is not asked again, because other weights or another batch may draw other tokens the second time.
+
+        Raises:
+            NotFoundError: no such adapter is loaded.
+            QuartetError: see quartet.client.errors.
+        """
+        request = _request(prompts, sampling, n, tokenizer_fingerprint, return_text, prompt_seeds, adapter, request_id)
+        request.stream_tokens = True
+        async with contextlib.aclosing(self._answers(request, patience_s)) as answers:
+            async for answer in answers:
+                yield answer
+
+    async def _answers(
+        self, request: policy_pb2.GenerateRequest, patience_s: float
+    ) -> AsyncGenerator[TokenDelta | Completion | FailedCompletion, None]:
+        """Every answer once, over as many calls as patience allows."""
         stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
-        count = 0
-        async with self._stream() as metadata:
-            call = stub.Generate(request, timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
+        n = max(request.n, 1)
+        total = len(request.prompts) * n
+        received: set[int] = set()
+        begun: set[int] = set()  # Tokens of them were yielded, and their end was not.
+        start_s, backoff_s = time.monotonic(), self.policy.first_backoff_s
+        while True:
             try:
-                async for reply in call:
-                    count += 1
-                    yield _completion(reply)
-            finally:
-                call.cancel()
-        if count != len(prompts) * max(n, 1):
+                async with self._stream(request.request_id, method="Generate") as metadata:
+                    call = stub.Generate(
+                        request, timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True
+                    )
+                    try:
+                        async for reply in call:
+                            index = reply.prompt_index * n + reply.sample_index
+                            if reply.HasField("delta"):
+                                begun.add(index)
+                                yield _delta(reply)
+                                continue
+                            begun.discard(index)
+                            received.add(index)
+                            yield _completion(reply)
+                    finally:
+                        call.cancel()
+                break
+            except UnavailableError as error:
+                pause_s = backoff_s * random.uniform(0.8, 1.2)
+                if isinstance(error.__cause__, grpc.aio.AioRpcError):
+                    pause_s = max(pause_s, pushback_s(error.__cause__))
+                if begun or time.monotonic() - start_s + pause_s > patience_s:
+                    raise
+                await asyncio.sleep(pause_s)
+                backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
+                del request.received[:]
+                request.received.extend(sorted(received))
+        if len(received) != total:
             raise ServiceFailedError(
-                f"the stream ended after {count} of {len(prompts) * max(n, 1)} completions", service=self.name
+                f"the stream ended after {len(received)} of {total} completions",
+                service=self.name,
+                request_id=request.request_id,
             )
+
+
+def _request(
+    prompts: Sequence[PromptLike],
+    sampling: Sampling,
+    n: int,
+    tokenizer_fingerprint: str,
+    return_text: bool,
+    prompt_seeds: Sequence[int],
+    adapter: str,
+    request_id: str | None,
+) -> policy_pb2.GenerateRequest:
+    if request_id is not None and not (request_id.isascii() and request_id.isprintable()):
+        # It goes as metadata, too, which takes nothing else.
+        raise InvalidInputError(f"request_id is {request_id!r}, must be printable ASCII", field="request_id")
+    params = policy_pb2.SamplingParams(
+        temperature=sampling.temperature,
+        top_p=sampling.top_p,
+        top_k=sampling.top_k,
+        max_new_tokens=sampling.max_new_tokens,
+        min_new_tokens=sampling.min_new_tokens,
+        seed=sampling.seed,
+        stop_token_ids=sampling.stop_token_ids,
+        stop_strings=sampling.stop_strings,
+        logit_bias=dict(sampling.logit_bias),
+        prompt_seeds=prompt_seeds,
+    )
+    return policy_pb2.GenerateRequest(
+        prompts=[types.prompt_message(prompt) for prompt in prompts],
+        n=n,
+        sampling=params,
+        tokenizer_fingerprint=tokenizer_fingerprint,
+        return_text=return_text,
+        adapter=adapter,
+        request_id=request_id or new_request_id(),
+    )
+
+
+def _delta(reply: policy_pb2.GenerateResponse) -> TokenDelta:
+    return TokenDelta(
+        prompt_index=reply.prompt_index,
+        sample_index=reply.sample_index,
+        token_ids=tuple(reply.delta.token_ids),
+        logprobs=tuple(reply.delta.logprobs),
+        text=reply.delta.text,
+    )
 
 
 def _completion(reply: policy_pb2.GenerateResponse) -> Completion | FailedCompletion:
@@ -207,6 +332,8 @@ def _completion(reply: policy_pb2.GenerateResponse) -> Completion | FailedComple
         work=types.work_interval(reply.work),
         adapter=reply.adapter,
         adapter_fingerprint=reply.adapter_fingerprint,
+        stop_token_id=completion.stop_token_id if completion.HasField("stop_token_id") else None,
+        stop_string=completion.stop_string,
     )
 
 
@@ -240,7 +367,7 @@ class WeightsClient(ServiceClient):
             QuartetError: see quartet.client.errors.
         """
         stub = weights_pb2_grpc.WeightsServiceStub(self._channel)
-        async with self._stream() as metadata:
+        async with self._stream(method="UpdateWeights") as metadata:
             steps = _update_steps(tensors, weights_version, fingerprint, in_flight)
             call: grpc.aio.StreamUnaryCall[weights_pb2.UpdateWeightsRequest, weights_pb2.UpdateWeightsResponse]
             call = stub.UpdateWeights(timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True)
@@ -258,21 +385,42 @@ async def upload(call: grpc.aio.StreamUnaryCall[Request, Reply], steps: Iterator
     Raises:
         grpc.aio.AioRpcError: with the status that the service gave.
     """
+    broken = False
     try:
         for number, step in enumerate(steps):
             try:
                 await call.write(step)
             except (grpc.aio.AioRpcError, asyncio.InvalidStateError):
                 # The service has ended the call. Why is in its own status, which may come only after the write failed.
+                broken = True
                 break
             # The service answers begin with this or with a refusal: gigabytes are not sent in vain.
             if number == 0 and UPDATE_ACCEPTED not in await call.initial_metadata():
                 break
         else:
             await call.done_writing()
-        return await call
+        try:
+            return await call
+        except grpc.aio.AioRpcError as error:
+            raise (await _own_status(call, error) if broken else error) from None
     finally:
         call.cancel()  # Does nothing once it is answered.
+
+
+async def _own_status(call: grpc.aio.StreamUnaryCall[Request, Reply], error: grpc.aio.AioRpcError) -> Exception:
+    """What the service said, once it is here: until then gRPC takes the failed write for the end of the call."""
+    end_s = time.monotonic() + _STATUS_S
+    while await call.details() == error.details() and error.code() is grpc.StatusCode.INTERNAL:
+        if time.monotonic() > end_s:
+            return error
+        await asyncio.sleep(0.01)
+    return grpc.aio.AioRpcError(
+        await call.code(),
+        grpc.aio.Metadata(*(await call.initial_metadata() or ())),
+        grpc.aio.Metadata(*(await call.trailing_metadata() or ())),
+        details=await call.details(),
+        debug_error_string=error.debug_error_string(),
+    )
 
 
 def _update_steps(

@@ -92,7 +92,7 @@ class RewardAdminClient(ServiceClient):
         """
         stub = admin_pb2_grpc.RewardAdminServiceStub(self._channel)
         request = admin_pb2.SwapModelRequest(model=model, revision=revision)
-        async with self._stream() as metadata:
+        async with self._stream(method="SwapModel") as metadata:
             reply: admin_pb2.SwapModelResponse = await stub.SwapModel(request, timeout=deadline_s, metadata=metadata)
         kept = reply.normalisation
         return ModelSwap(

@@ -152,10 +152,10 @@ def test_with_a_read_only_root_every_cache_is_in_a_folder_that_is_mounted():
 @pytest.mark.parametrize(
     ("target", "extras", "engine"),
     [
-        ("policy", "reward", "$ENGINE"),
-        ("reward", "reward", "transformers"),
-        ("reference", "reward", "transformers"),
-        ("trainer", "train", "transformers"),
+        ("policy", "reward,otel", "$ENGINE"),
+        ("reward", "reward,otel", "transformers"),
+        ("reference", "reward,otel", "transformers"),
+        ("trainer", "train,otel", "transformers"),
     ],
 )
 def test_every_image_has_the_extras_of_its_component(target, extras, engine):
@@ -182,7 +182,7 @@ def declared(tmp_path_factory: pytest.TempPathFactory) -> list[Requirement]:
     return [Requirement(text) for text in written.requires or []]
 
 
-@pytest.mark.parametrize("extras", ["", "reward", "train", "reward,train", "policy"])
+@pytest.mark.parametrize("extras", ["", "reward", "train", "reward,otel", "train,otel", "policy"])
 def test_dependencies_are_those_that_pip_would_install_with_the_project(extras, declared):
     def belongs(requirement: Requirement, names: list[str]) -> bool:
         marker = requirement.marker

@@ -49,6 +49,7 @@ EXPECTED = {
     grpc.StatusCode.FAILED_PRECONDITION: PreconditionError,
     grpc.StatusCode.ABORTED: PreconditionError,
     grpc.StatusCode.UNAVAILABLE: UnavailableError,
+    grpc.StatusCode.CANCELLED: UnavailableError,
     grpc.StatusCode.RESOURCE_EXHAUSTED: OverloadedError,
     grpc.StatusCode.DEADLINE_EXCEEDED: DeadlineError,
     grpc.StatusCode.DATA_LOSS: DamagedError,
@@ -68,7 +69,7 @@ async def test_a_status_becomes_its_typed_error(start_scripted, code):
     error = failed.value
     assert type(error) is EXPECTED[code]
     assert (error.code, error.message, error.service, error.field) == (code, "what went wrong", "reward service", "")
-    assert str(error) == "reward service: what went wrong"
+    assert str(error) == f"reward service: what went wrong (request id {error.request_id})"
     assert error.request_id == service.metadata[0]["quartet-request-id"] != ""
     assert service.calls == 1
 

@@ -99,12 +99,13 @@ def test_entropy_is_log_v_when_uniform_and_counts_excluded_tokens_as_nothing() -
 @given(
     seed=SEEDS,
     chunk_tokens=st.integers(1, 20),
+    part_size=st.none() | st.integers(1, 20),
     temperature=st.floats(0.3, 3),
     with_bias=st.booleans(),
     want_entropy=st.booleans(),
 )
 def test_chunks_have_the_value_and_the_gradient_of_the_naive_computation(
-    seed: int, chunk_tokens: int, temperature: float, with_bias: bool, want_entropy: bool
+    seed: int, chunk_tokens: int, part_size: int | None, temperature: float, with_bias: bool, want_entropy: bool
 ) -> None:
     hidden_BTD, weight_VD, bias_V, ids_BT = _head(seed)
     used_bias_V = bias_V if with_bias else None
@@ -123,7 +124,14 @@ def test_chunks_have_the_value_and_the_gradient_of_the_naive_computation(
     expected = torch.autograd.grad(naive, leaves)
 
     logprobs_BT, entropy_BT = chunked_selective_logprobs(
-        hidden_BTD, weight_VD, used_bias_V, ids_BT, temperature, chunk_tokens, want_entropy=want_entropy
+        hidden_BTD,
+        weight_VD,
+        used_bias_V,
+        ids_BT,
+        temperature,
+        chunk_tokens,
+        part_size=part_size,
+        want_entropy=want_entropy,
     )
     torch.testing.assert_close(logprobs_BT, naive_BT, atol=1e-10, rtol=0)
     chunked = (logprobs_BT * coefficients_BT).sum()
@@ -141,7 +149,7 @@ def test_chunked_gradients_equal_finite_differences() -> None:
     hidden_BTD, weight_VD, bias_V, ids_BT = _head(3, batch=2, tokens=3, vocabulary=5)
 
     def both(hidden: Tensor, weight: Tensor, bias: Tensor) -> Any:
-        return chunked_selective_logprobs(hidden, weight, bias, ids_BT, 0.7, 2, want_entropy=True)
+        return chunked_selective_logprobs(hidden, weight, bias, ids_BT, 0.7, 2, part_size=3, want_entropy=True)
 
     assert torch.autograd.gradcheck(both, (hidden_BTD, weight_VD, bias_V))
 
@@ -156,6 +164,37 @@ def test_a_gradient_of_the_entropy_alone_is_right() -> None:
         torch.autograd.grad(entropy_BT.sum(), leaves), torch.autograd.grad(naive_BT.sum(), leaves), strict=True
     ):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=0)
+
+
+def test_tokens_that_a_bias_excludes_count_for_nothing_in_whichever_part_they_are() -> None:
+    hidden_BTD, weight_VD, bias_V, ids_BT = _head(7, vocabulary=12)
+    excluded_V = torch.zeros(12, dtype=torch.bool)
+    excluded_V[:5] = True
+    ids_BT = ids_BT % 7 + 5
+    bias_V = bias_V.detach().masked_fill(excluded_V, -math.inf)
+    logprobs_BT, entropy_BT = chunked_selective_logprobs(
+        hidden_BTD, weight_VD, bias_V, ids_BT, 1.0, 4, part_size=4, want_entropy=True
+    )
+    assert entropy_BT is not None
+    logits_BTV = functional.linear(hidden_BTD, weight_VD[5:], bias_V[5:])
+    torch.testing.assert_close(logprobs_BT, selective_logprobs(logits_BTV, ids_BT - 5), atol=1e-10, rtol=0)
+    torch.testing.assert_close(entropy_BT, entropy_from_logits(logits_BTV), atol=1e-10, rtol=0)
+    (logprobs_BT.sum() + entropy_BT.sum()).backward()
+    assert weight_VD.grad is not None
+    assert weight_VD.grad.isfinite().all()
+
+
+def test_float32_logprobs_and_gradients_are_near_those_of_float64() -> None:
+    """At a size at which the faster products are used."""
+    leaves = [leaf.detach() for leaf in _head(8, batch=4, tokens=40, vocabulary=5000)[:3]]
+    ids_BT = torch.randint(0, 5000, (4, 40), generator=torch.Generator().manual_seed(0))
+    found = []
+    for dtype, part_size in ((torch.float64, None), (torch.float32, 4096)):
+        own = [leaf.to(dtype).requires_grad_() for leaf in leaves]
+        logprobs_BT, _ = chunked_selective_logprobs(*own, ids_BT, 1.0, 100, part_size=part_size)
+        found.append([logprobs_BT, *torch.autograd.grad(logprobs_BT.sum(), own)])
+    for exact, ours in zip(*found, strict=True):
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-4)
 
 
 class _LargestTensor(TorchDispatchMode):

@@ -25,29 +25,35 @@ _sym_db = _symbol_database.Default()
 from quartet.common.v1 import common_pb2 as quartet_dot_common_dot_v1_dot_common__pb2
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equartet/policy/v1/policy.proto\x12\x11quartet.policy.v1\x1a\x1equartet/common/v1/common.proto\"\xc2\x01\n\x0fGenerateRequest\x12*\n\x07prompts\x18\x01 \x03(\x0b\x32\x19.quartet.common.v1.Prompt\x12\t\n\x01n\x18\x02 \x01(\x05\x12\x33\n\x08sampling\x18\x03 \x01(\x0b\x32!.quartet.policy.v1.SamplingParams\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0breturn_text\x18\x05 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\"\xe1\x01\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x16\n\x0emin_new_tokens\x18\x05 \x01(\x05\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x14\n\x0cprompt_seeds\x18\x08 \x03(\x03\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\";\n\x0bVersionSpan\x12\x17\n\x0fweights_version\x18\x01 \x01(\x03\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\"\xc8\x01\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x36\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1f.quartet.policy.v1.FinishReason\x12\x35\n\rversion_spans\x18\x04 \x03(\x0b\x32\x1e.quartet.policy.v1.VersionSpan\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\x05\"\xad\x02\n\x10GenerateResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x14\n\x0csample_index\x18\x02 \x01(\x05\x12-\n\x06status\x18\x03 \x01(\x0b\x32\x1d.quartet.common.v1.ItemStatus\x12\x31\n\ncompletion\x18\x04 \x01(\x0b\x32\x1d.quartet.policy.v1.Completion\x12.\n\tserved_by\x18\x05 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12-\n\x04work\x18\x06 \x01(\x0b\x32\x1f.quartet.common.v1.WorkInterval\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x1b\n\x13\x61\x64\x61pter_fingerprint\x18\t \x01(\t\"\x15\n\x13GetModelInfoRequest\"C\n\x14GetModelInfoResponse\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.quartet.common.v1.ModelInfo*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xc7\x01\n\rPolicyService\x12U\n\x08Generate\x12\".quartet.policy.v1.GenerateRequest\x1a#.quartet.policy.v1.GenerateResponse0\x01\x12_\n\x0cGetModelInfo\x12&.quartet.policy.v1.GetModelInfoRequest\x1a\'.quartet.policy.v1.GetModelInfoResponseb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equartet/policy/v1/policy.proto\x12\x11quartet.policy.v1\x1a\x1equartet/common/v1/common.proto\"\xff\x01\n\x0fGenerateRequest\x12*\n\x07prompts\x18\x01 \x03(\x0b\x32\x19.quartet.common.v1.Prompt\x12\t\n\x01n\x18\x02 \x01(\x05\x12\x33\n\x08sampling\x18\x03 \x01(\x0b\x32!.quartet.policy.v1.SamplingParams\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x13\n\x0breturn_text\x18\x05 \x01(\x08\x12\x12\n\nrequest_id\x18\x06 \x01(\t\x12\x15\n\rstream_tokens\x18\x07 \x01(\x08\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x10\n\x08received\x18\t \x03(\x05\"\xef\x02\n\x0eSamplingParams\x12\x18\n\x0btemperature\x18\x01 \x01(\x02H\x00\x88\x01\x01\x12\x12\n\x05top_p\x18\x02 \x01(\x02H\x01\x88\x01\x01\x12\r\n\x05top_k\x18\x03 \x01(\x05\x12\x16\n\x0emax_new_tokens\x18\x04 \x01(\x05\x12\x16\n\x0emin_new_tokens\x18\x05 \x01(\x05\x12\x11\n\x04seed\x18\x06 \x01(\x03H\x02\x88\x01\x01\x12\x16\n\x0estop_token_ids\x18\x07 \x03(\x05\x12\x14\n\x0cprompt_seeds\x18\x08 \x03(\x03\x12\x14\n\x0cstop_strings\x18\t \x03(\t\x12\x44\n\nlogit_bias\x18\n \x03(\x0b\x32\x30.quartet.policy.v1.SamplingParams.LogitBiasEntry\x1a\x30\n\x0eLogitBiasEntry\x12\x0b\n\x03key\x18\x01 \x01(\x05\x12\r\n\x05value\x18\x02 \x01(\x02:\x02\x38\x01\x42\x0e\n\x0c_temperatureB\x08\n\x06_top_pB\x07\n\x05_seed\";\n\x0bVersionSpan\x12\x17\n\x0fweights_version\x18\x01 \x01(\x03\x12\x13\n\x0btoken_count\x18\x02 \x01(\x05\"\x80\x02\n\nCompletion\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x36\n\rfinish_reason\x18\x03 \x01(\x0e\x32\x1f.quartet.policy.v1.FinishReason\x12\x35\n\rversion_spans\x18\x04 \x03(\x0b\x32\x1e.quartet.policy.v1.VersionSpan\x12\x0c\n\x04text\x18\x05 \x01(\t\x12\x18\n\x10prompt_token_ids\x18\x06 \x03(\x05\x12\x17\n\rstop_token_id\x18\x07 \x01(\x05H\x00\x12\x15\n\x0bstop_string\x18\x08 \x01(\tH\x00\x42\x06\n\x04stop\"?\n\nTokenDelta\x12\x11\n\ttoken_ids\x18\x01 \x03(\x05\x12\x10\n\x08logprobs\x18\x02 \x03(\x02\x12\x0c\n\x04text\x18\x03 \x01(\t\"\xdb\x02\n\x10GenerateResponse\x12\x14\n\x0cprompt_index\x18\x01 \x01(\x05\x12\x14\n\x0csample_index\x18\x02 \x01(\x05\x12-\n\x06status\x18\x03 \x01(\x0b\x32\x1d.quartet.common.v1.ItemStatus\x12\x31\n\ncompletion\x18\x04 \x01(\x0b\x32\x1d.quartet.policy.v1.Completion\x12.\n\tserved_by\x18\x05 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12-\n\x04work\x18\x06 \x01(\x0b\x32\x1f.quartet.common.v1.WorkInterval\x12,\n\x05\x64\x65lta\x18\x07 \x01(\x0b\x32\x1d.quartet.policy.v1.TokenDelta\x12\x0f\n\x07\x61\x64\x61pter\x18\x08 \x01(\t\x12\x1b\n\x13\x61\x64\x61pter_fingerprint\x18\t \x01(\t\"\x15\n\x13GetModelInfoRequest\"C\n\x14GetModelInfoResponse\x12+\n\x05model\x18\x01 \x01(\x0b\x32\x1c.quartet.common.v1.ModelInfo*z\n\x0c\x46inishReason\x12\x1d\n\x19\x46INISH_REASON_UNSPECIFIED\x10\x00\x12\x16\n\x12\x46INISH_REASON_STOP\x10\x01\x12\x18\n\x14\x46INISH_REASON_LENGTH\x10\x02\x12\x19\n\x15\x46INISH_REASON_ABORTED\x10\x03\x32\xc7\x01\n\rPolicyService\x12U\n\x08Generate\x12\".quartet.policy.v1.GenerateRequest\x1a#.quartet.policy.v1.GenerateResponse0\x01\x12_\n\x0cGetModelInfo\x12&.quartet.policy.v1.GetModelInfoRequest\x1a\'.quartet.policy.v1.GetModelInfoResponseb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quartet.policy.v1.policy_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_FINISHREASON']._serialized_start=1170
-  _globals['_FINISHREASON']._serialized_end=1292
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._loaded_options = None
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_options = b'8\001'
+  _globals['_FINISHREASON']._serialized_start=1540
+  _globals['_FINISHREASON']._serialized_end=1662
   _globals['_GENERATEREQUEST']._serialized_start=86
-  _globals['_GENERATEREQUEST']._serialized_end=280
-  _globals['_SAMPLINGPARAMS']._serialized_start=283
-  _globals['_SAMPLINGPARAMS']._serialized_end=508
-  _globals['_VERSIONSPAN']._serialized_start=510
-  _globals['_VERSIONSPAN']._serialized_end=569
-  _globals['_COMPLETION']._serialized_start=572
-  _globals['_COMPLETION']._serialized_end=772
-  _globals['_GENERATERESPONSE']._serialized_start=775
-  _globals['_GENERATERESPONSE']._serialized_end=1076
-  _globals['_GETMODELINFOREQUEST']._serialized_start=1078
-  _globals['_GETMODELINFOREQUEST']._serialized_end=1099
-  _globals['_GETMODELINFORESPONSE']._serialized_start=1101
-  _globals['_GETMODELINFORESPONSE']._serialized_end=1168
-  _globals['_POLICYSERVICE']._serialized_start=1295
-  _globals['_POLICYSERVICE']._serialized_end=1494
+  _globals['_GENERATEREQUEST']._serialized_end=341
+  _globals['_SAMPLINGPARAMS']._serialized_start=344
+  _globals['_SAMPLINGPARAMS']._serialized_end=711
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_start=628
+  _globals['_SAMPLINGPARAMS_LOGITBIASENTRY']._serialized_end=676
+  _globals['_VERSIONSPAN']._serialized_start=713
+  _globals['_VERSIONSPAN']._serialized_end=772
+  _globals['_COMPLETION']._serialized_start=775
+  _globals['_COMPLETION']._serialized_end=1031
+  _globals['_TOKENDELTA']._serialized_start=1033
+  _globals['_TOKENDELTA']._serialized_end=1096
+  _globals['_GENERATERESPONSE']._serialized_start=1099
+  _globals['_GENERATERESPONSE']._serialized_end=1446
+  _globals['_GETMODELINFOREQUEST']._serialized_start=1448
+  _globals['_GETMODELINFOREQUEST']._serialized_end=1469
+  _globals['_GETMODELINFORESPONSE']._serialized_start=1471
+  _globals['_GETMODELINFORESPONSE']._serialized_end=1538
+  _globals['_POLICYSERVICE']._serialized_start=1665
+  _globals['_POLICYSERVICE']._serialized_end=1864
 # @@protoc_insertion_point(module_scope)

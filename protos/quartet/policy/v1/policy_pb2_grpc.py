@@ -53,7 +53,8 @@ class PolicyServiceServicer:
 
     def Generate(self, request, context):
         """Samples n completions of every prompt and streams each finished completion as soon as it is done, in no set order.
-        Every (prompt_index, sample_index) is answered exactly once. A client that leaves frees its slots.
+        Every (prompt_index, sample_index) is answered exactly once. A client that leaves frees its slots. With
+        stream_tokens, the tokens of each come before it as they are sampled.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

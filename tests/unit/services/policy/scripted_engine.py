@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from services.policy.adapter_config import AdapterConfig
-from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight
+from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Piece
 
 
 def generated(
@@ -73,6 +73,7 @@ class ScriptedEngine:
     update_gate: asyncio.Event = field(default_factory=asyncio.Event)
     update_begun: asyncio.Event = field(default_factory=asyncio.Event)
     update_error: Exception | None = None
+    pieces: Callable[[GenerationTask], AsyncGenerator[Piece, None]] | None = None
     tasks: list[GenerationTask] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
@@ -101,6 +102,26 @@ class ScriptedEngine:
             raise
         finally:
             self.running -= 1
+
+    async def stream(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        """What ``pieces`` yields, or else the answer token by token."""
+        self.tasks.append(task)
+        self.running += 1
+        ended = False
+        try:
+            await self.gate.wait()
+            async for piece in self.pieces(task) if self.pieces is not None else self._by_token(task):
+                ended = piece.finish is not None
+                yield piece
+        finally:
+            self.running -= 1
+            self.cancelled += not ended
+
+    async def _by_token(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        whole = await self.answer(task)
+        for token, logprob in zip(whole.token_ids, whole.logprobs, strict=True):
+            yield Piece(token_ids=[token], logprobs=[logprob], version_spans=[(0, 1)])
+        yield Piece(token_ids=[], logprobs=[], version_spans=[], finish=whole.finish)
 
     async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
         self.update_begun.set()

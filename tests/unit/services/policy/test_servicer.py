@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import Any
 
 import grpc
 import pytest
@@ -14,78 +11,14 @@ import pytest
 from quartet.client.channel import pushback_s
 from quartet.client.errors import translate
 from quartet.common.v1 import common_pb2
-from quartet.fingerprint import derive_seed, tokenizer_fingerprint
-from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
+from quartet.fingerprint import derive_seed
+from quartet.policy.v1 import policy_pb2
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask
-from services.policy.hosted import HostedPolicy
-from services.policy.servicer import PolicyServicer
-from services.policy.staging import Layout
-from services.runtime.telemetry import ServiceMetrics
-from tests.unit.services.policy.scripted_engine import ScriptedEngine, at_once, generated, until
+from tests.unit.services.policy.scripted_engine import at_once, generated, until
+from tests.unit.services.policy.served import MOST, params
 
 OK, INVALID = common_pb2.ITEM_STATUS_CODE_OK, common_pb2.ITEM_STATUS_CODE_INVALID
 PROMPTS = [[5, 6, 7], [9], [20, 21]]
-MOST = 8
-
-
-def ids(*token_ids: int) -> common_pb2.Prompt:
-    return common_pb2.Prompt(token_ids=common_pb2.TokenIds(ids=token_ids))
-
-
-def params(**changes: Any) -> policy_pb2.SamplingParams:
-    return policy_pb2.SamplingParams(**{"max_new_tokens": 4, "seed": 11, **changes})
-
-
-@dataclass
-class House:
-    """The servicer on a real server, before a scripted engine."""
-
-    servicer: PolicyServicer
-    engine: ScriptedEngine
-    stub: Any
-    fingerprint: str
-    stopped: list[str] = field(default_factory=list)
-
-    def call(self, prompts: list[Any], sampling: policy_pb2.SamplingParams | None = None, **fields: Any) -> Any:
-        """The stream of an asked request. Prompts are lists of token ids, or messages."""
-        request = policy_pb2.GenerateRequest(
-            prompts=[ids(*prompt) if isinstance(prompt, list) else prompt for prompt in prompts],
-            sampling=sampling or params(),
-            **{"tokenizer_fingerprint": self.fingerprint, **fields},
-        )
-        return self.stub.Generate(request, timeout=20)
-
-    async def generate(self, prompts: list[Any], sampling: Any = None, **fields: Any) -> list[Any]:
-        """All replies, in the order in which they came."""
-        return [reply async for reply in self.call(prompts, sampling, **fields)]
-
-    async def refusal(self, prompts: list[Any], sampling: Any = None, **fields: Any) -> grpc.aio.AioRpcError:
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await self.generate(prompts, sampling, **fields)
-        return refused.value
-
-    def metric(self, name: str, **labels: str) -> float:
-        return self.servicer.metrics.registry.get_sample_value(f"quartet_policy_{name}", labels) or 0.0
-
-
-@pytest.fixture
-async def house(serve, tokenizer) -> AsyncIterator[House]:
-    """Takes eight completions at a time, of a model of 300 tokens whose sequences have at most 128."""
-    engine, stopped = ScriptedEngine(), []
-    servicer = PolicyServicer(ServiceMetrics("policy"), max_queued=MOST, stop=lambda reason: stopped.append(reason))
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    served_by = common_pb2.ServedBy(model_id="m", weights_version=3, tokenizer_fingerprint=fingerprint)
-    servicer.hosted = HostedPolicy(
-        engine=engine,
-        tokenizer=tokenizer,
-        model=common_pb2.ModelInfo(served_by=served_by, eos_token_ids=[1, 2]),
-        layout=Layout(shapes={}, optional=frozenset()),
-    )
-    channel = await serve(
-        servicer.metrics, lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(servicer, server)
-    )
-    yield House(servicer, engine, policy_pb2_grpc.PolicyServiceStub(channel), fingerprint, stopped)
-    engine.gate.set()
 
 
 # Answers ----------------------------------------------------------------------------------------------------------

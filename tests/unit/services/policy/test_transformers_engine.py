@@ -6,8 +6,10 @@ Shapes: V vocabulary.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import math
+import random
 import re
 import shutil
 import threading
@@ -25,7 +27,7 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from services.policy import transformers_engine
 from services.policy.config import PolicySettings
-from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Sampling
+from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Piece, Sampling
 from services.policy.transformers_engine import TransformersEngine
 from services.runtime.errors import StartError
 
@@ -126,8 +128,9 @@ def exact_logits(folder: Path, token_ids: Sequence[int]) -> Tensor:
 
 
 def restricted(logits: Sequence[float], chosen: Sampling, held_back: Sequence[int] = ()) -> list[float]:
-    """Probability of every token, in plain Python and in the order of the contract: temperature, top-k, then top-p."""
-    scaled = [x / (chosen.temperature or 1.0) for x in logits]
+    """Probability of every token, in plain Python and in the order of the contract: bias, temperature, top-k, top-p."""
+    biases = dict(chosen.logit_bias)
+    scaled = [(x + biases.get(v, 0.0)) / (chosen.temperature or 1.0) for v, x in enumerate(logits)]
     kept = sorted((v for v in range(len(scaled)) if v not in held_back), key=lambda v: -scaled[v])
     if chosen.top_k:
         kept = kept[: chosen.top_k]
@@ -268,8 +271,9 @@ async def test_a_seed_draws_the_same_tokens_alone_and_in_any_company(start):
         sampling(max_new_tokens=1, top_p=0.6),
         sampling(max_new_tokens=1, temperature=1.5, top_k=40, top_p=0.8),
         sampling(max_new_tokens=1, min_new_tokens=1, stop_token_ids=tuple(range(0, 300, 2))),
+        sampling(max_new_tokens=1, temperature=1.5, top_k=60, logit_bias=((7, 4.0), (9, 3.5), (200, -100.0))),
     ],
-    ids=["plain", "cold", "hot", "top-k", "top-p", "all", "held back"],
+    ids=["plain", "cold", "hot", "top-k", "top-p", "all", "held back", "biased"],
 )
 async def test_tokens_are_drawn_as_often_as_their_probability_says(start, make_policy, chosen):
     engine = await start()
@@ -302,7 +306,15 @@ async def test_each_of_a_batch_reports_the_distribution_that_it_was_drawn_from_i
         sampling(top_p=1e-9),  # The likeliest one is always in.
         sampling(top_k=300),  # As many as there are: no restriction.
         sampling(temperature=0.0, top_k=3),
-        sampling(temperature=1.3, top_k=20, top_p=0.7, min_new_tokens=6, stop_token_ids=stops),
+        # A bias does not bring back what is held back.
+        sampling(
+            temperature=1.3,
+            top_k=20,
+            top_p=0.7,
+            min_new_tokens=6,
+            stop_token_ids=stops,
+            logit_bias=((1, 100.0), (5, 2.0)),
+        ),
     ]
     found = await asyncio.gather(
         *(engine.generate(task(prompt, chosen, 9)) for prompt, chosen in zip(PROMPTS, wishes, strict=True))
@@ -333,6 +345,103 @@ async def test_no_stop_token_comes_before_its_time_and_one_may_come_right_then(s
     free = sampling(temperature=0.0, max_new_tokens=60, stop_token_ids=(first,))
     at_once = await engine.generate(task(PROMPTS[1], free))
     assert (at_once.token_ids, at_once.finish) == ([first], Finish.STOP)
+
+
+# Tokens as they come ----------------------------------------------------------------------------------------------
+
+
+async def pieces_of(engine: TransformersEngine, asked: GenerationTask) -> list[Piece]:
+    return [piece async for piece in engine.stream(asked)]
+
+
+def joined(pieces: Sequence[Piece]) -> tuple[list[int], list[float], Finish | None]:
+    assert [piece.finish for piece in pieces[:-1]] == [None] * (len(pieces) - 1)
+    tokens = [token for piece in pieces for token in piece.token_ids]
+    return tokens, [logprob for piece in pieces for logprob in piece.logprobs], pieces[-1].finish
+
+
+async def test_pieces_joined_are_the_completion_and_come_while_it_is_generated(start, make_policy):
+    engine = await start(max_concurrent=3)
+    chosen = sampling(stop_token_ids=tuple(range(100, 120)))
+    whole = [await engine.generate(task(prompt, chosen, 4)) for prompt in PROMPTS]
+    streams = await asyncio.gather(*(pieces_of(engine, task(prompt, chosen, 4)) for prompt in PROMPTS))
+    assert {one.finish for one in whole} == {Finish.STOP, Finish.LENGTH}
+    for one, pieces in zip(whole, streams, strict=True):
+        tokens, logprobs, finish = joined(pieces)
+        assert (tokens, finish) == (one.token_ids, one.finish)
+        assert logprobs == pytest.approx(one.logprobs, abs=TOLERANCE)
+        assert [span for piece in pieces for span in piece.version_spans if span[0] != 0] == []
+        assert all(sum(count for _, count in piece.version_spans) == len(piece.token_ids) for piece in pieces)
+    engine.hold()
+    stream = engine.stream(task(PROMPTS[0]))
+    expected, _ = naive_greedy([policy(make_policy)] * 12, PROMPTS[0])
+    first = asyncio.ensure_future(anext(stream))
+    await engine.step(1)
+    # The prompt's own token may come alone, before the step's, or together with it.
+    begun = (await asyncio.wait_for(first, 5)).token_ids
+    while len(begun) < 2:
+        begun += (await asyncio.wait_for(anext(stream), 5)).token_ids
+    assert begun == expected[:2]
+    # Who reads slower than the tokens come finds them in one piece.
+    await engine.step(3)
+    assert (await asyncio.wait_for(anext(stream), 5)).token_ids == expected[2:5]
+    await stream.aclose()
+    await engine.step(1)
+    assert engine.counts == (0, 0)
+    await engine.let_go()
+
+
+async def test_pieces_say_which_weights_sampled_them(start, make_policy, tmp_path):
+    old, new = policy(make_policy), policy(make_policy, seed=1)
+    engine = await start()
+    engine.hold()
+    reading = asyncio.create_task(pieces_of(engine, task(PROMPTS[0])))
+    await engine.step(4)
+    updating = asyncio.create_task(update(engine, new, tmp_path / "update", 7, InFlight.KEEP))
+    await engine.let_go()
+    await updating
+    pieces = await reading
+    assert joined(pieces)[0] == naive_greedy([old] * 5 + [new] * 7, PROMPTS[0])[0]
+    versions = [version for piece in pieces for version, count in piece.version_spans for _ in range(count)]
+    assert versions == [0] * 5 + [7] * 7
+
+
+@LOGGED
+async def test_an_engine_that_dies_ends_its_streams_with_the_reason(start, monkeypatch):
+    engine = await start()
+    engine.hold()
+    reading = asyncio.create_task(pieces_of(engine, task(PROMPTS[0])))
+    await engine.step(2)
+
+    def no_room(**_: Any) -> Any:
+        raise MemoryError
+
+    monkeypatch.setattr(engine, "_model", no_room)
+    await engine.let_go()
+    with pytest.raises(EngineFailedError, match=r"generation failed: MemoryError\(\)"):
+        await asyncio.wait_for(reading, 5)
+
+
+async def test_thousands_that_leave_at_any_moment_leave_nothing_behind(start, make_policy):
+    engine = await start(max_concurrent=8)
+    draw = random.Random(1)
+    long = sampling(temperature=0.0, max_new_tokens=100)
+
+    async def leave() -> None:
+        asked = task(draw.choice(PROMPTS), long)
+        running = pieces_of(engine, asked) if draw.random() < 0.5 else engine.generate(asked)
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(running, draw.random() * 0.4)
+
+    for _ in range(4):
+        await asyncio.gather(*(leave() for _ in range(500)))
+        # Those that waited are gone at once, those that ran after the token that was being computed.
+        for _ in range(100):
+            if engine.counts == (0, 0):
+                break
+            await asyncio.sleep(0.01)
+        assert engine.counts == (0, 0)
+        assert_greedy(await asyncio.wait_for(engine.generate(task(PROMPTS[1])), 2), policy(make_policy), PROMPTS[1], 12)
 
 
 # Weight updates ---------------------------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from quartet.client.errors import translate
-from quartet.client.policy import UPDATE_ACCEPTED
+from quartet.client.policy import UPDATE_ACCEPTED, upload
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import TensorDigest, weights_fingerprint
 from quartet.policy.v1 import weights_pb2, weights_pb2_grpc
@@ -82,7 +82,7 @@ class House:
         return [path.name for path in self.staging.iterdir()]
 
     async def update(self, steps: Sequence[Step]) -> weights_pb2.UpdateWeightsResponse:
-        return await self.stub.UpdateWeights(iter(steps), timeout=20)
+        return await upload(self.stub.UpdateWeights(timeout=20), iter(steps))
 
     async def refusal(self, steps: Sequence[Step]) -> tuple[grpc.StatusCode, str, str]:
         """Status, message and field of a refused update."""

@@ -103,16 +103,23 @@ async def test_an_error_of_ours_becomes_its_status_with_message_and_field(house,
     assert type(failed.value) is typed
     assert (failed.value.message, failed.value.field) == (error.message, error.field)
     assert service.counted("Score", code) == 1
+    assert str(failed.value) == f"reward service: {error.message} (request id {failed.value.request_id})"
     assert logs == [
         {
             "event": "call_refused",
             "log_level": "warning",
+            "request_id": failed.value.request_id,
             "method": "Score",
             "code": code,
             "seconds": logs[0]["seconds"],
+            "caller": logs[0]["caller"],
+            "items": 0,
+            "tokens": 0,
+            "weights_version": None,
             "reason": error.message,
         }
     ]
+    assert logs[0]["caller"].startswith("ipv4:127.0.0.1:")
 
 
 async def test_the_pause_asked_for_is_in_the_trailer(house):
@@ -144,8 +151,13 @@ async def test_a_call_without_a_request_id_and_one_with_an_endless_one_are_answe
     service.error = RuntimeError()
     async with grpc.aio.insecure_channel(address) as channel:
         stub = reward_pb2_grpc.RewardServiceStub(channel)
-        with pytest.raises(grpc.aio.AioRpcError, match=r"request id \(none\)"):
+        with pytest.raises(grpc.aio.AioRpcError, match=r"request id [0-9a-f]{32}") as nameless:
             await stub.Score(reward_pb2.ScoreRequest())
+        given = dict(nameless.value.trailing_metadata())["quartet-request-id"]
+        assert nameless.value.details().endswith(given)
+        with capture_logs() as logs, pytest.raises(grpc.aio.AioRpcError):
+            await stub.Score(reward_pb2.ScoreRequest(), metadata=(("quartet-request-id", 'a" b\\{c'),))
+        assert logs[0]["request_id"] == "a__b__c"
         with pytest.raises(grpc.aio.AioRpcError) as failed:
             await stub.Score(reward_pb2.ScoreRequest(), metadata=(("quartet-request-id", "x" * 1000),))
     assert failed.value.details() == f"internal error; the service's log says why under request id {'x' * 128}"

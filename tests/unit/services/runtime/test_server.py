@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ import pytest
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from quartet.client import CallPolicy, RewardClient, ScoreItem, UnavailableError
+from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.runtime.probe import probe
 
 ITEM = ScoreItem(prompt="a", response="b")
@@ -188,6 +190,28 @@ async def test_an_address_open_to_a_network_is_served_with_a_warning(start):
     assert '"listener": "the slow service", "host": "0.0.0.0"' in warning
     assert '"level": "warning"' in warning
     assert "set --token-file or --tls-client-ca" in warning
+
+
+async def test_thousands_of_calls_at_once_are_answered_or_told_to_come_back_and_none_is_cancelled(start):
+    """gRPC itself drops calls at random, as CANCELLED, where more than 1,000 have not been looked at."""
+    # Nobody reads what it says meanwhile.
+    service = start("--max-connection-calls", "20000", "--max-calls", "1000", "--log-level", "error", call_s=1)
+    await service.wait_health("SERVING")
+    request = reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(response_text="b")])
+    codes: Counter[str] = Counter()
+    async with grpc.aio.insecure_channel(service.address) as channel:
+        stub = reward_pb2_grpc.RewardServiceStub(channel)
+
+        async def one() -> None:
+            try:
+                await stub.Score(request)
+                codes["OK"] += 1
+            except grpc.aio.AioRpcError as error:
+                codes[error.code().name] += 1
+
+        await asyncio.gather(*(one() for _ in range(5000)))
+    assert set(codes) == {"OK", "RESOURCE_EXHAUSTED"}
+    assert codes["OK"] >= 1000
 
 
 async def test_more_connections_than_allowed_are_closed_and_silent_ones_make_room(start):
