@@ -27,21 +27,22 @@ T = TypeVar("T")
 REQUEST_ID = "quartet-request-id"
 _PREFIX = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _belongs_to: ContextVar[str] = ContextVar("quartet_request_ids", default="")
-_MAX_MESSAGE_BYTES = 64 * 1024 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
 class CallPolicy:
-    """How long to wait and how often to try again. Seconds.
+    """How long to wait, how often to try again, and how large a message may be. Seconds, MiB.
 
     ``deadline_s`` bounds one attempt; ``patience_s`` bounds how long a call that is safe to repeat goes on trying
-    while the service is away or overloaded, so that a service that is restarted is found again.
+    while the service is away or overloaded, so that a service that is restarted is found again. ``max_message_mib``:
+    of requests and replies; the service has a limit of its own.
     """
 
     deadline_s: float = 600.0
     patience_s: float = 120.0
     first_backoff_s: float = 0.1
     max_backoff_s: float = 2.0
+    max_message_mib: int = 64
 
 
 def target_of(addresses: str) -> str:
@@ -98,7 +99,9 @@ def _ip_version(address: str) -> int:
         return 0
 
 
-def open_channel(addresses: str, health_service: str, security: Security) -> grpc.aio.Channel:
+def open_channel(
+    addresses: str, health_service: str, security: Security, *, max_message_mib: int
+) -> grpc.aio.Channel:
     """A channel that spreads calls over the replicas that report ``health_service`` as SERVING."""
     service_config = {
         "loadBalancingConfig": [{"round_robin": {}}],
@@ -106,8 +109,8 @@ def open_channel(addresses: str, health_service: str, security: Security) -> grp
     }
     options: list[tuple[str, object]] = [
         ("grpc.service_config", json.dumps(service_config)),
-        ("grpc.max_receive_message_length", _MAX_MESSAGE_BYTES),
-        ("grpc.max_send_message_length", _MAX_MESSAGE_BYTES),
+        ("grpc.max_receive_message_length", max_message_mib * 2**20),
+        ("grpc.max_send_message_length", max_message_mib * 2**20),
         # Long unary calls over idle links: notice a dead peer, without angering the server's ping policy.
         ("grpc.keepalive_time_ms", 300_000),
         ("grpc.keepalive_timeout_ms", 20_000),
@@ -135,7 +138,9 @@ class ServiceClient:
         self.policy = policy or CallPolicy()
         self.security = security or Security()
         self._credentials = self.security.metadata_source(addresses)
-        self._channel = open_channel(addresses, self.health_service, self.security)
+        self._channel = open_channel(
+            addresses, self.health_service, self.security, max_message_mib=self.policy.max_message_mib
+        )
 
     async def __aenter__(self) -> Self:
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import grpc
 from google.rpc import error_details_pb2
 from grpc_status import rpc_status
@@ -94,6 +96,9 @@ ERROR_BY_CODE: dict[grpc.StatusCode, type[QuartetError]] = {
     grpc.StatusCode.DATA_LOSS: DamagedError,
 }
 
+# What gRPC itself, at either end, refuses for its size says RESOURCE_EXHAUSTED as overload does, but will never pass.
+_TOO_LARGE = re.compile(r"larger than max|metadata size exceeds", re.IGNORECASE)
+
 
 def translate(error: grpc.aio.AioRpcError, service: str, request_id: str = "") -> QuartetError:
     """The typed error of a failed call, with the field that ``google.rpc.BadRequest`` details name."""
@@ -105,6 +110,9 @@ def translate(error: grpc.aio.AioRpcError, service: str, request_id: str = "") -
             field = bad_request.field_violations[0].field
     kind = ERROR_BY_CODE.get(error.code(), ServiceFailedError)
     message = error.details() or error.code().name
+    if error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and _TOO_LARGE.search(message):
+        kind = InvalidInputError
+        message += "; send less at a time, or raise --max-message-mib of the service and max_message_mib of CallPolicy"
     if error.code() is grpc.StatusCode.CANCELLED and message == "CANCELLED":
         message = "the service ended the call without an answer: it is stopping"
     return kind(message, service=service, code=error.code(), field=field, request_id=request_id)

@@ -74,6 +74,19 @@ async def test_a_status_becomes_its_typed_error(start_scripted, code):
     assert service.calls == 1
 
 
+@pytest.mark.parametrize(("mib", "limit_mib", "who"), [(2, 1, "CLIENT"), (5, 64, "SERVER")])
+async def test_a_message_that_is_too_large_is_refused_at_once_and_says_what_to_do(start_scripted, mib, limit_mib, who):
+    """gRPC says RESOURCE_EXHAUSTED, as an overloaded service does, but waiting will not help."""
+    service = await start_scripted()  # With gRPC's default limit, 4 MiB.
+    item = ScoreItem(prompt="a" * (mib * 2**20), response="b")
+    async with RewardClient(service.address, policy=CallPolicy(patience_s=60.0, max_message_mib=limit_mib)) as client:
+        async with asyncio.timeout(10):
+            with pytest.raises(InvalidInputError, match=rf"{who}.*larger than max.*max_message_mib of CallPolicy"):
+                await client.score([item])
+        assert (await client.score([ITEM])).results  # The connection goes on.
+    assert service.calls == 1
+
+
 async def test_the_field_named_in_the_details_comes_out(start_scripted):
     violation = error_details_pb2.BadRequest.FieldViolation(field="items", description="is empty")
     detail = any_pb2.Any()
