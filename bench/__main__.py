@@ -6,19 +6,15 @@ trainer's linear layers save.
 
 from __future__ import annotations
 
-import json
 import sys
-from pathlib import Path
 
 from bench import batcher, generation, linear, ppo_overhead
 from bench.machine import machine
-
-OUTPUT = Path(__file__).resolve().parent / "out" / "results.json"
+from bench.outcome import Verdict, conclude
 
 
 def main() -> None:
-    where = machine()
-    print("; ".join(f"{name} {value}" for name, value in where.items()))
+    print("; ".join(f"{name} {value}" for name, value in machine().items()))
     if sys.argv[1:] == ["linear"]:
         print("\n".join(("", *linear.measure())))
         return
@@ -38,20 +34,22 @@ def main() -> None:
     overhead = ppo_overhead.measure(ppo_overhead.Load())
     print("\n".join(overhead.lines()))
 
-    verdicts = (
+    conclude(
+        "bench",
         (
-            speed.ratio >= generation.TARGET,
-            f"generation through the service / in process: {speed.ratio:.3f}, target at least {generation.TARGET:.2f}",
+            Verdict(
+                speed.ratio >= generation.TARGET,
+                f"generation through the service / in process: {speed.ratio:.3f}, target at least "
+                f"{generation.TARGET:.2f}",
+            ),
+            Verdict(
+                overhead.share <= ppo_overhead.TARGET,
+                f"PPO step neither work nor waiting for it: {overhead.share:.2%}, target at most "
+                f"{ppo_overhead.TARGET:.0%}",
+            ),
         ),
-        (
-            overhead.share <= ppo_overhead.TARGET,
-            f"PPO step neither work nor waiting for it: {overhead.share:.2%}, target at most {ppo_overhead.TARGET:.0%}",
-        ),
+        {"generation": speed.figures(), "ppo_step": overhead.figures()},
     )
-    print("\n" + "\n".join(f"{'PASS' if held else 'MISS'}  {text}" for held, text in verdicts))
-    OUTPUT.parent.mkdir(exist_ok=True)
-    content = {"machine": where, "generation": speed.figures(), "ppo_step": overhead.figures()}
-    OUTPUT.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ import psutil  # type: ignore[import-untyped]
 from bench import generation
 from bench.generation import IN_PROCESS, Load, Response, Side, family
 from bench.models import END, make_larger_policy
+from bench.outcome import Verdict, conclude
 from bench.turns import free_port, set_threads
 from quartet.fingerprint import derive_seeds
 
@@ -171,8 +172,8 @@ def main() -> None:
         return
     result = generation.measure(Load(**options), make_model=make_larger_policy, others=(_http_server, _transformers))
     print("\n" + "\n".join(result.lines()))
-    verdict = "PASS" if result.ratio >= TARGET else "MISS"
-    print(f"\n{verdict}  policy service / {IN_PROCESS}: {result.ratio:.3f}, target at least {TARGET:.2f}")
+    text = f"policy service / {IN_PROCESS}: {result.ratio:.3f}, target at least {TARGET:.2f}"
+    conclude("generate", (Verdict(result.ratio >= TARGET, text),), result.figures())
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@
 - one by one: a transformers classifier, a text at a time.
 - padded batches: the same in batches of 32, in the order of arrival, padded to the longest.
 - pipeline: transformers' pipeline("text-classification"), batches of 32; it tokenises, too.
-- vLLM: its pooling runner's classify, in process.
+- vLLM: its pooling runner's classify, in process, as it is by default: compiled where there is a C++ compiler, and with
+  its prefix cache, which is emptied before each turn.
 - vLLM HTTP server: the same through its own server, all texts in one request.
 - own scorer: what the reward service runs, called in process; tells what gRPC and the runtime cost.
 - reward service: through gRPC, in a process of its own.
@@ -13,6 +14,7 @@
 All in float32 with the same 31 M-parameter Llama classifier. Two loads: texts as they come, and four responses that
 share each prompt. Sides take turns (see ``bench.turns``); what they found is compared. Then what callers wait who ask
 for one score at a time (see ``bench.reward_latency``). The figures go to bench/out as reward.json and reward.png.
+Without TEXTS the texts are made-up words of about the same lengths, which share no beginnings.
 """
 
 from __future__ import annotations
@@ -32,10 +34,10 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from bench import reward_latency
-from bench.machine import machine
 from bench.models import sentence
+from bench.outcome import OUTPUT, Verdict, conclude
 from bench.reward_servers import SERVICE, VLLM_SERVER, client, running
-from bench.turns import Side, end_at_once, serve_turns, set_threads, set_vllm_environment, start_sides
+from bench.turns import Side, compiles, end_at_once, serve_turns, set_threads, set_vllm_environment, start_sides
 
 SCORER = "own scorer"
 NAIVE = ("one by one", "padded batches")
@@ -43,9 +45,10 @@ TARGETS = {"alone": 0.95, "shared": 1.3}
 """Of the best peer's texts/s, by load."""
 NAIVE_TARGET = 2.0
 OVERHEAD_TARGET = 0.05
+AGREEMENT = 1e-4
+"""Largest difference of a score in float32 from that of the text alone, by transformers."""
 _LONGEST = 512
 _BATCH = 32
-OUTPUT = Path(__file__).resolve().parent / "out"
 _VOCABULARY = 8192
 
 
@@ -156,24 +159,30 @@ def _seconds(side: Side) -> float:
 
 def table(sides: Sequence[Side], texts: int, tokens: int) -> list[str]:
     """Figures of one load."""
-    truth = sides[0].turns[0].found
-    found = [f"{'':<18}{'texts/s':>9}{'tokens/s':>10}{'MiB above model':>17}{'largest difference':>20}"]
-    for side in sides:
-        error = max(abs(a - b) for turn in side.turns for a, b in zip(turn.found, truth, strict=True))
+    found = [f"{'':<18}{'texts/s':>9}{'tokens/s':>10}{'peak MiB':>10}{'above model':>13}{'largest difference':>20}"]
+    for side, error in _errors(sides).items():
         memory = max(turn.peak_mib for turn in side.turns)
         found.append(
-            f"{side.name:<18}{texts / _seconds(side):>9,.1f}{tokens / _seconds(side):>10,.0f}{memory:>17,.0f}"
-            f"{error:>20.1e}"
+            f"{side.name:<18}{texts / _seconds(side):>9,.1f}{tokens / _seconds(side):>10,.0f}"
+            f"{side.model_mib + memory:>10,.0f}{memory:>13,.0f}{error:>20.1e}"
         )
     return found
 
 
-def verdicts(results: dict[str, list[Side]]) -> list[str]:
+def _errors(sides: Sequence[Side]) -> dict[Side, float]:
+    """Largest difference of each side's scores from the first one's."""
+    truth = sides[0].turns[0].found
+    return {
+        side: max(abs(a - b) for turn in side.turns for a, b in zip(turn.found, truth, strict=True)) for side in sides
+    }
+
+
+def verdicts(results: dict[str, list[Side]]) -> list[Verdict]:
     """What is asked of us, and whether it holds."""
     found = []
 
     def judge(held: bool, text: str) -> None:
-        found.append(f"{'PASS' if held else 'MISS'}  {text}")
+        found.append(Verdict(held, text))
 
     for load, sides in results.items():
         seconds = {side.name: _seconds(side) for side in sides}
@@ -190,28 +199,33 @@ def verdicts(results: dict[str, list[Side]]) -> list[str]:
             f"{load}: gRPC and runtime above the scorer in process: {overhead:.1%}, target at most "
             f"{OVERHEAD_TARGET:.0%}",
         )
+        error = max(_errors(sides).values())
+        judge(error <= AGREEMENT, f"{load}: all scores agree: {error:.1e}, target at most {AGREEMENT:.0e}")
     return found
 
 
-def save(results: dict[str, list[Side]], latencies: reward_latency.Results) -> None:
-    """The figures as JSON, and as a picture."""
+def figures(results: dict[str, list[Side]], latencies: reward_latency.Results) -> dict[str, Any]:
+    """What a program wants to know of it."""
+    return {
+        "seconds_and_peak_mib": {
+            load: {side.name: [[turn.seconds, side.model_mib + turn.peak_mib] for turn in side.turns] for side in sides}
+            for load, sides in results.items()
+        },
+        "rate_p50_ms_p99_ms": {
+            name: {count: [w.rate, w.percentile_ms(50), w.percentile_ms(99)] for count, w in by_count.items()}
+            for name, by_count in latencies.items()
+        },
+    }
+
+
+def draw(results: dict[str, list[Side]], latencies: reward_latency.Results) -> None:
+    """The figures as a picture."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
     OUTPUT.mkdir(exist_ok=True)
-    figures = {
-        load: {side.name: [[turn.seconds, turn.peak_mib] for turn in side.turns] for side in sides}
-        for load, sides in results.items()
-    }
-    waits = {
-        name: {count: [w.rate, w.percentile_ms(50), w.percentile_ms(99)] for count, w in by_count.items()}
-        for name, by_count in latencies.items()
-    }
-    content = {"machine": machine(), "seconds_and_peak_mib": figures, "rate_p50_ms_p99_ms": waits}
-    (OUTPUT / "reward.json").write_text(json.dumps(content, indent=1) + "\n")
-
     figure, axes = pyplot.subplots(1, len(results) + 1, figsize=(5 * len(results) + 5, 3.6), layout="constrained")
     for axis, (load, sides) in zip(axes, results.items(), strict=False):
         rates = [len(side.turns[0].found) / _seconds(side) for side in sides]
@@ -287,12 +301,12 @@ def _vllm(model: Path, texts: list[Text]) -> None:
         str(model),
         runner="pooling",
         dtype="float32",
-        enforce_eager=True,
-        enable_prefix_caching=False,
+        enforce_eager=not compiles(),
     )
     params = PoolingParams(use_activation=False)
 
     def work() -> tuple[float, list[float]]:
+        engine.reset_prefix_cache()
         start_s = time.perf_counter()
         prompts: Any = [{"prompt_token_ids": text.ids} for text in texts]
         outputs = engine.classify(prompts, pooling_params=params, use_tqdm=False)
@@ -325,14 +339,14 @@ def _server(name: str) -> Callable[[Path, list[Text]], None]:
     def serve(model: Path, texts: list[Text]) -> None:
         pairs = [(text.prompt, text.response) for text in texts]
 
-        async def ask() -> list[float]:
+        async def ask() -> tuple[float, list[float]]:
             async with client(name, port) as asks:
-                return await asks(pairs)
+                start_s = time.perf_counter()
+                found = await asks(pairs)
+                return time.perf_counter() - start_s, found
 
         def work() -> tuple[float, list[float]]:
-            start_s = time.perf_counter()
-            found = asyncio.run(ask())
-            return time.perf_counter() - start_s, found
+            return asyncio.run(ask())
 
         with running(name, model) as (process, port):
             serve_turns(work, psutil.Process(process.pid))
@@ -354,7 +368,7 @@ _SIDES: dict[str, Callable[[Path, list[Text]], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, help="JSON Lines with prompt and chosen; made-up words without it")
-    parser.add_argument("--count", type=int, default=256, help="texts: the first so many rows")
+    parser.add_argument("--count", type=int, default=512, help="texts: the first so many rows")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -363,8 +377,9 @@ def main() -> None:
         _SIDES[name](Path(model), [Text(*row) for row in json.loads(Path(file).read_text())])
         return
     results, latencies = measure(options.texts, options.count, options.rounds)
-    save(results, latencies)
-    print("\n" + "\n".join(verdicts(results)))
+    draw(results, latencies)
+    source = "made-up words" if options.texts is None else options.texts.name
+    conclude("reward", verdicts(results), {"texts": source} | figures(results, latencies))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from pathlib import Path
 from typing import Any
 
-from bench.turns import free_port, set_threads, vllm_environment
+from bench.turns import compiles, free_port, set_threads, vllm_environment
 
 SERVICE = "reward service"
 VLLM_SERVER = "vLLM HTTP server"
@@ -40,7 +40,7 @@ def command(name: str, model: Path, port: int) -> list[str]:
     if name == VLLM_SERVER:
         return [
             *("-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--runner", "pooling"),
-            *("--dtype", "float32", "--enforce-eager", "--no-enable-prefix-caching", "--disable-log-stats"),
+            *("--dtype", "float32", "--disable-log-stats", *(() if compiles() else ("--enforce-eager",))),
             *("--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"),
             *("--served-model-name", "reward"),
         ]
@@ -72,21 +72,21 @@ async def _wait_ready(name: str, process: subprocess.Popen[bytes], port: int) ->
     from quartet.client import QuartetError
 
     give_up_s = time.monotonic() + _READY_S
-    async with client(name, port) as ask:
-        while True:
-            if process.poll() is not None:
-                raise SystemExit(f"{name} ended with {process.returncode} before it was ready")
-            try:
+    while True:
+        if process.poll() is not None:
+            raise SystemExit(f"{name} ended with {process.returncode} before it was ready")
+        try:
+            async with asyncio.timeout(60), client(name, port) as ask:
                 await ask([([2, 3], [4, 1])])
                 return
-            except (aiohttp.ClientError, grpc.RpcError, QuartetError):
-                if time.monotonic() > give_up_s:
-                    raise
-            await asyncio.sleep(0.5)
+        except (TimeoutError, aiohttp.ClientError, grpc.RpcError, QuartetError):
+            if time.monotonic() > give_up_s:
+                raise
+        await asyncio.sleep(0.5)
 
 
 def client(name: str, port: int) -> contextlib.AbstractAsyncContextManager[Ask]:
-    """How the server is asked."""
+    """How the server is asked. Connected and, where it keeps what it has computed, emptied of it."""
     return _grpc_client(port) if name == SERVICE else _http_client(port, classify=name == VLLM_SERVER)
 
 
@@ -95,13 +95,10 @@ async def _grpc_client(port: int) -> AsyncIterator[Ask]:
     from quartet.client import ItemFailure, RewardClient, ScoreItem
 
     async with RewardClient(f"127.0.0.1:{port}") as reward:
-        fingerprint = ""
+        await reward.wait_ready(_READY_S)
+        fingerprint = (await reward.get_model_info())[0].served_by.tokenizer_fingerprint
 
         async def ask(pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
-            nonlocal fingerprint
-            if not fingerprint:
-                await reward.wait_ready(_READY_S)
-                fingerprint = (await reward.get_model_info())[0].served_by.tokenizer_fingerprint
             items = [ScoreItem(prompt=prompt, response=response) for prompt, response in pairs]
             found = await reward.score(items, tokenizer_fingerprint=fingerprint)
             scores = []
@@ -120,6 +117,9 @@ async def _http_client(port: int, *, classify: bool) -> AsyncIterator[Ask]:
 
     timeout, connector = aiohttp.ClientTimeout(total=None), aiohttp.TCPConnector(limit=0)
     async with aiohttp.ClientSession(f"http://127.0.0.1:{port}", timeout=timeout, connector=connector) as session:
+        if classify:  # Texts come again in every turn, as they would not from people.
+            async with session.post("/reset_prefix_cache") as reply:
+                reply.raise_for_status()
 
         async def ask(pairs: Sequence[tuple[Ids, Ids]]) -> list[float]:
             rows = [prompt + response for prompt, response in pairs]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
@@ -149,12 +150,18 @@ def vllm_environment() -> dict[str, str]:
         "VLLM_LOGGING_LEVEL": "ERROR",
         "VLLM_CPU_KVCACHE_SPACE": "2",
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
+        "VLLM_SERVER_DEV_MODE": "1",  # So that its HTTP server can be told to empty its cache.
     }
 
 
 def set_vllm_environment() -> None:
     """The same for this process, with the engine in it, so that its memory is seen. Before vLLM is imported."""
     os.environ.update(vllm_environment(), VLLM_ENABLE_V1_MULTIPROCESSING="0")
+
+
+def compiles() -> bool:
+    """Whether vLLM can run compiled, as it does by default: on a processor that takes a C++ compiler."""
+    return any(shutil.which(name) for name in (os.environ.get("CXX", "g++"), "c++"))
 
 
 def end_at_once() -> None:
