@@ -19,6 +19,9 @@ from quartet.client import Security
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+# Services and tests share the cores: threads without work sleep at once, as quartet-local has them do. Before torch.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("KMP_BLOCKTIME", "0")
 
 WORDS = (
     "hello thanks please sorry help order refund broken phone screen router delay the a is my your we can not do it "
@@ -158,15 +161,23 @@ def free_port() -> int:
             return port
 
 
+_started: list[LiveService] = []
+
+
+def _stop_since(mark: int) -> None:
+    while len(_started) > mark:
+        _started.pop().stop()
+
+
 @pytest.fixture(scope="session")
 def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # type: ignore[no-untyped-def]
     """start_service("reward", model, "--flag", ...) starts it and waits until it is SERVING.
 
-    On free ports, or on those of ``like``, a service that ended; asked with ``security``, where it has TLS.
+    On free ports, or on those of ``like``, a service that ended; asked with ``security``, where it has TLS. It ends with
+    the test or the module whose fixture started it.
     """
     from services.runtime.probe import probe
 
-    started: list[LiveService] = []
     health = {
         "policy": "quartet.policy.v1.PolicyService",
         "reward": "quartet.reward.v1.RewardService",
@@ -193,7 +204,7 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
         with log.open("w") as sink:
             process = subprocess.Popen(command, stdout=sink, stderr=subprocess.STDOUT, text=True)
         service = LiveService(process, f"127.0.0.1:{port}", f"127.0.0.1:{admin_port}", f"127.0.0.1:{metrics_port}", log)
-        started.append(service)
+        _started.append(service)
         end = time.monotonic() + timeout_s
         while probe(service.address, health[name], timeout_s=1.0, security=security) != "SERVING":
             if process.poll() is not None or time.monotonic() > end:
@@ -202,8 +213,22 @@ def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # 
         return service
 
     yield start
-    for service in started:
-        service.stop()
+    _stop_since(0)
+
+
+@pytest.fixture(autouse=True)
+def _services_end_with_their_test() -> Iterator[None]:
+    """Those of wider fixtures were started before this one and stay."""
+    mark = len(_started)
+    yield
+    _stop_since(mark)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _services_end_with_their_module() -> Iterator[None]:
+    mark = len(_started)
+    yield
+    _stop_since(mark)
 
 
 @pytest.fixture(scope="session")

@@ -37,7 +37,9 @@ def test_a_child_that_takes_memory_is_seen():
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as child:
         assert child.stdout is not None
         child.stdout.readline()
-        own = psutil.Process().memory_info().rss + psutil.Process(child.pid).memory_info().rss
+        here = psutil.Process()
+        own = sum(process.memory_info().rss for process in (here, *here.children(recursive=True)))
+        assert child.pid in [process.pid for process in here.children()]
         during = resident_bytes()
         child.communicate(b"\n")
     assert during == pytest.approx(own, rel=0.02)
