@@ -173,8 +173,8 @@ def _stop_since(mark: int) -> None:
 def start_service(tmp_path_factory) -> Iterator[Callable[..., LiveService]]:  # type: ignore[no-untyped-def]
     """start_service("reward", model, "--flag", ...) starts it and waits until it is SERVING.
 
-    On free ports, or on those of ``like``, a service that ended; asked with ``security``, where it has TLS. It ends with
-    the test or the module whose fixture started it.
+    On free ports, or on those of ``like``, a service that ended; asked with ``security``, where it has TLS. It ends
+    with the test or the module whose fixture started it.
     """
     from services.runtime.probe import probe
 

@@ -99,9 +99,7 @@ def _ip_version(address: str) -> int:
         return 0
 
 
-def open_channel(
-    addresses: str, health_service: str, security: Security, *, max_message_mib: int
-) -> grpc.aio.Channel:
+def open_channel(addresses: str, health_service: str, security: Security, *, max_message_mib: int) -> grpc.aio.Channel:
     """A channel that spreads calls over the replicas that report ``health_service`` as SERVING."""
     service_config = {
         "loadBalancingConfig": [{"round_robin": {}}],
