@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -15,7 +16,7 @@ from structlog.contextvars import bind_contextvars
 from quartet import tracing
 from services.runtime import calls
 from services.runtime.calls import REQUEST_ID, CallRecord
-from services.runtime.errors import InternalError, ServiceError, status_metadata
+from services.runtime.errors import InternalError, ServiceError, refuse
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
@@ -67,6 +68,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def unary(request: Any, context: Any) -> Any:
             async with _Call(self.metrics, method, metadata, context):
                 return await behaviour(request, context)
+            return None  # It was refused, with a status.
 
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
         make = make or grpc.unary_unary_rpc_method_handler
@@ -100,7 +102,7 @@ class _Call:
             self._trace()
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
 
-    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
         seconds = time.monotonic() - self.start_s
         self.metrics.calls_in_flight.dec()
         self.metrics.call_seconds.labels(self.method).observe(seconds)
@@ -116,12 +118,13 @@ class _Call:
             self.metrics.refused.labels(error.refused_as).inc()
         self._log(code, seconds, error)
         self._end_trace(code)
-        request_id = (REQUEST_ID, self.record.request_id)
-        if isinstance(error, ServiceError):
-            await self.context.abort(error.code, error.message, (request_id, *status_metadata(error)))
-        elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            return False
+        if not isinstance(error, ServiceError):
             message = f"internal error; the service's log says why under request id {self.record.request_id}"
-            await self.context.abort(grpc.StatusCode.INTERNAL, message, (request_id,))
+            error = InternalError(message)
+        refuse(self.context, error, ((REQUEST_ID, self.record.request_id),))
+        return True
 
     def _trace(self) -> None:
         """Begins the span of the call, within the client's where it sent one."""
@@ -168,6 +171,10 @@ class _Call:
         if code is grpc.StatusCode.INTERNAL and not isinstance(error, InternalError):
             log.error("call_failed", **event, exc_info=error)
         elif isinstance(error, ServiceError):
-            log.warning("call_refused", **event, reason=error.message)
+            if error.field:
+                event["field"] = error.field
+            if not error.may_quote or log.is_enabled_for(logging.DEBUG):
+                event["reason"] = error.message
+            log.warning("call_refused", **event)
         else:
             log.info("call_done", **event)

@@ -1,4 +1,4 @@
-"""Who may call, and how much of the service one caller can hold: TLS, bearer tokens, limits.
+"""Who may call: TLS, the authorities of clients, bearer tokens.
 
 All files are read at the start, where a wrong one is refused, and again when they change: a certificate or a token is
 rotated by replacing its file. A file that becomes unusable changes nothing and is logged as an error.
@@ -6,39 +6,24 @@ rotated by replacing its file. A file that becomes unusable changes nothing and 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import hashlib
 import hmac
 import ipaddress
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
 from quartet.token_file import Stamp, TokenFile, TokenFileError, stamp_of
-from services.runtime.errors import (
-    DeadlineExceededError,
-    InvalidArgumentError,
-    OverloadedError,
-    ServiceError,
-    StartError,
-    UnauthenticatedError,
-    status_metadata,
-)
+from services.runtime.errors import StartError
 
 log = structlog.get_logger()
 
-# Open to everybody: probes and balancing clients have no credentials, and it tells nothing but readiness.
-_OPEN = "/grpc.health.v1.Health/"
 _SCHEME = "bearer"
 _SHORT_TOKEN = 16
-_RETRY_AFTER_MS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -244,164 +229,3 @@ class TokenCheck:
 
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-
-
-class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Stands before every call of a listener but health: the token, room for one more call, a request in time.
-
-    A refused call costs no memory: its request is not read. It stands inside CallInterceptor, which counts and logs
-    what it raises.
-    """
-
-    def __init__(self, *, tokens: TokenCheck | None, max_calls: int, request_timeout_s: float) -> None:
-        self.tokens = tokens
-        self.max_calls = max_calls
-        self.request_timeout_s = request_timeout_s
-        self.calls = 0
-        self.watches = 0
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method  # type: ignore[attr-defined]
-        if handler is None:
-            return None
-        if method.startswith(_OPEN):
-            return self._admit_health(handler)
-        if self.tokens is not None:
-            reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
-            if reason is not None:
-                return _refusing(UnauthenticatedError(reason, refused_as="credentials"))
-        if self.calls >= self.max_calls:
-            return _refusing(
-                OverloadedError(
-                    f"{self.calls} calls are in hand, at most {self.max_calls} are taken; try again later",
-                    retry_after_ms=_RETRY_AFTER_MS,
-                    refused_as="calls",
-                )
-            )
-        return self._admit(handler)
-
-    def _admit_health(self, handler: Any) -> Any:
-        """Checks are short and always answered, whatever else goes on; watches last, and so are counted apart."""
-        if not handler.response_streaming:
-
-            async def check(_: Any, context: Any) -> Any:
-                try:
-                    request = await self._read(context)
-                except ServiceError as error:
-                    await context.abort(error.code, error.message)
-                return await handler.unary_unary(request, context)
-
-            deserialise = _refusing_damage(handler.request_deserializer)
-            return grpc.stream_unary_rpc_method_handler(check, deserialise, handler.response_serializer)
-        if self.watches >= self.max_calls:
-            error = OverloadedError(f"{self.watches} watches of health are open, at most {self.max_calls} are taken")
-            return _refusing(error, inside=False)
-        task = asyncio.current_task()
-        assert task is not None
-        self.watches += 1
-        task.add_done_callback(self._release_watch)
-        return handler
-
-    def _release_watch(self, _: Any) -> None:
-        self.watches -= 1
-
-    def _admit(self, handler: Any) -> Any:
-        """The handler, its call counted until its task ends, and its request waited for no longer than allowed."""
-        task = asyncio.current_task()
-        assert task is not None
-        self.calls += 1
-        task.add_done_callback(self._release)
-        deserialise = _refusing_damage(handler.request_deserializer)
-        serialise = handler.response_serializer
-        if handler.request_streaming:
-            if handler.response_streaming:
-
-                async def both(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-                    async with contextlib.aclosing(handler.stream_stream(self._each(requests), context)) as replies:
-                        async for reply in replies:
-                            yield reply
-
-                return grpc.stream_stream_rpc_method_handler(both, deserialise, serialise)
-
-            async def stream(requests: AsyncIterator[Any], context: Any) -> Any:
-                return await handler.stream_unary(self._each(requests), context)
-
-            return grpc.stream_unary_rpc_method_handler(stream, deserialise, serialise)
-        # As handlers of a stream of requests: gRPC would wait for a single one by itself, for ever.
-        if handler.response_streaming:
-
-            async def streaming(_: Any, context: Any) -> AsyncIterator[Any]:
-                request = await self._read(context)
-                async with contextlib.aclosing(handler.unary_stream(request, context)) as replies:
-                    async for reply in replies:
-                        yield reply
-
-            return grpc.stream_stream_rpc_method_handler(streaming, deserialise, serialise)
-
-        async def unary(_: Any, context: Any) -> Any:
-            return await handler.unary_unary(await self._read(context), context)
-
-        return grpc.stream_unary_rpc_method_handler(unary, deserialise, serialise)
-
-    def _release(self, _: Any) -> None:
-        self.calls -= 1
-
-    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The messages of a stream, none waited for longer than allowed: who goes silent holds up nobody."""
-        following = aiter(requests)
-        while True:
-            try:
-                async with asyncio.timeout(self.request_timeout_s):
-                    request = await anext(following)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise DeadlineExceededError(
-                    f"the next message of the stream did not come within {self.request_timeout_s:g} s"
-                ) from error
-            yield request
-
-    async def _read(self, context: Any) -> Any:
-        try:
-            async with asyncio.timeout(self.request_timeout_s):
-                request = await context.read()
-        except TimeoutError as error:
-            raise DeadlineExceededError(
-                f"the request did not arrive whole within {self.request_timeout_s:g} s"
-            ) from error
-        if request is grpc.aio.EOF:  # type: ignore[attr-defined]
-            raise InvalidArgumentError("the call ended without a request, or with one larger than is accepted")
-        return request
-
-
-def _refusing_damage(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """A deserialiser for which bytes that are no message are the caller's fault."""
-    if deserialise is None:
-        return None
-
-    def checked(content: bytes) -> Any:
-        try:
-            return deserialise(content)
-        except DecodeError as error:
-            raise InvalidArgumentError(f"the request is not a message of its type: {error}") from error
-
-    return checked
-
-
-def _refusing(error: ServiceError, *, inside: bool = True) -> Any:
-    """A handler that reads nothing and refuses. As one of streams, because gRPC reads a single request by itself.
-
-    ``inside``: CallInterceptor stands around it, and makes the status of the error.
-    """
-
-    async def refuse(requests: Any, context: Any) -> Any:
-        if not inside:
-            await context.abort(error.code, error.message, status_metadata(error))
-        raise error
-
-    return grpc.stream_unary_rpc_method_handler(refuse)

@@ -19,8 +19,7 @@ from typing import Any, Self
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
@@ -28,15 +27,15 @@ from quartet import tracing
 from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
+from services.runtime.gate import Gate
+from services.runtime.health import NOT_SERVING, SERVING, Health
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.logs import configure_logging
-from services.runtime.security import Gate, ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
+from services.runtime.security import ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # More than may come over all connections.
 _MAX_UNSEEN_CALLS = 2**20
 # A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
@@ -69,7 +68,7 @@ class ServiceRuntime:
         self.name = name
         self.settings = settings
         self.metrics = metrics
-        self.health = HealthServicer()
+        self.health = Health()
         self.listeners: list[Listener] = []
         self.at_drain: list[Callable[[], None]] = []
         """Called when the service begins to end, for work that would outlast the grace period to be given up."""
@@ -118,10 +117,11 @@ class ServiceRuntime:
             gate = Gate(
                 tokens=tokens,
                 max_calls=self.settings.max_calls,
+                max_slow_requests=self.settings.max_slow_requests,
                 request_timeout_s=self.settings.request_timeout_s,
             )
             server = grpc.aio.server(
-                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings)
+                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings, listener)
             )
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
@@ -145,9 +145,9 @@ class ServiceRuntime:
                 security = listener.security or self.settings.security
                 warn_of_exposure(self.settings.host, port, listener.name, security)
             for service in listener.services:
-                await self.health.set(service, _NOT_SERVING)
+                self.health.set(service, NOT_SERVING)
             await server.start()
-        await self.health.set("", _SERVING)  # Liveness: the process answers, ready or not.
+        self.health.set("", SERVING)  # Liveness: the process answers, ready or not.
 
     def serve_metrics(self) -> int:
         """Starts the Prometheus endpoint and returns its port.
@@ -167,11 +167,11 @@ class ServiceRuntime:
         server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
         return int(server.server_port)
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Turns readiness of all services on or off; liveness stays."""
         for listener in self.listeners:
             for service in listener.services:
-                await self.health.set(service, _SERVING if serving else _NOT_SERVING)
+                self.health.set(service, SERVING if serving else NOT_SERVING)
 
     def stop(self, failure: str | None = None) -> None:
         """Asks the service to end; with a ``failure`` it exits 1, so that a supervisor starts it again."""
@@ -184,7 +184,7 @@ class ServiceRuntime:
         # What the start has built stays for good: a full collection would walk it all, for a tenth of a second or more.
         gc.collect()
         gc.freeze()
-        await self.set_serving(True)
+        self.set_serving(True)
         ports = {listener.name: listener.port for listener in self.listeners}
         log.info("ready", service=self.name, host=self.settings.host, ports=ports)
         await self._stop.wait()
@@ -198,7 +198,7 @@ class ServiceRuntime:
     async def close(self, grace_s: float) -> None:
         """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close."""
         listeners, self.listeners = self.listeners, []
-        await self.health.enter_graceful_shutdown()
+        self.health.end()
         await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
 
 
@@ -209,8 +209,11 @@ def _guard(security: ListenerSecurity) -> tuple[ServerCertificate | None, TokenC
     return certificate, TokenCheck(security.token_file, f"{security.prefix}token-file")
 
 
-def _channel_options(settings: ServiceSettings) -> list[tuple[str, int]]:
+def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tuple[str, int]]:
     options = [
+        # By default gRPC lets a fast client send many MiB ahead of what is read, of every call. Without that 64 KiB
+        # come before a message is asked for, and then all of it. On a port of its own are uploads that gain from it.
+        ("grpc.http2.bdp_probe", int(listener.security is not None)),
         # Without this two processes could share a port and split its calls between them.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_mib * 2**20),
