@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import grpc
 from google.protobuf import any_pb2
@@ -117,15 +117,22 @@ class StartError(Exception):
     """A service cannot start; the message says why and what to do. Printed as one line, exit code 2."""
 
 
-def refuse(context: Any, error: ServiceError, metadata: tuple[tuple[str, Any], ...] = ()) -> None:
-    """Ends a call with the status of ``error`` once its handler returns.
+async def refuse(context: Any, error: ServiceError, metadata: tuple[tuple[str, Any], ...] = ()) -> NoReturn:
+    """Ends a call with the status of ``error``.
 
-    Not by ``context.abort``: gRPC keeps what that raises in a cycle with the call and the stack, requests of many MiB
-    among it, until the collector comes by.
+    gRPC keeps what is raised here in a cycle with the call, until the collector comes by, and with it the stacks of
+    ``error`` and of what led to it. Requests of many MiB are among them, so they go.
     """
-    context.set_code(error.code)
-    context.set_details(error.message)
-    context.set_trailing_metadata((*metadata, *status_metadata(error)))
+    seen: set[int] = set()
+    links: list[BaseException | None] = [error]
+    while links:
+        link = links.pop()
+        if link is not None and id(link) not in seen:
+            seen.add(id(link))
+            link.__traceback__ = None
+            links += [link.__cause__, link.__context__]
+    await context.abort(error.code, error.message, (*metadata, *status_metadata(error)))
+    raise AssertionError  # That raises.
 
 
 def status_metadata(error: ServiceError) -> tuple[tuple[str, Any], ...]:

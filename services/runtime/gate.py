@@ -217,8 +217,7 @@ class HealthGate:
                 with self._room(kind, context.peer()):
                     return await behaviour(await _only_request(context, self.arrivals), context)
             except ServiceError as error:
-                refuse(context, error)
-                return None
+                await refuse(context, error)
 
         make: Any = (
             grpc.stream_stream_rpc_method_handler

@@ -68,7 +68,6 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         async def unary(request: Any, context: Any) -> Any:
             async with _Call(self.metrics, method, metadata, context):
                 return await behaviour(request, context)
-            return None  # It was refused, with a status.
 
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
         make = make or grpc.unary_unary_rpc_method_handler
@@ -102,7 +101,7 @@ class _Call:
             self._trace()
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
 
-    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> bool:
+    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         seconds = time.monotonic() - self.start_s
         self.metrics.calls_in_flight.dec()
         self.metrics.call_seconds.labels(self.method).observe(seconds)
@@ -119,12 +118,14 @@ class _Call:
         self._log(code, seconds, error)
         self._end_trace(code)
         if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
-            return False
+            return
+        del traceback  # It leads to the request, and the stack of what is raised now leads here.
         if not isinstance(error, ServiceError):
+            unknown = error
             message = f"internal error; the service's log says why under request id {self.record.request_id}"
             error = InternalError(message)
-        refuse(self.context, error, ((REQUEST_ID, self.record.request_id),))
-        return True
+            error.__cause__ = unknown
+        await refuse(self.context, error, ((REQUEST_ID, self.record.request_id),))
 
     def _trace(self) -> None:
         """Begins the span of the call, within the client's where it sent one."""

@@ -6,9 +6,11 @@ rotated by replacing its file. A file that becomes unusable changes nothing and 
 
 from __future__ import annotations
 
+import binascii
 import hashlib
 import hmac
 import ipaddress
+import re
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
@@ -104,8 +106,9 @@ class ServerCertificate:
         assert security.tls_key is not None
         self.security = security
         self.cert, self.key, self.client_ca = security.tls_cert, security.tls_key, security.tls_client_ca
-        self._stamp = self._stamp_now()
-        self._first = self._read()
+        self._apart_from: ServerCertificate | None = None
+        self._stamp = self._refused = self._stamp_now()
+        self._first, self.authorities = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
         """For ``add_secure_port``; looks at the files at every handshake."""
@@ -124,19 +127,41 @@ class ServerCertificate:
         if stamp == self._stamp:
             return None
         try:
-            configuration = self._read()
+            configuration, authorities = self._read()
+            self._require_apart(authorities)
         except StartError as error:
-            if stamp == self._stamp_now():  # Else it is being replaced: the next handshake sees it whole.
-                self._stamp = stamp
+            # Else it is being replaced, and the next handshake sees it whole.
+            if stamp == self._stamp_now() and stamp != self._refused:
+                self._refused = stamp
                 log.error("certificate_not_rotated", reason=str(error), serving="the one read before")
             return None
         if stamp != self._stamp_now():
             return None
         self._stamp = stamp
+        self.authorities = authorities
         log.info("certificate_rotated", certificate=str(self.cert))
         return configuration
 
-    def _read(self) -> grpc.ServerCertificateConfiguration:
+    def keep_apart_from(self, other: ServerCertificate) -> None:
+        """From now on takes no authority of clients that ``other`` has.
+
+        Raises:
+            StartError: it has one already.
+        """
+        self._apart_from = other
+        self._require_apart(self.authorities)
+
+    def _require_apart(self, authorities: frozenset[bytes]) -> None:
+        other = self._apart_from
+        if other is not None and authorities & other.authorities:
+            raise StartError(
+                f"{self.security.prefix}tls-client-ca {str(self.client_ca)!r} and {other.security.prefix}tls-client-ca "
+                f"{str(other.client_ca)!r} have an authority in common: its clients could use both ports; give each "
+                "port authorities of its own, or the admin port --admin-token-file"
+            )
+
+    def _read(self) -> tuple[grpc.ServerCertificateConfiguration, frozenset[bytes]]:
+        """What the files say now, and digests of the authorities of clients."""
         flag = self.security.prefix
         key = _bytes_of(f"{flag}tls-key", self.key)
         chain = _bytes_of(f"{flag}tls-cert", self.cert)
@@ -145,7 +170,13 @@ class ServerCertificate:
         if self.client_ca is not None:
             authorities = _bytes_of(f"{flag}tls-client-ca", self.client_ca)
             _require_authorities(f"{flag}tls-client-ca", self.client_ca, authorities)
-        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
+        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities), _digests(authorities or b"")
+
+
+def _digests(pem: bytes) -> frozenset[bytes]:
+    """SHA-256 of each certificate, however it is written down."""
+    found = re.findall(rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL)
+    return frozenset(hashlib.sha256(binascii.a2b_base64(body)).digest() for body in found)
 
 
 def _bytes_of(flag: str, path: Path) -> bytes:
@@ -198,6 +229,7 @@ class TokenCheck:
             self._file = TokenFile(path, on_problem=lambda problem: log.error("tokens_not_rotated", reason=problem))
         except TokenFileError as error:
             raise StartError(f"{flag}: {error}") from error
+        self.flag = flag
         self._of: tuple[str, ...] = ()
         self._digests: list[bytes] = []
         if short := sum(len(token) < _SHORT_TOKEN for token in self._file.tokens):
@@ -210,6 +242,27 @@ class TokenCheck:
         if tokens is not self._of:
             self._of, self._digests = tokens, [_digest(token) for token in tokens]
         return self._digests
+
+    def keep_apart_from(self, other: TokenCheck) -> None:
+        """From now on takes no token of ``other``.
+
+        Raises:
+            StartError: it has one already.
+        """
+
+        def require_apart(tokens: tuple[str, ...]) -> None:
+            known = set(other.digests)
+            if shared := sum(_digest(token) in known for token in tokens):
+                raise TokenFileError(
+                    f"token file {str(self._file.path)!r}: {shared} of its {len(tokens)} tokens stand in {other.flag} "
+                    f"{str(other._file.path)!r} as well, and would open both ports; give each port tokens of its own"
+                )
+
+        self._file.check = require_apart
+        try:
+            require_apart(self._file.tokens)
+        except TokenFileError as error:
+            raise StartError(f"{self.flag}: {error}") from error
 
     def refusal(self, metadata: Any) -> str | None:
         """Why a call with this metadata is refused, None when it is accepted. Never tells what was sent."""
@@ -225,6 +278,35 @@ class TokenCheck:
         # Against all of them, whichever fits: the time says nothing about where a token differs.
         fits = [hmac.compare_digest(digest, known) for known in self.digests]
         return None if any(fits) else "the token is not accepted: it is wrong, or has been replaced"
+
+
+class Guard:
+    """Whom a listener lets in, as its files are now."""
+
+    def __init__(self, security: ListenerSecurity) -> None:
+        """
+        Raises:
+            StartError: a certificate, key or token file is not usable.
+        """
+        self.security = security
+        self.certificate = ServerCertificate(security) if security.encrypted else None
+        self.tokens: TokenCheck | None = None
+        if security.token_file is not None:
+            self.tokens = TokenCheck(security.token_file, f"{security.prefix}token-file")
+
+    def keep_apart_from(self, service: Guard) -> None:
+        """As the guard of an admin port: whom ``service`` lets in gets in here with other credentials alone, whatever
+        the files of either come to say.
+
+        Raises:
+            StartError: they have a token in common, or an authority of clients and there are no tokens here.
+        """
+        if self.tokens is not None and service.tokens is not None:
+            self.tokens.keep_apart_from(service.tokens)
+            service.tokens.keep_apart_from(self.tokens)
+        if self.tokens is None and self.certificate is not None and service.certificate is not None:
+            self.certificate.keep_apart_from(service.certificate)
+            service.certificate.keep_apart_from(self.certificate)
 
 
 def _digest(token: str) -> bytes:

@@ -31,7 +31,7 @@ from services.runtime.gate import Gate
 from services.runtime.health import NOT_SERVING, SERVING, Health
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.logs import configure_logging
-from services.runtime.security import ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
+from services.runtime.security import Guard, ListenerSecurity, warn_of_exposure
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
@@ -94,11 +94,12 @@ class ServiceRuntime:
         await self.close(grace_s=0.0)
 
     async def bind(self, *listeners: Listener) -> None:
-        """Binds and starts the listeners, NOT_SERVING.
+        """Binds and starts the listeners, NOT_SERVING; the first is the service's own.
 
         Raises:
-            StartError: a port is taken or not allowed, or a certificate, key or token file is not usable; names the
-                listener and address or the flag and file, and what to do.
+            StartError: a port is taken or not allowed, a certificate, key or token file is not usable, or an admin port
+                would let in whom the first listener does; names the listener and address or the flag and file, and what
+                to do.
         """
         if self.settings.health_port is not None:
             nothing = ListenerSecurity()
@@ -111,11 +112,15 @@ class ServiceRuntime:
             )
             listeners = (*listeners, health)
         # All files first: none of them is refused while another listener is open already.
-        guards = [_guard(listener.security or self.settings.security) for listener in listeners]
-        for listener, (certificate, tokens) in zip(listeners, guards, strict=True):
+        guards = [Guard(listener.security or self.settings.security) for listener in listeners]
+        for listener, guard in zip(listeners, guards, strict=True):
+            if listener.security is not None:  # A port of its own has credentials of its own.
+                guard.keep_apart_from(guards[0])
+        for listener, guard in zip(listeners, guards, strict=True):
+            certificate = guard.certificate
             _require_free(self.settings.host, listener)
             gate = Gate(
-                tokens=tokens,
+                tokens=guard.tokens,
                 max_calls=self.settings.max_calls,
                 max_slow_requests=self.settings.max_slow_requests,
                 request_timeout_s=self.settings.request_timeout_s,
@@ -200,13 +205,6 @@ class ServiceRuntime:
         listeners, self.listeners = self.listeners, []
         self.health.end()
         await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
-
-
-def _guard(security: ListenerSecurity) -> tuple[ServerCertificate | None, TokenCheck | None]:
-    certificate = ServerCertificate(security) if security.encrypted else None
-    if security.token_file is None:
-        return certificate, None
-    return certificate, TokenCheck(security.token_file, f"{security.prefix}token-file")
 
 
 def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tuple[str, int]]:

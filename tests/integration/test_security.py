@@ -426,6 +426,29 @@ def test_a_wrong_file_is_one_clear_line_at_the_start_before_the_model_is_loaded(
     assert "the key does not belong to the certificate" in said
 
 
+def test_an_admin_port_that_would_let_in_whom_the_services_port_does_is_one_clear_line(
+    fort, make_reward_model, tmp_path
+):
+    model = make_reward_model()
+    folder = fort.folder
+    server = ("--tls-cert", str(folder / "service.crt"), "--tls-key", str(folder / "service.key"))
+    (tmp_path / "same.crt").symlink_to(folder / "clients.crt")
+    authorities = ("--tls-client-ca", str(folder / "clients.crt"), "--admin-tls-client-ca", str(tmp_path / "same.crt"))
+    said = start_fails("--model", str(model), *server, *authorities)
+    assert said.startswith(f"quartet-reward: --admin-tls-client-ca '{tmp_path}/same.crt' and --tls-client-ca")
+    assert "have an authority in common" in said
+    assert said.count("\n") == 1
+    (tmp_path / "admin").write_text(f"{ADMIN}\n{TOKEN}\n")
+    said = start_fails(
+        "--model", str(model), "--token-file", str(fort.tokens), "--admin-token-file", str(tmp_path / "admin")
+    )
+    assert said.startswith(
+        f"quartet-reward: --admin-token-file: token file '{tmp_path}/admin': 1 of its 2 tokens stand"
+    )
+    assert said.count("\n") == 1
+    assert TOKEN not in said
+
+
 @pytest.fixture(scope="module")
 def policy(start_service, make_policy, tmp_path_factory) -> Iterator[LiveService]:
     folder = tmp_path_factory.mktemp("policy-secrets")

@@ -261,7 +261,7 @@ async def test_a_refused_request_is_gone_from_memory_without_the_collector(open_
         raise errors.OverloadedError("full")
 
     async def broken(request: Request, context: Any) -> bytes:
-        raise KeyError(request)
+        raise KeyError("broken")
 
     async def streaming(request: Request, context: Any) -> AsyncIterator[bytes]:
         yield b""

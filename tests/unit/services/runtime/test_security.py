@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hmac
 import os
 import re
@@ -22,6 +23,7 @@ from services.policy.config import PolicySettings
 from services.reward.config import RewardSettings
 from services.runtime.errors import StartError
 from services.runtime.security import (
+    Guard,
     ListenerSecurity,
     ServerCertificate,
     TokenCheck,
@@ -231,6 +233,99 @@ def test_files_that_change_are_taken_once_and_a_wrong_pair_is_never_taken(securi
     assert held._changed() is None
     OTHERS.write(tmp_path, "service")
     assert isinstance(held._changed(), grpc.ServerCertificateConfiguration)
+
+
+# Two ports --------------------------------------------------------------------------------------------------------
+
+
+def test_an_admin_port_does_not_start_with_a_token_of_the_services_port(tokens, tmp_path):
+    (tmp_path / "link").symlink_to("tokens")
+    (tmp_path / "both").write_text(f"# the admin's\n{OTHER}\n{TOKEN}\n")
+    for name, shared in (("link", "1 of its 1 tokens"), ("both", "1 of its 2 tokens")):
+        service = Guard(ListenerSecurity(token_file=tokens))
+        admin = Guard(ListenerSecurity(token_file=tmp_path / name, prefix="--admin-"))
+        with pytest.raises(StartError) as refused:
+            admin.keep_apart_from(service)
+        said = str(refused.value)
+        assert said.startswith(f"--admin-token-file: token file '{tmp_path / name}': {shared} stand in --token-file")
+        assert f"'{tokens}' as well, and would open both ports" in said
+        assert TOKEN not in said
+
+
+def test_a_token_that_the_other_port_has_is_never_rotated_in_and_told_once(tokens, tmp_path, looking_always):
+    admin_tokens = tmp_path / "admin"
+    admin_tokens.write_text(OTHER)
+    service = Guard(ListenerSecurity(token_file=tokens))
+    admin = Guard(ListenerSecurity(token_file=admin_tokens, prefix="--admin-"))
+    admin.keep_apart_from(service)
+    assert service.tokens is not None
+    assert admin.tokens is not None
+
+    def opened(check: TokenCheck) -> set[str]:
+        return {x for x in (TOKEN, OTHER, THIRD) if check.refusal((("authorization", f"Bearer {x}"),)) is None}
+
+    for path, content in ((tokens, f"{THIRD}\n{OTHER}"), (admin_tokens, TOKEN)):
+        with capture_logs() as events:
+            replace(path, content.encode())
+            for _ in range(3):
+                assert (opened(service.tokens), opened(admin.tokens)) == ({TOKEN}, {OTHER})
+        assert [(e["event"], e["log_level"]) for e in events] == [("tokens_not_rotated", "error")]
+        assert "and would open both ports" in events[0]["reason"]
+        assert not {TOKEN, OTHER, THIRD} & set(re.findall(r"[\w-]+", events[0]["reason"]))
+        replace(path, {tokens: TOKEN, admin_tokens: OTHER}[path].encode())
+        assert (opened(service.tokens), opened(admin.tokens)) == ({TOKEN}, {OTHER})
+    # What has left the one file may come into the other; also where the files change in the other order.
+    replace(tokens, THIRD.encode())
+    replace(admin_tokens, TOKEN.encode())
+    assert (opened(admin.tokens), opened(service.tokens)) == ({TOKEN}, {THIRD})
+    with capture_logs():
+        replace(tokens, TOKEN.encode())
+        assert opened(service.tokens) == {THIRD}
+        replace(admin_tokens, OTHER.encode())
+        assert (opened(service.tokens), opened(admin.tokens)) == ({TOKEN}, {OTHER})
+
+
+def test_an_admin_port_without_tokens_does_not_start_with_an_authority_of_the_services_port(security, tokens, tmp_path):
+    admin = dataclasses.replace(security, prefix="--admin-", tls_client_ca=tmp_path / "admin-ca")
+    service = Guard(dataclasses.replace(security, token_file=tokens))
+    mine = AUTHORITY.certificate_pem
+    for content in (mine, b"# ours\n" + mine.replace(b"\n", b"\r\n"), Authority.make().certificate_pem + mine):
+        (tmp_path / "admin-ca").write_bytes(content)
+        with pytest.raises(StartError) as refused:
+            Guard(admin).keep_apart_from(service)
+        assert str(refused.value) == (
+            f"--admin-tls-client-ca '{tmp_path / 'admin-ca'}' and --tls-client-ca '{security.tls_client_ca}' have an "
+            "authority in common: its clients could use both ports; give each port authorities of its own, or the "
+            "admin port --admin-token-file"
+        )
+    (tmp_path / "admin-tokens").write_text(OTHER)
+    Guard(dataclasses.replace(admin, token_file=tmp_path / "admin-tokens")).keep_apart_from(service)
+    (tmp_path / "admin-ca").write_bytes(Authority.make().certificate_pem)
+    Guard(admin).keep_apart_from(service)
+
+
+def test_an_authority_that_the_other_port_has_is_never_rotated_in_and_told_once(security, tmp_path):
+    own = Authority.make().certificate_pem
+    (tmp_path / "admin-ca").write_bytes(own)
+    service = Guard(security).certificate
+    guard = Guard(dataclasses.replace(security, prefix="--admin-", tls_client_ca=tmp_path / "admin-ca"))
+    guard.keep_apart_from(Guard(security))
+    admin = guard.certificate
+    assert service is not None
+    assert admin is not None
+    admin.keep_apart_from(service)
+    service.keep_apart_from(admin)
+    with capture_logs() as events:
+        replace(tmp_path / "admin-ca", own + AUTHORITY.certificate_pem)
+        assert [admin._changed(), admin._changed()] == [None, None]
+        replace(Path(str(security.tls_client_ca)), own)
+        assert [service._changed(), service._changed()] == [None, None]
+    assert [(e["event"], e["log_level"]) for e in events] == [("certificate_not_rotated", "error")] * 2
+    assert all("have an authority in common" in e["reason"] for e in events)
+    # The service's port is to have the admin's from now on: when that has another, it may.
+    replace(tmp_path / "admin-ca", Authority.make().certificate_pem)
+    assert isinstance(admin._changed(), grpc.ServerCertificateConfiguration)
+    assert isinstance(service._changed(), grpc.ServerCertificateConfiguration)
 
 
 # Settings ---------------------------------------------------------------------------------------------------------
