@@ -73,7 +73,8 @@ class TokenFile:
     """The tokens of a file as it is now, looked at once a second at most.
 
     A file that becomes unusable leaves the last tokens in force, so that a half-written file locks nobody out; the
-    reason is told once for each state of the file.
+    reason is told once for each state of the file. The same goes for tokens that ``check`` raises TokenFileError for,
+    but that may come to like them without a change of the file: it is asked again at every look.
     """
 
     def __init__(self, path: Path, *, on_problem: Callable[[str], None]) -> None:
@@ -82,7 +83,10 @@ class TokenFile:
             TokenFileError: see :func:`read_tokens`.
         """
         self.path = path
+        self.check: Callable[[tuple[str, ...]], None] = lambda tokens: None
         self._on_problem = on_problem
+        self._unliked = False
+        self._looking = False
         self._stamp = stamp_of([path])
         self._tokens = read_tokens(path)
         self._looked_s = time.monotonic()
@@ -91,17 +95,29 @@ class TokenFile:
     def tokens(self) -> tuple[str, ...]:
         """In the order of the file; the same object until they change."""
         now_s = time.monotonic()
-        if now_s - self._looked_s >= LOOK_EVERY_S:
+        if now_s - self._looked_s >= LOOK_EVERY_S and not self._looking:
             self._looked_s = now_s
-            self._look()
+            self._looking = True  # The check may ask for the tokens that are in force.
+            try:
+                self._look()
+            finally:
+                self._looking = False
         return self._tokens
 
     def _look(self) -> None:
         stamp = stamp_of([self.path])
-        if stamp == self._stamp:
+        changed = stamp != self._stamp
+        if not changed and not self._unliked:
             return
         self._stamp = stamp
+        self._unliked = False
         try:
-            self._tokens = read_tokens(self.path)
+            tokens = read_tokens(self.path)
+            self._unliked = True
+            self.check(tokens)
         except TokenFileError as error:
-            self._on_problem(f"{error}; the tokens read before stay in force")
+            if changed:
+                self._on_problem(f"{error}; the tokens read before stay in force")
+            return
+        self._unliked = False
+        self._tokens = tokens

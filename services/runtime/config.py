@@ -48,6 +48,11 @@ class ServiceSettings(Settings):
     max_connections: PositiveInt = Field(1024, description="most connections of a listener; more are refused")
     max_connection_calls: PositiveInt = Field(1024, description="most calls of one connection at a time; more wait")
     max_calls: PositiveInt = Field(8192, description="most calls of a listener at a time; more are refused")
+    max_slow_requests: PositiveInt = Field(
+        8,
+        description="most requests of a listener that may take longer than a moment to arrive; more are refused. Each "
+        "may come to --max-message-mib",
+    )
     request_timeout_s: PositiveFloat = Field(60.0, description="seconds that a request may take to arrive whole")
     handshake_timeout_s: PositiveFloat = Field(20.0, description="seconds that a client may take to open a connection")
     max_connection_age_s: NonNegativeFloat = Field(

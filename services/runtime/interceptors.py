@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from typing import Any
@@ -15,7 +16,7 @@ from structlog.contextvars import bind_contextvars
 from quartet import tracing
 from services.runtime import calls
 from services.runtime.calls import REQUEST_ID, CallRecord
-from services.runtime.errors import InternalError, ServiceError, status_metadata
+from services.runtime.errors import InternalError, ServiceError, refuse
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
@@ -116,12 +117,15 @@ class _Call:
             self.metrics.refused.labels(error.refused_as).inc()
         self._log(code, seconds, error)
         self._end_trace(code)
-        request_id = (REQUEST_ID, self.record.request_id)
-        if isinstance(error, ServiceError):
-            await self.context.abort(error.code, error.message, (request_id, *status_metadata(error)))
-        elif isinstance(error, Exception) and not isinstance(error, grpc.aio.AbortError):
+        if not isinstance(error, Exception) or isinstance(error, grpc.aio.AbortError):
+            return
+        del traceback  # It leads to the request, and the stack of what is raised now leads here.
+        if not isinstance(error, ServiceError):
+            unknown = error
             message = f"internal error; the service's log says why under request id {self.record.request_id}"
-            await self.context.abort(grpc.StatusCode.INTERNAL, message, (request_id,))
+            error = InternalError(message)
+            error.__cause__ = unknown
+        await refuse(self.context, error, ((REQUEST_ID, self.record.request_id),))
 
     def _trace(self) -> None:
         """Begins the span of the call, within the client's where it sent one."""
@@ -168,6 +172,10 @@ class _Call:
         if code is grpc.StatusCode.INTERNAL and not isinstance(error, InternalError):
             log.error("call_failed", **event, exc_info=error)
         elif isinstance(error, ServiceError):
-            log.warning("call_refused", **event, reason=error.message)
+            if error.field:
+                event["field"] = error.field
+            if not error.may_quote or log.is_enabled_for(logging.DEBUG):
+                event["reason"] = error.message
+            log.warning("call_refused", **event)
         else:
             log.info("call_done", **event)

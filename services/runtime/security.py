@@ -1,4 +1,4 @@
-"""Who may call, and how much of the service one caller can hold: TLS, bearer tokens, limits.
+"""Who may call: TLS, the authorities of clients, bearer tokens.
 
 All files are read at the start, where a wrong one is refused, and again when they change: a certificate or a token is
 rotated by replacing its file. A file that becomes unusable changes nothing and is logged as an error.
@@ -6,39 +6,26 @@ rotated by replacing its file. A file that becomes unusable changes nothing and 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
+import binascii
 import hashlib
 import hmac
 import ipaddress
+import re
 import ssl
-from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
 import grpc
 import structlog
-from google.protobuf.message import DecodeError
 
 from quartet.token_file import Stamp, TokenFile, TokenFileError, stamp_of
-from services.runtime.errors import (
-    DeadlineExceededError,
-    InvalidArgumentError,
-    OverloadedError,
-    ServiceError,
-    StartError,
-    UnauthenticatedError,
-    status_metadata,
-)
+from services.runtime.errors import StartError
 
 log = structlog.get_logger()
 
-# Open to everybody: probes and balancing clients have no credentials, and it tells nothing but readiness.
-_OPEN = "/grpc.health.v1.Health/"
 _SCHEME = "bearer"
 _SHORT_TOKEN = 16
-_RETRY_AFTER_MS = 1000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -119,8 +106,9 @@ class ServerCertificate:
         assert security.tls_key is not None
         self.security = security
         self.cert, self.key, self.client_ca = security.tls_cert, security.tls_key, security.tls_client_ca
-        self._stamp = self._stamp_now()
-        self._first = self._read()
+        self._apart_from: ServerCertificate | None = None
+        self._stamp = self._refused = self._stamp_now()
+        self._first, self.authorities = self._read()
 
     def credentials(self) -> grpc.ServerCredentials:
         """For ``add_secure_port``; looks at the files at every handshake."""
@@ -139,19 +127,41 @@ class ServerCertificate:
         if stamp == self._stamp:
             return None
         try:
-            configuration = self._read()
+            configuration, authorities = self._read()
+            self._require_apart(authorities)
         except StartError as error:
-            if stamp == self._stamp_now():  # Else it is being replaced: the next handshake sees it whole.
-                self._stamp = stamp
+            # Else it is being replaced, and the next handshake sees it whole.
+            if stamp == self._stamp_now() and stamp != self._refused:
+                self._refused = stamp
                 log.error("certificate_not_rotated", reason=str(error), serving="the one read before")
             return None
         if stamp != self._stamp_now():
             return None
         self._stamp = stamp
+        self.authorities = authorities
         log.info("certificate_rotated", certificate=str(self.cert))
         return configuration
 
-    def _read(self) -> grpc.ServerCertificateConfiguration:
+    def keep_apart_from(self, other: ServerCertificate) -> None:
+        """From now on takes no authority of clients that ``other`` has.
+
+        Raises:
+            StartError: it has one already.
+        """
+        self._apart_from = other
+        self._require_apart(self.authorities)
+
+    def _require_apart(self, authorities: frozenset[bytes]) -> None:
+        other = self._apart_from
+        if other is not None and authorities & other.authorities:
+            raise StartError(
+                f"{self.security.prefix}tls-client-ca {str(self.client_ca)!r} and {other.security.prefix}tls-client-ca "
+                f"{str(other.client_ca)!r} have an authority in common: its clients could use both ports; give each "
+                "port authorities of its own, or the admin port --admin-token-file"
+            )
+
+    def _read(self) -> tuple[grpc.ServerCertificateConfiguration, frozenset[bytes]]:
+        """What the files say now, and digests of the authorities of clients."""
         flag = self.security.prefix
         key = _bytes_of(f"{flag}tls-key", self.key)
         chain = _bytes_of(f"{flag}tls-cert", self.cert)
@@ -160,7 +170,13 @@ class ServerCertificate:
         if self.client_ca is not None:
             authorities = _bytes_of(f"{flag}tls-client-ca", self.client_ca)
             _require_authorities(f"{flag}tls-client-ca", self.client_ca, authorities)
-        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
+        return grpc.ssl_server_certificate_configuration([(key, chain)], authorities), _digests(authorities or b"")
+
+
+def _digests(pem: bytes) -> frozenset[bytes]:
+    """SHA-256 of each certificate, however it is written down."""
+    found = re.findall(rb"-----BEGIN CERTIFICATE-----(.*?)-----END CERTIFICATE-----", pem, re.DOTALL)
+    return frozenset(hashlib.sha256(binascii.a2b_base64(body)).digest() for body in found)
 
 
 def _bytes_of(flag: str, path: Path) -> bytes:
@@ -213,6 +229,7 @@ class TokenCheck:
             self._file = TokenFile(path, on_problem=lambda problem: log.error("tokens_not_rotated", reason=problem))
         except TokenFileError as error:
             raise StartError(f"{flag}: {error}") from error
+        self.flag = flag
         self._of: tuple[str, ...] = ()
         self._digests: list[bytes] = []
         if short := sum(len(token) < _SHORT_TOKEN for token in self._file.tokens):
@@ -225,6 +242,27 @@ class TokenCheck:
         if tokens is not self._of:
             self._of, self._digests = tokens, [_digest(token) for token in tokens]
         return self._digests
+
+    def keep_apart_from(self, other: TokenCheck) -> None:
+        """From now on takes no token of ``other``.
+
+        Raises:
+            StartError: it has one already.
+        """
+
+        def require_apart(tokens: tuple[str, ...]) -> None:
+            known = set(other.digests)
+            if shared := sum(_digest(token) in known for token in tokens):
+                raise TokenFileError(
+                    f"token file {str(self._file.path)!r}: {shared} of its {len(tokens)} tokens stand in {other.flag} "
+                    f"{str(other._file.path)!r} as well, and would open both ports; give each port tokens of its own"
+                )
+
+        self._file.check = require_apart
+        try:
+            require_apart(self._file.tokens)
+        except TokenFileError as error:
+            raise StartError(f"{self.flag}: {error}") from error
 
     def refusal(self, metadata: Any) -> str | None:
         """Why a call with this metadata is refused, None when it is accepted. Never tells what was sent."""
@@ -242,166 +280,34 @@ class TokenCheck:
         return None if any(fits) else "the token is not accepted: it is wrong, or has been replaced"
 
 
+class Guard:
+    """Whom a listener lets in, as its files are now."""
+
+    def __init__(self, security: ListenerSecurity) -> None:
+        """
+        Raises:
+            StartError: a certificate, key or token file is not usable.
+        """
+        self.security = security
+        self.certificate = ServerCertificate(security) if security.encrypted else None
+        self.tokens: TokenCheck | None = None
+        if security.token_file is not None:
+            self.tokens = TokenCheck(security.token_file, f"{security.prefix}token-file")
+
+    def keep_apart_from(self, service: Guard) -> None:
+        """As the guard of an admin port: whom ``service`` lets in gets in here with other credentials alone, whatever
+        the files of either come to say.
+
+        Raises:
+            StartError: they have a token in common, or an authority of clients and there are no tokens here.
+        """
+        if self.tokens is not None and service.tokens is not None:
+            self.tokens.keep_apart_from(service.tokens)
+            service.tokens.keep_apart_from(self.tokens)
+        if self.tokens is None and self.certificate is not None and service.certificate is not None:
+            self.certificate.keep_apart_from(service.certificate)
+            service.certificate.keep_apart_from(self.certificate)
+
+
 def _digest(token: str) -> bytes:
     return hashlib.sha256(token.encode("utf-8", "surrogateescape")).digest()
-
-
-class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
-    """Stands before every call of a listener but health: the token, room for one more call, a request in time.
-
-    A refused call costs no memory: its request is not read. It stands inside CallInterceptor, which counts and logs
-    what it raises.
-    """
-
-    def __init__(self, *, tokens: TokenCheck | None, max_calls: int, request_timeout_s: float) -> None:
-        self.tokens = tokens
-        self.max_calls = max_calls
-        self.request_timeout_s = request_timeout_s
-        self.calls = 0
-        self.watches = 0
-
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Any]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Any:
-        handler = await continuation(handler_call_details)
-        method: str = handler_call_details.method  # type: ignore[attr-defined]
-        if handler is None:
-            return None
-        if method.startswith(_OPEN):
-            return self._admit_health(handler)
-        if self.tokens is not None:
-            reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
-            if reason is not None:
-                return _refusing(UnauthenticatedError(reason, refused_as="credentials"))
-        if self.calls >= self.max_calls:
-            return _refusing(
-                OverloadedError(
-                    f"{self.calls} calls are in hand, at most {self.max_calls} are taken; try again later",
-                    retry_after_ms=_RETRY_AFTER_MS,
-                    refused_as="calls",
-                )
-            )
-        return self._admit(handler)
-
-    def _admit_health(self, handler: Any) -> Any:
-        """Checks are short and always answered, whatever else goes on; watches last, and so are counted apart."""
-        if not handler.response_streaming:
-
-            async def check(_: Any, context: Any) -> Any:
-                try:
-                    request = await self._read(context)
-                except ServiceError as error:
-                    await context.abort(error.code, error.message)
-                return await handler.unary_unary(request, context)
-
-            deserialise = _refusing_damage(handler.request_deserializer)
-            return grpc.stream_unary_rpc_method_handler(check, deserialise, handler.response_serializer)
-        if self.watches >= self.max_calls:
-            error = OverloadedError(f"{self.watches} watches of health are open, at most {self.max_calls} are taken")
-            return _refusing(error, inside=False)
-        task = asyncio.current_task()
-        assert task is not None
-        self.watches += 1
-        task.add_done_callback(self._release_watch)
-        return handler
-
-    def _release_watch(self, _: Any) -> None:
-        self.watches -= 1
-
-    def _admit(self, handler: Any) -> Any:
-        """The handler, its call counted until its task ends, and its request waited for no longer than allowed."""
-        task = asyncio.current_task()
-        assert task is not None
-        self.calls += 1
-        task.add_done_callback(self._release)
-        deserialise = _refusing_damage(handler.request_deserializer)
-        serialise = handler.response_serializer
-        if handler.request_streaming:
-            if handler.response_streaming:
-
-                async def both(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-                    async with contextlib.aclosing(handler.stream_stream(self._each(requests), context)) as replies:
-                        async for reply in replies:
-                            yield reply
-
-                return grpc.stream_stream_rpc_method_handler(both, deserialise, serialise)
-
-            async def stream(requests: AsyncIterator[Any], context: Any) -> Any:
-                return await handler.stream_unary(self._each(requests), context)
-
-            return grpc.stream_unary_rpc_method_handler(stream, deserialise, serialise)
-        # As handlers of a stream of requests: gRPC would wait for a single one by itself, for ever.
-        if handler.response_streaming:
-
-            async def streaming(_: Any, context: Any) -> AsyncIterator[Any]:
-                request = await self._read(context)
-                async with contextlib.aclosing(handler.unary_stream(request, context)) as replies:
-                    async for reply in replies:
-                        yield reply
-
-            return grpc.stream_stream_rpc_method_handler(streaming, deserialise, serialise)
-
-        async def unary(_: Any, context: Any) -> Any:
-            return await handler.unary_unary(await self._read(context), context)
-
-        return grpc.stream_unary_rpc_method_handler(unary, deserialise, serialise)
-
-    def _release(self, _: Any) -> None:
-        self.calls -= 1
-
-    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
-        """The messages of a stream, none waited for longer than allowed: who goes silent holds up nobody."""
-        following = aiter(requests)
-        while True:
-            try:
-                async with asyncio.timeout(self.request_timeout_s):
-                    request = await anext(following)
-            except StopAsyncIteration:
-                return
-            except TimeoutError as error:
-                raise DeadlineExceededError(
-                    f"the next message of the stream did not come within {self.request_timeout_s:g} s"
-                ) from error
-            yield request
-
-    async def _read(self, context: Any) -> Any:
-        try:
-            async with asyncio.timeout(self.request_timeout_s):
-                request = await context.read()
-        except TimeoutError as error:
-            raise DeadlineExceededError(
-                f"the request did not arrive whole within {self.request_timeout_s:g} s"
-            ) from error
-        if request is grpc.aio.EOF:  # type: ignore[attr-defined]
-            raise InvalidArgumentError("the call ended without a request, or with one larger than is accepted")
-        return request
-
-
-def _refusing_damage(deserialise: Callable[[bytes], Any] | None) -> Callable[[bytes], Any] | None:
-    """A deserialiser for which bytes that are no message are the caller's fault."""
-    if deserialise is None:
-        return None
-
-    def checked(content: bytes) -> Any:
-        try:
-            return deserialise(content)
-        except DecodeError as error:
-            raise InvalidArgumentError(f"the request is not a message of its type: {error}") from error
-
-    return checked
-
-
-def _refusing(error: ServiceError, *, inside: bool = True) -> Any:
-    """A handler that reads nothing and refuses. As one of streams, because gRPC reads a single request by itself.
-
-    ``inside``: CallInterceptor stands around it, and makes the status of the error.
-    """
-
-    async def refuse(requests: Any, context: Any) -> Any:
-        if not inside:
-            await context.abort(error.code, error.message, status_metadata(error))
-        raise error
-
-    return grpc.stream_unary_rpc_method_handler(refuse)

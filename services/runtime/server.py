@@ -19,8 +19,7 @@ from typing import Any, Self
 
 import grpc
 import structlog
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
+from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 from prometheus_client import start_http_server
 
@@ -28,15 +27,15 @@ from quartet import tracing
 from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
+from services.runtime.gate import Gate
+from services.runtime.health import NOT_SERVING, SERVING, Health
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.logs import configure_logging
-from services.runtime.security import Gate, ListenerSecurity, ServerCertificate, TokenCheck, warn_of_exposure
+from services.runtime.security import Guard, ListenerSecurity, warn_of_exposure
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
 
-_SERVING = health_pb2.HealthCheckResponse.SERVING
-_NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 # More than may come over all connections.
 _MAX_UNSEEN_CALLS = 2**20
 # A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
@@ -69,7 +68,7 @@ class ServiceRuntime:
         self.name = name
         self.settings = settings
         self.metrics = metrics
-        self.health = HealthServicer()
+        self.health = Health()
         self.listeners: list[Listener] = []
         self.at_drain: list[Callable[[], None]] = []
         """Called when the service begins to end, for work that would outlast the grace period to be given up."""
@@ -95,11 +94,12 @@ class ServiceRuntime:
         await self.close(grace_s=0.0)
 
     async def bind(self, *listeners: Listener) -> None:
-        """Binds and starts the listeners, NOT_SERVING.
+        """Binds and starts the listeners, NOT_SERVING; the first is the service's own.
 
         Raises:
-            StartError: a port is taken or not allowed, or a certificate, key or token file is not usable; names the
-                listener and address or the flag and file, and what to do.
+            StartError: a port is taken or not allowed, a certificate, key or token file is not usable, or an admin port
+                would let in whom the first listener does; names the listener and address or the flag and file, and what
+                to do.
         """
         if self.settings.health_port is not None:
             nothing = ListenerSecurity()
@@ -112,16 +112,21 @@ class ServiceRuntime:
             )
             listeners = (*listeners, health)
         # All files first: none of them is refused while another listener is open already.
-        guards = [_guard(listener.security or self.settings.security) for listener in listeners]
-        for listener, (certificate, tokens) in zip(listeners, guards, strict=True):
+        guards = [Guard(listener.security or self.settings.security) for listener in listeners]
+        for listener, guard in zip(listeners, guards, strict=True):
+            if listener.security is not None:  # A port of its own has credentials of its own.
+                guard.keep_apart_from(guards[0])
+        for listener, guard in zip(listeners, guards, strict=True):
+            certificate = guard.certificate
             _require_free(self.settings.host, listener)
             gate = Gate(
-                tokens=tokens,
+                tokens=guard.tokens,
                 max_calls=self.settings.max_calls,
+                max_slow_requests=self.settings.max_slow_requests,
                 request_timeout_s=self.settings.request_timeout_s,
             )
             server = grpc.aio.server(
-                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings)
+                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings, listener)
             )
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
@@ -145,9 +150,9 @@ class ServiceRuntime:
                 security = listener.security or self.settings.security
                 warn_of_exposure(self.settings.host, port, listener.name, security)
             for service in listener.services:
-                await self.health.set(service, _NOT_SERVING)
+                self.health.set(service, NOT_SERVING)
             await server.start()
-        await self.health.set("", _SERVING)  # Liveness: the process answers, ready or not.
+        self.health.set("", SERVING)  # Liveness: the process answers, ready or not.
 
     def serve_metrics(self) -> int:
         """Starts the Prometheus endpoint and returns its port.
@@ -167,11 +172,11 @@ class ServiceRuntime:
         server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
         return int(server.server_port)
 
-    async def set_serving(self, serving: bool) -> None:
+    def set_serving(self, serving: bool) -> None:
         """Turns readiness of all services on or off; liveness stays."""
         for listener in self.listeners:
             for service in listener.services:
-                await self.health.set(service, _SERVING if serving else _NOT_SERVING)
+                self.health.set(service, SERVING if serving else NOT_SERVING)
 
     def stop(self, failure: str | None = None) -> None:
         """Asks the service to end; with a ``failure`` it exits 1, so that a supervisor starts it again."""
@@ -184,7 +189,7 @@ class ServiceRuntime:
         # What the start has built stays for good: a full collection would walk it all, for a tenth of a second or more.
         gc.collect()
         gc.freeze()
-        await self.set_serving(True)
+        self.set_serving(True)
         ports = {listener.name: listener.port for listener in self.listeners}
         log.info("ready", service=self.name, host=self.settings.host, ports=ports)
         await self._stop.wait()
@@ -198,19 +203,15 @@ class ServiceRuntime:
     async def close(self, grace_s: float) -> None:
         """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close."""
         listeners, self.listeners = self.listeners, []
-        await self.health.enter_graceful_shutdown()
+        self.health.end()
         await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
 
 
-def _guard(security: ListenerSecurity) -> tuple[ServerCertificate | None, TokenCheck | None]:
-    certificate = ServerCertificate(security) if security.encrypted else None
-    if security.token_file is None:
-        return certificate, None
-    return certificate, TokenCheck(security.token_file, f"{security.prefix}token-file")
-
-
-def _channel_options(settings: ServiceSettings) -> list[tuple[str, int]]:
+def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tuple[str, int]]:
     options = [
+        # By default gRPC lets a fast client send many MiB ahead of what is read, of every call. Without that 64 KiB
+        # come before a message is asked for, and then all of it. On a port of its own are uploads that gain from it.
+        ("grpc.http2.bdp_probe", int(listener.security is not None)),
         # Without this two processes could share a port and split its calls between them.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_mib * 2**20),

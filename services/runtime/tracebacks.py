@@ -30,6 +30,11 @@ def render(error: BaseException, *, messages: bool = False) -> str:
 def _last_line(error: BaseException, messages: bool) -> str:
     kind = type(error)
     name = kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
-    if messages or isinstance(error, _TALK_OF_THE_MACHINE) or kind.__module__.partition(".")[0] == "torch":
+    quotes = isinstance(error, ServiceError) and error.may_quote
+    if (
+        messages
+        or (isinstance(error, _TALK_OF_THE_MACHINE) and not quotes)
+        or kind.__module__.partition(".")[0] == "torch"
+    ):
         return f"{name}: {error}"
     return f"{name} {_WITHHELD}" if str(error) else name

@@ -1,16 +1,18 @@
 """Whatever is sent to whichever RPC of whichever service: a clear status, never INTERNAL, and the service serves on.
 
 Messages are drawn from the contract's own descriptors: every field of every message, with values at and beyond what is
-sensible, alone or over a request that would be served; and bytes that are no message at all. QUARTET_FUZZ_EXAMPLES sets
-how many a method gets.
+sensible, alone or over a request that would be served; thousands of items or ids, long texts and names; whole uploads
+with steps changed, left out, doubled and swapped; and bytes that are no message at all. Health and reflection are asked
+as well. QUARTET_FUZZ_EXAMPLES sets how many a method gets.
 """
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,21 +20,30 @@ import grpc
 import psutil
 import pytest
 from google.protobuf.descriptor import Descriptor, FieldDescriptor
-from google.protobuf.message import Message
+from google.protobuf.message import DecodeError, Message
+from grpc_health.v1 import health_pb2
+from grpc_reflection.v1alpha import reflection, reflection_pb2
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from quartet.client.adapters import _file_tensors, _load_steps, read_adapter
+from quartet.client.policy import _update_steps
 from quartet.fingerprint import tokenizer_fingerprint
-from quartet.policy.v1 import adapters_pb2, policy_pb2, weights_pb2
+from quartet.policy.v1 import adapters_pb2, adapters_pb2_grpc, policy_pb2, weights_pb2, weights_pb2_grpc
 from quartet.reference.v1 import reference_pb2
 from quartet.reward.v1 import admin_pb2, reward_pb2
 from tests.conftest import LiveService
+from tests.lora import make_lora
 
-EXAMPLES = int(os.environ.get("QUARTET_FUZZ_EXAMPLES", "60"))
+EXAMPLES = int(os.environ.get("QUARTET_FUZZ_EXAMPLES", "100"))
 # A random request may ask for work that takes long; that it is given up in time is a right answer.
 DEADLINE_S = 20.0
 WRONG = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 MOST_GROWTH_MIB = 96
+# No overload, which passes: somebody has to do something first.
+FULL = ("unload one first", "--staging-dir", "could not be staged")
+# Of items and ids in a message, and of repetitions of a text.
+MANY = 1500
 
 TEXT = st.text(max_size=20) | st.sampled_from(
     ["", " ", "hello", "a" * 3000, "\0", "\u00e9", "\U0001d518", "\u202e", "<eos>", "../..", "/etc/passwd", "user"]
@@ -63,27 +74,36 @@ _SCALARS: dict[int, st.SearchStrategy[Any]] = {
 }
 
 
-def _fill(draw: st.DrawFn, message: Any, descriptor: Descriptor, depth: int) -> None:
-    """Sets some fields of ``message`` at random."""
+def _fill(draw: st.DrawFn, message: Any, descriptor: Descriptor, depth: int, large: str) -> None:
+    """Sets some fields of ``message`` at random; ``large``: what there is much of, items, ids or text."""
+
+    def scalar(field: FieldDescriptor) -> Any:
+        value = draw(_SCALARS[field.type])
+        return value * MANY if large == "text" and isinstance(value, str | bytes) else value
+
     for field in descriptor.fields:
         if not draw(st.integers(0, 2)) or depth > 4:
             continue
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            key, value = (_SCALARS[f.type] for f in field.message_type.fields)
-            for k, v in draw(st.dictionaries(key, value, max_size=3)).items():
-                getattr(message, field.name)[k] = v
+            key, value = field.message_type.fields
+            for _ in range(draw(st.integers(0, 3))):
+                getattr(message, field.name)[scalar(key)] = scalar(value)
         elif field.message_type is not None:
             if field.is_repeated:
+                own = getattr(message, field.name)
                 for _ in range(draw(st.integers(0, 3))):
-                    _fill(draw, getattr(message, field.name).add(), field.message_type, depth + 1)
+                    _fill(draw, own.add(), field.message_type, depth + 1, large)
+                if large == "items" and depth == 0 and own:
+                    own.extend([own[0]] * MANY)
             else:
                 own = getattr(message, field.name)
                 own.SetInParent()
-                _fill(draw, own, field.message_type, depth + 1)
+                _fill(draw, own, field.message_type, depth + 1, large)
         elif field.is_repeated:
-            getattr(message, field.name).extend(draw(st.lists(_SCALARS[field.type], max_size=4)))
+            values = [scalar(field) for _ in range(draw(st.integers(0, 4)))]
+            getattr(message, field.name).extend(values * (MANY if large == "ids" else 1))
         else:
-            setattr(message, field.name, draw(_SCALARS[field.type]))
+            setattr(message, field.name, scalar(field))
 
 
 @st.composite
@@ -95,36 +115,61 @@ def requests(draw: st.DrawFn, valid: Message) -> bytes:
     message = type(valid)()
     if kind > 3:
         message.CopyFrom(valid)
-    _fill(draw, message, message.DESCRIPTOR, 0)
+    large = draw(st.sampled_from(["", "", "", "", "items", "ids", "text"]))
+    _fill(draw, message, message.DESCRIPTOR, 0, large)
     return message.SerializeToString()
+
+
+@st.composite
+def uploads(draw: st.DrawFn, valid: Sequence[Message]) -> list[bytes]:
+    """The messages of a stream: of a whole one with something wrong, or any."""
+    if draw(st.integers(0, 3)) == 0:
+        return draw(st.lists(requests(valid[0]), min_size=1, max_size=4))
+    messages = [message.SerializeToString() for message in valid]
+    for _ in range(draw(st.integers(0, 3))):
+        one, other = (draw(st.integers(0, len(messages) - 1)) for _ in range(2))
+        match draw(st.sampled_from(["change", "change", "leave out", "double", "swap", "end"])):
+            case "change":
+                messages[one] = draw(requests(valid[min(one, len(valid) - 1)]))
+            case "leave out" if len(messages) > 1:
+                del messages[one]
+            case "double":
+                messages.insert(one, messages[one])
+            case "swap":
+                messages[one], messages[other] = messages[other], messages[one]
+            case "end":
+                messages = messages[: one + 1]
+    return messages
 
 
 @dataclass(frozen=True)
 class Method:
-    """An RPC, and a request that it would serve or take for the beginning of one; ``admin``: on the admin port."""
+    """An RPC, and the messages of a call that it would serve; ``admin``: on the admin port."""
 
-    name: str
-    valid: Message
+    path: str
+    valid: Sequence[Message]
     admin: bool = False
 
     @property
-    def path(self) -> str:
-        return f"quartet.{self.name}"
-
-    @property
     def service(self) -> str:
-        return self.name.partition(".")[0]
+        """Whose process is asked; of what all have, the reward service's."""
+        return self.path.split(".")[1] if self.path.startswith("quartet.") else "reward"
 
     @property
     def streams_requests(self) -> bool:
-        return self.path.endswith(("UpdateWeights", "LoadAdapter"))
+        return self.path.endswith(("UpdateWeights", "LoadAdapter", "ServerReflectionInfo"))
 
     @property
     def streams_replies(self) -> bool:
-        return self.path.endswith("/Generate")
+        return self.path.endswith(("/Generate", "/Watch"))
+
+    def calls(self) -> st.SearchStrategy[list[bytes]]:
+        if self.streams_requests:
+            return uploads(self.valid)
+        return st.lists(requests(self.valid[0]), min_size=1, max_size=1)
 
 
-def _methods(fingerprint: str) -> list[Method]:
+def _methods(fingerprint: str, weights: Sequence[Message] = (), adapter: Sequence[Message] = ()) -> list[Method]:
     scored = reward_pb2.ScoreRequest(
         tokenizer_fingerprint=fingerprint,
         items=[reward_pb2.ScoreItem(prompt={"text": "hello"}, response_text=" thanks")],
@@ -137,25 +182,28 @@ def _methods(fingerprint: str) -> list[Method]:
     generated = policy_pb2.GenerateRequest(tokenizer_fingerprint=fingerprint)
     generated.prompts.add().text = "hello"
     generated.sampling.max_new_tokens = 4
-    update = weights_pb2.UpdateWeightsRequest()
-    update.begin.weights_version = 1
-    adapter = adapters_pb2.LoadAdapterRequest()
-    adapter.begin.name = "a"
+    health = health_pb2.HealthCheckRequest(service="quartet.reward.v1.RewardService")
+    listed = reflection_pb2.ServerReflectionRequest(list_services="")
+    named = reflection_pb2.ServerReflectionRequest(file_containing_symbol="quartet.reward.v1.RewardService")
     return [
-        Method("reward.v1.RewardService/Score", scored),
-        Method("reward.v1.RewardService/Compare", compared),
-        Method("reward.v1.RewardService/GetModelInfo", reward_pb2.GetModelInfoRequest()),
-        Method("reward.v1.RewardAdminService/SwapModel", admin_pb2.SwapModelRequest(), True),
-        Method("reward.v1.RewardAdminService/GetDrift", admin_pb2.GetDriftRequest(), True),
-        Method("reference.v1.ReferenceService/LogProbs", known),
-        Method("reference.v1.ReferenceService/GetModelInfo", reference_pb2.GetModelInfoRequest()),
-        Method("policy.v1.PolicyService/Generate", generated),
-        Method("policy.v1.PolicyService/GetModelInfo", policy_pb2.GetModelInfoRequest()),
-        Method("policy.v1.WeightsService/UpdateWeights", update, True),
-        Method("policy.v1.WeightsService/GetWeightsInfo", weights_pb2.GetWeightsInfoRequest(), True),
-        Method("policy.v1.AdapterService/LoadAdapter", adapter, True),
-        Method("policy.v1.AdapterService/UnloadAdapter", adapters_pb2.UnloadAdapterRequest(), True),
-        Method("policy.v1.AdapterService/ListAdapters", adapters_pb2.ListAdaptersRequest(), True),
+        Method("quartet.reward.v1.RewardService/Score", [scored]),
+        Method("quartet.reward.v1.RewardService/Compare", [compared]),
+        Method("quartet.reward.v1.RewardService/GetModelInfo", [reward_pb2.GetModelInfoRequest()]),
+        Method("quartet.reward.v1.RewardAdminService/SwapModel", [admin_pb2.SwapModelRequest(model="a")], True),
+        Method("quartet.reward.v1.RewardAdminService/GetDrift", [admin_pb2.GetDriftRequest()], True),
+        Method("quartet.reference.v1.ReferenceService/LogProbs", [known]),
+        Method("quartet.reference.v1.ReferenceService/GetModelInfo", [reference_pb2.GetModelInfoRequest()]),
+        Method("quartet.policy.v1.PolicyService/Generate", [generated]),
+        Method("quartet.policy.v1.PolicyService/GetModelInfo", [policy_pb2.GetModelInfoRequest()]),
+        Method("quartet.policy.v1.WeightsService/UpdateWeights", weights, True),
+        Method("quartet.policy.v1.WeightsService/GetWeightsInfo", [weights_pb2.GetWeightsInfoRequest()], True),
+        Method("quartet.policy.v1.AdapterService/LoadAdapter", adapter, True),
+        Method("quartet.policy.v1.AdapterService/UnloadAdapter", [adapters_pb2.UnloadAdapterRequest(name="a")], True),
+        Method("quartet.policy.v1.AdapterService/ListAdapters", [adapters_pb2.ListAdaptersRequest()], True),
+        Method("grpc.health.v1.Health/Check", [health]),
+        Method("grpc.health.v1.Health/Watch", [health]),
+        Method("grpc.health.v1.Health/List", [health_pb2.HealthListRequest()]),
+        Method(f"{reflection.SERVICE_NAME}/ServerReflectionInfo", [listed, named]),
     ]
 
 
@@ -167,18 +215,49 @@ def live(start_service, make_reward_model, make_policy, tmp_path_factory) -> dic
     models = tmp_path_factory.mktemp("models")
     shutil.copytree(make_reward_model(), models / "a")
     return {
-        "reward": start_service("reward", models / "a", "--models-dir", str(models)),
+        "reward": start_service("reward", models / "a", "--models-dir", str(models), "--reflection"),
         "reference": start_service("reference", make_policy()),
         "policy": start_service("policy", make_policy(), "--engine", "transformers", "--max-adapters", "2"),
     }
 
 
+def _next_version(channel: grpc.Channel, messages: list[bytes]) -> list[bytes]:
+    """Version 1 stands for the one after that which serves: else one success would end all that follow at once."""
+    info = weights_pb2_grpc.WeightsServiceStub(channel).GetWeightsInfo(weights_pb2.GetWeightsInfoRequest())
+    with contextlib.suppress(DecodeError):
+        first = weights_pb2.UpdateWeightsRequest.FromString(messages[0])
+        if first.begin.weights_version == 1 and info.served_by.weights_version < 2**62:
+            first.begin.weights_version = info.served_by.weights_version + 1
+            return [first.SerializeToString(), *messages[1:]]
+    return messages
+
+
+def _make_room(channel: grpc.Channel, messages: list[bytes]) -> list[bytes]:
+    """For the same reason no adapter is loaded yet."""
+    stub = adapters_pb2_grpc.AdapterServiceStub(channel)
+    for loaded in stub.ListAdapters(adapters_pb2.ListAdaptersRequest()).adapters:
+        stub.UnloadAdapter(adapters_pb2.UnloadAdapterRequest(name=loaded.name))
+    return messages
+
+
 def _caller(channel: grpc.Channel, method: Method) -> Callable[[list[bytes]], grpc.StatusCode]:
     """Sends serialised requests and returns the status."""
     path = f"/{method.path}"
-    if method.streams_requests:
+    if method.path.endswith("/ServerReflectionInfo"):
+        both = channel.stream_stream(path)
+        send: Callable[[list[bytes]], Any] = lambda messages: list(both(iter(messages), timeout=DEADLINE_S))  # noqa: E731
+    elif method.streams_requests:
         stream = channel.stream_unary(path)
-        send: Callable[[list[bytes]], Any] = lambda messages: stream(iter(messages), timeout=DEADLINE_S)  # noqa: E731
+        prepare = _next_version if method.path.endswith("UpdateWeights") else _make_room
+        send = lambda messages: stream(iter(prepare(channel, messages)), timeout=DEADLINE_S)  # noqa: E731
+    elif method.path.endswith("/Watch"):
+        statuses = channel.unary_stream(path)
+
+        def send(messages: list[bytes]) -> Any:
+            watch = statuses(messages[0], timeout=DEADLINE_S)
+            next(watch)  # It never ends by itself.
+            watch.cancel()
+
     elif method.streams_replies:
         replies = channel.unary_stream(path)
         send = lambda messages: list(replies(messages[0], timeout=DEADLINE_S))  # noqa: E731
@@ -193,15 +272,26 @@ def _caller(channel: grpc.Channel, method: Method) -> Callable[[list[bytes]], gr
             refused: Any = error
             if refused.code() in WRONG:
                 raise
+            if refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not any(x in refused.details() for x in FULL):
+                assert "grpc-retry-pushback-ms" in dict(refused.trailing_metadata())
+            assert len(refused.details().encode()) <= 1024
             return refused.code()
         return grpc.StatusCode.OK
 
     return call
 
 
+@pytest.fixture(scope="module")
+def methods(tokenizer, make_policy, tmp_path_factory) -> list[Method]:
+    folder = make_policy()
+    weights = _update_steps(_file_tensors((folder / "model.safetensors").read_bytes()), 1, None, "keep")
+    config, tensors = read_adapter(make_lora(folder, 1).save(tmp_path_factory.mktemp("adapter")))
+    return _methods(tokenizer_fingerprint(tokenizer), list(weights), list(_load_steps("a", config, tensors)))
+
+
 @pytest.fixture
-def method(request, tokenizer) -> Method:
-    return next(m for m in _methods(tokenizer_fingerprint(tokenizer)) if m.path == request.param)
+def method(request, methods) -> Method:
+    return next(m for m in methods if m.path == request.param)
 
 
 @pytest.fixture
@@ -218,12 +308,13 @@ def test_whatever_is_sent_gets_a_clear_status_and_the_service_serves_on(live, me
     sizes_mib: list[float] = []
 
     @settings(
-        max_examples=EXAMPLES,
+        # A swap that succeeds loads a model.
+        max_examples=max(1, EXAMPLES // 5) if method.path.endswith("/SwapModel") else EXAMPLES,
         deadline=None,
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
-    @given(messages=st.lists(requests(method.valid), min_size=1, max_size=4 if method.streams_requests else 1))
+    @given(messages=method.calls())
     def attack(messages: list[bytes]) -> None:
         seen[call(messages).name] += 1
         sizes_mib.append(process.memory_info().rss / 2**20)
@@ -231,17 +322,18 @@ def test_whatever_is_sent_gets_a_clear_status_and_the_service_serves_on(live, me
     attack()
     assert process.is_running()
     assert sizes_mib[-1] - sizes_mib[len(sizes_mib) // 5] < MOST_GROWTH_MIB
-    if method.path.endswith(("Info", "ListAdapters", "GetDrift")):
-        assert call([method.valid.SerializeToString()]) is grpc.StatusCode.OK
-    else:
+    asks_nothing = method.path.endswith(("Info", "ListAdapters", "GetDrift", "/List"))
+    if asks_nothing or method.streams_requests or method.path.endswith(("/Check", "/Watch")):
+        assert call([message.SerializeToString() for message in method.valid]) is grpc.StatusCode.OK
+    if not asks_nothing:
         assert seen["INVALID_ARGUMENT"]
 
 
-def test_after_all_of_it_every_service_does_its_work(live, tokenizer):
-    for method in _methods(tokenizer_fingerprint(tokenizer)):
+def test_after_all_of_it_every_service_does_its_work(live, methods):
+    for method in methods:
         if method.path.endswith(("/Score", "/LogProbs", "/Generate")):
             with grpc.insecure_channel(live[method.service].address) as channel:
-                assert _caller(channel, method)([method.valid.SerializeToString()]) is grpc.StatusCode.OK
+                assert _caller(channel, method)([method.valid[0].SerializeToString()]) is grpc.StatusCode.OK
     for service in live.values():
         assert '"level": "error"' not in service.log.read_text()
         assert service.stop() == 0

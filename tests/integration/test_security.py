@@ -39,6 +39,7 @@ from quartet.client import (
 )
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2_grpc
 from services.runtime.probe import probe
+from tests import http2
 from tests.certificates import Authority, replace
 from tests.conftest import LiveService, free_port
 
@@ -288,28 +289,11 @@ async def test_the_message_of_a_caller_without_token_is_not_even_read(fort):
     assert fort.resident_mib() < before + 64
 
 
-def frame(kind: int, flags: int, stream: int, payload: bytes) -> bytes:
-    """An HTTP/2 frame (RFC 9113, section 4.1)."""
-    return struct.pack(">I", len(payload))[1:] + bytes([kind, flags]) + struct.pack(">I", stream) + payload
-
-
 def begin_score(token: str) -> bytes:
     """Preface, settings, headers of a Score call, and 3 of the 1000 bytes of its message."""
-    headers = {
-        ":method": "POST",
-        ":scheme": "https",
-        ":path": "/quartet.reward.v1.RewardService/Score",
-        ":authority": "localhost",
-        "te": "trailers",
-        "content-type": "application/grpc",
-        "authorization": f"Bearer {token}",
-    }
-    block = b"".join(
-        b"\x00" + bytes([len(name)]) + name.encode() + bytes([len(value)]) + value.encode()
-        for name, value in headers.items()
-    )
-    message = b"\x00" + struct.pack(">I", 1000) + b"abc"
-    return b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + frame(4, 0, 0, b"") + frame(1, 4, 1, block) + frame(0, 0, 1, message)
+    headers = http2.call_headers("/quartet.reward.v1.RewardService/Score", authorization=f"Bearer {token}")
+    begun = b"\x00" + struct.pack(">I", 1000) + b"abc"
+    return http2.PREFACE + http2.settings() + headers + http2.frame(http2.DATA, 0, 1, begun)
 
 
 def read_until_end(connection: socket.socket, trickle: bytes, wanted: bytes) -> float:
@@ -339,7 +323,7 @@ async def test_a_trickled_request_is_given_up_while_others_are_served(fort):
         with fort.connect() as connection:
             connection.sendall(begin_score(TOKEN))
             # HPACK without Huffman coding: the trailer stands readable in the answer. 4 is DEADLINE_EXCEEDED.
-            return read_until_end(connection, frame(0, 0, 1, b"x"), b"grpc-status\x014")
+            return read_until_end(connection, http2.frame(http2.DATA, 0, 1, b"x"), b"grpc-status\x014")
 
     slow = [asyncio.create_task(asyncio.to_thread(trickle)) for _ in range(4)]
     async with fort.client() as client:
@@ -440,6 +424,29 @@ def test_a_wrong_file_is_one_clear_line_at_the_start_before_the_model_is_loaded(
     )
     assert said.count("\n") == 1
     assert "the key does not belong to the certificate" in said
+
+
+def test_an_admin_port_that_would_let_in_whom_the_services_port_does_is_one_clear_line(
+    fort, make_reward_model, tmp_path
+):
+    model = make_reward_model()
+    folder = fort.folder
+    server = ("--tls-cert", str(folder / "service.crt"), "--tls-key", str(folder / "service.key"))
+    (tmp_path / "same.crt").symlink_to(folder / "clients.crt")
+    authorities = ("--tls-client-ca", str(folder / "clients.crt"), "--admin-tls-client-ca", str(tmp_path / "same.crt"))
+    said = start_fails("--model", str(model), *server, *authorities)
+    assert said.startswith(f"quartet-reward: --admin-tls-client-ca '{tmp_path}/same.crt' and --tls-client-ca")
+    assert "have an authority in common" in said
+    assert said.count("\n") == 1
+    (tmp_path / "admin").write_text(f"{ADMIN}\n{TOKEN}\n")
+    said = start_fails(
+        "--model", str(model), "--token-file", str(fort.tokens), "--admin-token-file", str(tmp_path / "admin")
+    )
+    assert said.startswith(
+        f"quartet-reward: --admin-token-file: token file '{tmp_path}/admin': 1 of its 2 tokens stand"
+    )
+    assert said.count("\n") == 1
+    assert TOKEN not in said
 
 
 @pytest.fixture(scope="module")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -116,10 +117,39 @@ async def test_an_error_of_ours_becomes_its_status_with_message_and_field(house,
             "items": 0,
             "tokens": 0,
             "weights_version": None,
+            **({"field": error.field} if error.field else {}),
             "reason": error.message,
         }
     ]
     assert logs[0]["caller"].startswith("ipv4:127.0.0.1:")
+
+
+@pytest.mark.parametrize("letter", ["x", "\u00e9", "\U0001d518", "%", "\n"])
+async def test_an_error_that_quotes_a_large_request_still_comes_as_its_status_with_its_beginning_and_end(house, letter):
+    service, address = house
+    service.error = errors.InvalidArgumentError(f"head_weights names {letter * 10**6!r}: no head", field=letter * 10**6)
+    async with RewardClient(address, policy=ONCE) as client:
+        with capture_logs() as logs, pytest.raises(InvalidInputError) as refused:
+            await client.score([ITEM])
+    assert refused.value.code is grpc.StatusCode.INVALID_ARGUMENT
+    said = refused.value.message
+    assert said.startswith("head_weights names '")
+    assert said.endswith("': no head")
+    assert len(said.encode()) <= 1024
+    assert len(refused.value.field.encode()) <= 1024
+    assert len(logs[0]["reason"].encode()) <= 1024
+    assert sum(len(str(value)) for value in logs[0].values()) < 2600
+    _, left_out, _ = re.split(r" \[\.\.\. ([\d,]+) characters \.\.\.\] ", said)
+    assert 10**6 - 1024 < int(left_out.replace(",", "")) <= 2 * 10**6
+
+
+@pytest.mark.parametrize("size", [0, 1, 250, 1023, 1024, 1025, 5000])
+def test_a_text_is_shortened_only_when_it_is_too_long_and_never_within_a_letter(size):
+    for text in ("a" * size, "\u00e9" * (size // 2), "\U0001d518" * (size // 4)):
+        short = errors.shortened(text)
+        assert len(short.encode()) <= 1024
+        assert (short == text) == (len(text.encode()) <= 1024)
+        assert set(short) <= set(text) | set(" [.]0123456789,characters")
 
 
 async def test_the_pause_asked_for_is_in_the_trailer(house):

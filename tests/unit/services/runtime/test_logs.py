@@ -18,9 +18,11 @@ from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.runtime import calls, tracebacks
 from services.runtime.batcher import Batcher, BatchLimits
+from services.runtime.errors import InvalidArgumentError, NotFoundError, OverloadedError
+from services.runtime.gate import Gate
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.logs import configure_logging
-from services.runtime.security import Gate, TokenCheck
+from services.runtime.security import TokenCheck
 from services.runtime.telemetry import ServiceMetrics
 from tests.certificates import Authority
 
@@ -51,6 +53,7 @@ class House(reward_pb2_grpc.RewardServiceServicer):
     def __init__(self) -> None:
         self.metrics = ServiceMetrics("test")
         self.error: Exception | None = None
+        self.refusal: Exception | None = None
         self.seen: list[str] = []
         limits = BatchLimits(max_batch_tokens=100, max_batch_items=10, max_queued_tokens=1000)
         self.batcher: Batcher[str, float] = Batcher(self._process, limits=limits, metrics=self.metrics)
@@ -65,6 +68,8 @@ class House(reward_pb2_grpc.RewardServiceServicer):
         await asyncio.to_thread(structlog.get_logger().info, "inside_thread")
         self.seen.append(calls.current_request_id())
         texts = [item.response_text for item in request.items]
+        if self.refusal is not None:
+            raise self.refusal
         if "raise" in texts:
             raise KeyError(TEXT)
         scores = await self.batcher.submit(texts, [len(text) for text in texts])
@@ -77,7 +82,9 @@ class House(reward_pb2_grpc.RewardServiceServicer):
 async def house(tmp_path) -> AsyncIterator[tuple[House, str]]:
     service = House()
     (tmp_path / "tokens").write_text(SECRET)
-    gate = Gate(tokens=TokenCheck(tmp_path / "tokens", "--token-file"), max_calls=10, request_timeout_s=5.0)
+    gate = Gate(
+        tokens=TokenCheck(tmp_path / "tokens", "--token-file"), max_calls=10, max_slow_requests=8, request_timeout_s=5.0
+    )
     server = grpc.aio.server(interceptors=[CallInterceptor(service.metrics), gate])
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
     port = server.add_insecure_port("127.0.0.1:0")
@@ -156,6 +163,38 @@ async def test_neither_tokens_nor_texts_are_logged_whatever_goes_wrong(house, lo
     (batch,) = [event for event in events if event["event"] == "batch_failed"]
     assert batch["request_ids"] == ["model"]
     assert "ValueError (message withheld" in batch["exception"]
+
+
+@pytest.mark.parametrize("level", ["info", "debug"])
+async def test_why_a_call_is_refused_is_logged_but_what_it_quotes_at_debug_alone(house, logged, level):
+    service, address = house
+    read = logged(level)
+    async with grpc.aio.insecure_channel(address) as channel:
+        stub = reward_pb2_grpc.RewardServiceStub(channel)
+        for error in (
+            InvalidArgumentError(f"stop is {TEXT!r}: too long", field="sampling.stop"),
+            NotFoundError(f"no adapter is called {TEXT!r}"),
+            OverloadedError("8 calls are in hand"),
+        ):
+            service.refusal = error
+            with pytest.raises(grpc.aio.AioRpcError) as refused:
+                await stub.Score(_request(TEXT), metadata=_metadata("refused"))
+            assert refused.value.details() == error.message
+    wrong, missing, full = [event for event in read() if event["event"] == "call_refused"]
+    assert (wrong["code"], wrong["field"], full["reason"]) == (
+        "INVALID_ARGUMENT",
+        "sampling.stop",
+        "8 calls are in hand",
+    )
+    if level == "debug":
+        assert (wrong["reason"], missing["reason"]) == (
+            f"stop is {TEXT!r}: too long",
+            f"no adapter is called {TEXT!r}",
+        )
+    else:
+        assert "reason" not in wrong
+        assert "reason" not in missing
+        assert TEXT not in json.dumps([wrong, missing, full])
 
 
 async def test_the_client_s_error_names_the_id_that_the_log_has(house, logged):

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
+import dataclasses
 import hmac
 import os
 import re
-import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import grpc
 import pytest
@@ -18,29 +15,21 @@ from structlog.testing import capture_logs
 
 pytest.importorskip("cryptography", reason="no cryptography here to make certificates with")
 
-from grpc_health.v1 import health_pb2, health_pb2_grpc
-from grpc_health.v1._async import HealthServicer
 
 from quartet import token_file
-from quartet.client import CallPolicy, CredentialsError, OverloadedError, RewardClient, ScoreItem, Security
-from quartet.client.channel import pushback_s
-from quartet.common.v1 import common_pb2
-from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
+from quartet.client import CallPolicy, CredentialsError, RewardClient, ScoreItem, Security
 from quartet.token_file import TokenFile, read_tokens
 from services.policy.config import PolicySettings
 from services.reward.config import RewardSettings
 from services.runtime.errors import StartError
-from services.runtime.interceptors import CallInterceptor
 from services.runtime.security import (
-    Gate,
+    Guard,
     ListenerSecurity,
     ServerCertificate,
     TokenCheck,
     is_loopback,
     warn_of_exposure,
 )
-from services.runtime.server import ServiceRuntime
-from services.runtime.telemetry import ServiceMetrics
 from tests.certificates import Authority, replace
 
 TOKEN, OTHER, THIRD = "alpha-0123456789abcdef", "beta-0123456789abcdef", "gamma-0123456789abcdef"
@@ -246,6 +235,99 @@ def test_files_that_change_are_taken_once_and_a_wrong_pair_is_never_taken(securi
     assert isinstance(held._changed(), grpc.ServerCertificateConfiguration)
 
 
+# Two ports --------------------------------------------------------------------------------------------------------
+
+
+def test_an_admin_port_does_not_start_with_a_token_of_the_services_port(tokens, tmp_path):
+    (tmp_path / "link").symlink_to("tokens")
+    (tmp_path / "both").write_text(f"# the admin's\n{OTHER}\n{TOKEN}\n")
+    for name, shared in (("link", "1 of its 1 tokens"), ("both", "1 of its 2 tokens")):
+        service = Guard(ListenerSecurity(token_file=tokens))
+        admin = Guard(ListenerSecurity(token_file=tmp_path / name, prefix="--admin-"))
+        with pytest.raises(StartError) as refused:
+            admin.keep_apart_from(service)
+        said = str(refused.value)
+        assert said.startswith(f"--admin-token-file: token file '{tmp_path / name}': {shared} stand in --token-file")
+        assert f"'{tokens}' as well, and would open both ports" in said
+        assert TOKEN not in said
+
+
+def test_a_token_that_the_other_port_has_is_never_rotated_in_and_told_once(tokens, tmp_path, looking_always):
+    admin_tokens = tmp_path / "admin"
+    admin_tokens.write_text(OTHER)
+    service = Guard(ListenerSecurity(token_file=tokens))
+    admin = Guard(ListenerSecurity(token_file=admin_tokens, prefix="--admin-"))
+    admin.keep_apart_from(service)
+    assert service.tokens is not None
+    assert admin.tokens is not None
+
+    def opened(check: TokenCheck) -> set[str]:
+        return {x for x in (TOKEN, OTHER, THIRD) if check.refusal((("authorization", f"Bearer {x}"),)) is None}
+
+    for path, content in ((tokens, f"{THIRD}\n{OTHER}"), (admin_tokens, TOKEN)):
+        with capture_logs() as events:
+            replace(path, content.encode())
+            for _ in range(3):
+                assert (opened(service.tokens), opened(admin.tokens)) == ({TOKEN}, {OTHER})
+        assert [(e["event"], e["log_level"]) for e in events] == [("tokens_not_rotated", "error")]
+        assert "and would open both ports" in events[0]["reason"]
+        assert not {TOKEN, OTHER, THIRD} & set(re.findall(r"[\w-]+", events[0]["reason"]))
+        replace(path, {tokens: TOKEN, admin_tokens: OTHER}[path].encode())
+        assert (opened(service.tokens), opened(admin.tokens)) == ({TOKEN}, {OTHER})
+    # What has left the one file may come into the other; also where the files change in the other order.
+    replace(tokens, THIRD.encode())
+    replace(admin_tokens, TOKEN.encode())
+    assert (opened(admin.tokens), opened(service.tokens)) == ({TOKEN}, {THIRD})
+    with capture_logs():
+        replace(tokens, TOKEN.encode())
+        assert opened(service.tokens) == {THIRD}
+        replace(admin_tokens, OTHER.encode())
+        assert (opened(service.tokens), opened(admin.tokens)) == ({TOKEN}, {OTHER})
+
+
+def test_an_admin_port_without_tokens_does_not_start_with_an_authority_of_the_services_port(security, tokens, tmp_path):
+    admin = dataclasses.replace(security, prefix="--admin-", tls_client_ca=tmp_path / "admin-ca")
+    service = Guard(dataclasses.replace(security, token_file=tokens))
+    mine = AUTHORITY.certificate_pem
+    for content in (mine, b"# ours\n" + mine.replace(b"\n", b"\r\n"), Authority.make().certificate_pem + mine):
+        (tmp_path / "admin-ca").write_bytes(content)
+        with pytest.raises(StartError) as refused:
+            Guard(admin).keep_apart_from(service)
+        assert str(refused.value) == (
+            f"--admin-tls-client-ca '{tmp_path / 'admin-ca'}' and --tls-client-ca '{security.tls_client_ca}' have an "
+            "authority in common: its clients could use both ports; give each port authorities of its own, or the "
+            "admin port --admin-token-file"
+        )
+    (tmp_path / "admin-tokens").write_text(OTHER)
+    Guard(dataclasses.replace(admin, token_file=tmp_path / "admin-tokens")).keep_apart_from(service)
+    (tmp_path / "admin-ca").write_bytes(Authority.make().certificate_pem)
+    Guard(admin).keep_apart_from(service)
+
+
+def test_an_authority_that_the_other_port_has_is_never_rotated_in_and_told_once(security, tmp_path):
+    own = Authority.make().certificate_pem
+    (tmp_path / "admin-ca").write_bytes(own)
+    service = Guard(security).certificate
+    guard = Guard(dataclasses.replace(security, prefix="--admin-", tls_client_ca=tmp_path / "admin-ca"))
+    guard.keep_apart_from(Guard(security))
+    admin = guard.certificate
+    assert service is not None
+    assert admin is not None
+    admin.keep_apart_from(service)
+    service.keep_apart_from(admin)
+    with capture_logs() as events:
+        replace(tmp_path / "admin-ca", own + AUTHORITY.certificate_pem)
+        assert [admin._changed(), admin._changed()] == [None, None]
+        replace(Path(str(security.tls_client_ca)), own)
+        assert [service._changed(), service._changed()] == [None, None]
+    assert [(e["event"], e["log_level"]) for e in events] == [("certificate_not_rotated", "error")] * 2
+    assert all("have an authority in common" in e["reason"] for e in events)
+    # The service's port is to have the admin's from now on: when that has another, it may.
+    replace(tmp_path / "admin-ca", Authority.make().certificate_pem)
+    assert isinstance(admin._changed(), grpc.ServerCertificateConfiguration)
+    assert isinstance(service._changed(), grpc.ServerCertificateConfiguration)
+
+
 # Settings ---------------------------------------------------------------------------------------------------------
 
 
@@ -371,171 +453,3 @@ def test_a_token_that_leaves_the_machine_in_clear_text_is_warned_of(addresses, w
     caplog.clear()
     Security(token=TOKEN, tls=True).metadata_source(addresses)
     assert caplog.text == ""
-
-
-# The gate ---------------------------------------------------------------------------------------------------------
-
-
-class House(reward_pb2_grpc.RewardServiceServicer):
-    """Scores 1.0 when the door is open."""
-
-    def __init__(self) -> None:
-        self.door = asyncio.Event()
-        self.door.set()
-        self.metrics = ServiceMetrics("test")
-
-    async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
-        await self.door.wait()
-        ok = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
-        return reward_pb2.ScoreResponse(results=[reward_pb2.ScoreResult(status=ok, score=1.0)])
-
-    def counted(self, code: str) -> float:
-        labels = {"method": "Score", "code": code}
-        return self.metrics.registry.get_sample_value("quartet_test_calls_total", labels) or 0.0
-
-
-@pytest.fixture
-async def open_house():  # type: ignore[no-untyped-def]
-    """open_house(gate) serves a house behind it and returns both the house and its address."""
-    servers = []
-
-    async def serve(gate: Gate) -> tuple[House, str]:
-        house = House()
-        server = grpc.aio.server(interceptors=[CallInterceptor(house.metrics), gate])
-        reward_pb2_grpc.add_RewardServiceServicer_to_server(house, server)
-        health = HealthServicer()
-        for name in ("", RewardClient.health_service):
-            await health.set(name, health_pb2.HealthCheckResponse.SERVING)
-        health_pb2_grpc.add_HealthServicer_to_server(health, server)
-        port = server.add_insecure_port("127.0.0.1:0")
-        await server.start()
-        servers.append(server)
-        return house, f"127.0.0.1:{port}"
-
-    yield serve
-    for server in servers:
-        await server.stop(0)
-
-
-async def until(true: Callable[[], bool], timeout_s: float = 5.0) -> None:
-    end = time.monotonic() + timeout_s
-    while not true():
-        assert time.monotonic() < end
-        await asyncio.sleep(0.01)
-
-
-async def test_a_refused_token_is_counted_and_logged_and_neither_sent_back_nor_written(open_house, tokens):
-    house, address = await open_house(
-        Gate(tokens=TokenCheck(tokens, "--token-file"), max_calls=8, request_timeout_s=60)
-    )
-    with capture_logs() as events:
-        async with RewardClient(address, policy=ONCE, security=Security(token=OTHER)) as client:
-            with pytest.raises(CredentialsError) as refused:
-                await client.score([ITEM])
-    assert refused.value.code is grpc.StatusCode.UNAUTHENTICATED
-    assert refused.value.message == "the token is not accepted: it is wrong, or has been replaced"
-    assert house.counted("UNAUTHENTICATED") == 1
-    assert [e["code"] for e in events if e["event"] == "call_refused"] == ["UNAUTHENTICATED"]
-    assert not {OTHER, TOKEN} & set(re.findall(r"[\w-]+", str(events)))
-    async with RewardClient(address, policy=ONCE, security=Security(token=TOKEN)) as client:
-        assert (await client.score([ITEM])).results[0].score == 1.0
-
-
-async def test_a_refused_call_is_not_read(open_house, tokens):
-    _, address = await open_house(Gate(tokens=TokenCheck(tokens, "--token-file"), max_calls=8, request_timeout_s=60))
-    async with grpc.aio.insecure_channel(address) as channel:
-        # Bytes that are no message would be refused as such, were they read.
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary(SCORE)(b"\xff\xff")
-    assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
-
-
-async def test_no_more_calls_are_taken_than_allowed_and_each_makes_room_however_it_ends(open_house):
-    gate = Gate(tokens=None, max_calls=3, request_timeout_s=60)
-    house, address = await open_house(gate)
-    house.door.clear()
-    async with RewardClient(address, policy=ONCE) as client, grpc.aio.insecure_channel(address) as channel:
-        held = [asyncio.create_task(client.score([ITEM])) for _ in range(3)]
-        await until(lambda: gate.calls == 3)
-        with pytest.raises(OverloadedError, match="3 calls are in hand, at most 3 are taken"):
-            await client.score([ITEM])
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await channel.unary_unary(SCORE)(b"")
-        assert pushback_s(refused.value) == 1.0
-        held[0].cancel()  # Gone while it is answered.
-        await until(lambda: gate.calls == 2)
-        endless = channel.stream_unary(SCORE)()  # Gone before it has sent anything.
-        await until(lambda: gate.calls == 3)
-        endless.cancel()
-        await until(lambda: gate.calls == 2)
-        house.door.set()
-        await asyncio.gather(*held[1:])
-        await until(lambda: gate.calls == 0)
-        assert (await client.score([ITEM])).results[0].score == 1.0
-
-
-async def test_a_request_that_does_not_arrive_is_given_up_and_one_that_is_no_message_is_the_callers_fault(open_house):
-    gate = Gate(tokens=None, max_calls=3, request_timeout_s=0.3)
-    house, address = await open_house(gate)
-    async with grpc.aio.insecure_channel(address) as channel:
-        start_s = time.monotonic()
-        with pytest.raises(grpc.aio.AioRpcError) as slow:
-            await channel.stream_unary(SCORE)()  # Opened, and then not a byte.
-        assert 0.25 < time.monotonic() - start_s < 3.0
-        assert slow.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        assert slow.value.details() == "the request did not arrive whole within 0.3 s"
-        with pytest.raises(grpc.aio.AioRpcError) as empty:
-            await channel.stream_unary(SCORE)(iter(()))
-        assert empty.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        with pytest.raises(grpc.aio.AioRpcError) as damaged:
-            await channel.unary_unary(SCORE)(b"\xff\xff")
-        assert damaged.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        assert "the request is not a message of its type" in (damaged.value.details() or "")
-    assert (house.counted("DEADLINE_EXCEEDED"), house.counted("INVALID_ARGUMENT")) == (1, 2)
-    # The limit is of the request: an answer may take longer.
-    house.door.clear()
-    asyncio.get_running_loop().call_later(0.6, house.door.set)
-    async with RewardClient(address, policy=ONCE) as client:
-        assert (await client.score([ITEM])).results[0].score == 1.0
-
-
-async def test_health_is_checked_however_much_is_watched_and_watches_are_bounded(open_house):
-    gate = Gate(tokens=None, max_calls=2, request_timeout_s=0.3)
-    _, address = await open_house(gate)
-    async with grpc.aio.insecure_channel(address) as channel:
-        health = health_pb2_grpc.HealthStub(channel)
-        request = health_pb2.HealthCheckRequest(service="")
-        watches = [health.Watch(request) for _ in range(2)]
-        assert [(await watch.read()).status for watch in watches] == [health_pb2.HealthCheckResponse.SERVING] * 2
-        with pytest.raises(grpc.aio.AioRpcError) as refused:
-            await health.Watch(request).read()
-        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
-        assert refused.value.details() == "2 watches of health are open, at most 2 are taken"
-        assert (await health.Check(request)).status == health_pb2.HealthCheckResponse.SERVING
-        check = "/grpc.health.v1.Health/Check"
-        with pytest.raises(grpc.aio.AioRpcError) as slow:
-            await channel.stream_unary(check)()
-        assert slow.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
-        with pytest.raises(grpc.aio.AioRpcError) as damaged:
-            await channel.unary_unary(check)(b"\xff")
-        assert damaged.value.code() is grpc.StatusCode.INVALID_ARGUMENT
-        watches[0].cancel()
-        await until(lambda: gate.watches == 1)
-        assert (await health.Watch(request).read()).status == health_pb2.HealthCheckResponse.SERVING
-
-
-def test_the_metrics_port_gives_up_on_a_client_that_says_nothing_or_trickles(monkeypatch, capfd):
-    monkeypatch.setattr("services.runtime.server._HTTP_TIMEOUT_S", 0.5)
-    settings = RewardSettings(model="m", metrics_port=0)
-    port = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test")).serve_metrics()
-    with (
-        socket.create_connection(("127.0.0.1", port), timeout=5) as silent,
-        socket.create_connection(("127.0.0.1", port), timeout=5) as half,
-        socket.create_connection(("127.0.0.1", port), timeout=5) as scraper,
-    ):
-        half.sendall(b"GET /metrics HT")
-        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
-        assert scraper.recv(15).startswith(b"HTTP/1.0 200")
-        assert (silent.recv(1), half.recv(1)) == (b"", b"")
-    time.sleep(0.1)
-    assert "Traceback" not in capfd.readouterr().err

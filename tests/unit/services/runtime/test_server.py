@@ -16,12 +16,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
+import psutil
 import pytest
+from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from quartet.client import CallPolicy, RewardClient, ScoreItem, UnavailableError
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
+from services.reward.config import RewardSettings
 from services.runtime.probe import probe
+from services.runtime.server import ServiceRuntime
+from services.runtime.telemetry import ServiceMetrics
+from tests import http2
 
 ITEM = ScoreItem(prompt="a", response="b")
 SERVICE = RewardClient.health_service
@@ -111,8 +117,6 @@ async def test_readiness_ends_as_soon_as_the_end_begins(start):
     service = start("--grace-s", "10", call_s=2.0)
     await service.wait_health("SERVING")
     async with grpc.aio.insecure_channel(service.address) as watching, RewardClient(service.address) as client:
-        from grpc_health.v1 import health_pb2, health_pb2_grpc
-
         request = health_pb2.HealthCheckRequest(service=SERVICE)
         statuses = health_pb2_grpc.HealthStub(watching).Watch(request)
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.SERVING
@@ -124,6 +128,75 @@ async def test_readiness_ends_as_soon_as_the_end_begins(start):
         assert time.monotonic() - start_s < 1.0
         statuses.cancel()
         await call
+
+
+def watch_without_reading(address: str) -> socket.socket:
+    """A watch of health whose reader has no room for a single byte, which gRPC then waits for."""
+    host, _, port = address.rpartition(":")
+    end = time.monotonic() + 20
+    while True:
+        try:
+            connection = socket.create_connection((host, int(port)), timeout=5)
+            break
+        except OSError:
+            assert time.monotonic() < end
+            time.sleep(0.02)
+    request = health_pb2.HealthCheckRequest(service=SERVICE).SerializeToString()
+    connection.sendall(
+        http2.PREFACE
+        + http2.settings(INITIAL_WINDOW_SIZE=0)
+        + http2.call_headers("/grpc.health.v1.Health/Watch")
+        + http2.message(request)
+    )
+    return connection
+
+
+async def test_a_watch_that_nobody_reads_keeps_a_service_neither_from_becoming_ready_nor_from_ending(start):
+    service = start("--grace-s", "1", load_s=2)
+    with (
+        await asyncio.to_thread(watch_without_reading, service.address),
+        await asyncio.to_thread(watch_without_reading, service.address),
+    ):
+        await service.wait_health("NOT_SERVING")
+        await service.wait_health("SERVING")
+        service.process.terminate()
+        start_s = time.monotonic()
+        code, said = await service.end()
+        assert code == 0
+        assert time.monotonic() - start_s < 8
+        assert "Traceback" not in said
+
+
+async def test_large_requests_at_once_take_the_memory_of_a_few(start):
+    """40 of 8 MiB on 8 connections: 320 MiB, each twice while it is parsed."""
+    service = start("--max-slow-requests", "2", "--max-message-mib", "8", "--log-level", "error")
+    await service.wait_health("SERVING")
+    process = psutil.Process(service.process.pid)
+    before_mib = most_mib = process.memory_info().rss / 2**20
+    content = reward_pb2.ScoreRequest(
+        items=[reward_pb2.ScoreItem(response_text="a" * (8 * 2**20 - 100))]
+    ).SerializeToString()
+    options = [("grpc.use_local_subchannel_pool", 1), ("grpc.max_send_message_length", -1)]
+    channels = [grpc.aio.insecure_channel(service.address, options=options) for _ in range(8)]
+    ended = asyncio.Event()
+
+    def watch() -> None:
+        nonlocal most_mib
+        while not ended.is_set():
+            most_mib = max(most_mib, process.memory_info().rss / 2**20)
+            time.sleep(0.01)
+
+    watching = asyncio.create_task(asyncio.to_thread(watch))
+    path = f"/{SERVICE}/Score"
+    calls = [channels[i % 8].unary_unary(path)(content, timeout=60) for i in range(40)]
+    replies = await asyncio.gather(*calls, return_exceptions=True)
+    ended.set()
+    await watching
+    codes = {reply.code().name if isinstance(reply, grpc.aio.AioRpcError) else "OK" for reply in replies}
+    assert codes <= {"OK", "RESOURCE_EXHAUSTED"}
+    assert most_mib - before_mib < 250
+    for channel in channels:
+        await channel.close()
 
 
 async def test_work_longer_than_the_grace_is_given_up(start):
@@ -284,3 +357,20 @@ def test_the_probe_for_containers_exits_0_exactly_when_serving(start):
     done = subprocess.run(command, capture_output=True, text=True, timeout=20)
     assert done.returncode == 2
     assert "the following arguments are required: HOST:PORT" in done.stderr
+
+
+def test_the_metrics_port_gives_up_on_a_client_that_says_nothing_or_trickles(monkeypatch, capfd):
+    monkeypatch.setattr("services.runtime.server._HTTP_TIMEOUT_S", 0.5)
+    settings = RewardSettings(model="m", metrics_port=0)
+    port = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test")).serve_metrics()
+    with (
+        socket.create_connection(("127.0.0.1", port), timeout=5) as silent,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as half,
+        socket.create_connection(("127.0.0.1", port), timeout=5) as scraper,
+    ):
+        half.sendall(b"GET /metrics HT")
+        scraper.sendall(b"GET /metrics HTTP/1.0\r\n\r\n")
+        assert scraper.recv(15).startswith(b"HTTP/1.0 200")
+        assert (silent.recv(1), half.recv(1)) == (b"", b"")
+    time.sleep(0.1)
+    assert "Traceback" not in capfd.readouterr().err
