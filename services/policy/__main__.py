@@ -48,7 +48,7 @@ async def serve(settings: PolicySettings) -> int:
     async with ServiceRuntime(name="policy", settings=settings, metrics=metrics) as runtime:
         policy = PolicyServicer(
             metrics,
-            max_queued=settings.max_queued,
+            limits=settings.budget_limits,
             stop=runtime.stop,
             keep=settings.keep_limits,
             retry_grace_s=settings.retry_grace_s,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,8 +12,9 @@ import pytest
 
 from quartet.common.v1 import common_pb2
 from quartet.policy.v1 import policy_pb2
+from services.policy.engine import Generated, GenerationTask
 from services.policy.servicer import PolicyServicer
-from tests.unit.services.policy.scripted_engine import ScriptedEngine
+from tests.unit.services.policy.scripted_engine import ScriptedEngine, generated
 
 # Completions that the house takes at a time.
 MOST = 8
@@ -23,6 +26,19 @@ def ids(*token_ids: int) -> common_pb2.Prompt:
 
 def params(**changes: Any) -> policy_pb2.SamplingParams:
     return policy_pb2.SamplingParams(**{"max_new_tokens": 4, "seed": 11, **changes})
+
+
+def hold(house: House, held: Callable[[GenerationTask], bool]) -> asyncio.Event:
+    """Completions for which ``held`` is true wait for the event that is returned; the others are answered at once."""
+    free = asyncio.Event()
+
+    async def answer(task: GenerationTask) -> Generated:
+        if held(task):
+            await free.wait()
+        return generated(task)
+
+    house.engine.answer = answer
+    return free
 
 
 @dataclass

@@ -106,7 +106,10 @@ async def house(serve, tmp_path) -> AsyncIterator[House]:
     engine, stopped = ScriptedEngine(), []
     served_by = common_pb2.ServedBy(model_id="m", weights_version=3, weights_fingerprint="of version 3")
     servicer = WeightsServicer(
-        ServiceMetrics("policy"), staging=tmp_path, max_bytes=2**20, stop=lambda reason: stopped.append(reason)
+        ServiceMetrics("policy", batches=False),
+        staging=tmp_path,
+        max_bytes=2**20,
+        stop=lambda reason: stopped.append(reason),
     )
     servicer.hosted = HostedPolicy(
         engine=engine, tokenizer=None, model=common_pb2.ModelInfo(served_by=served_by), layout=LAYOUT
