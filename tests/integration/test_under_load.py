@@ -49,25 +49,17 @@ async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 # Overload
 
 
-@pytest.mark.parametrize("name", ["reward", "reference"])
+@pytest.mark.parametrize("name", ["policy", "reward", "reference"])
 def test_five_times_the_load_is_served_as_capacity_allows_and_the_rest_told_to_come_back(name):
-    """Times are judged leniently here, by the best of three: other work on the machine only adds to them."""
     seen = []
     for _ in range(3):
-        found = overload.measure(name, seconds=6.0)
+        # vLLM takes long to start; ``make bench-overload`` is with it.
+        found = overload.measure(name, seconds=6.0, flags=["--engine", "transformers"] if name == "policy" else [])
         assert set(found.codes) == {"OK", "RESOURCE_EXHAUSTED"}
-        assert all(0 < pushback_s <= 4 * found.queue_s + 1 for pushback_s in found.pushbacks_s)
-        assert found.growth_mib <= overload.GROWTH_TARGET_MIB
-        seen.append(found.verdicts())
-        calm = (
-            found.served >= 0.75 * found.capacity
-            and overload.percentile(found.refused_s, 50) <= overload.REFUSED_TARGET_S
-            and overload.percentile(found.served_s, 99) <= 2 * found.served_bound_s
-            and found.recovery_s <= 2 * overload.RECOVERY_TARGET_S
-        )
-        if calm:
+        seen.append(found.verdicts(overload.ON_A_BUSY_MACHINE))
+        if all(held for held, _ in seen[-1]):
             return
-    pytest.fail("\n".join(text for verdicts in seen for _, text in verdicts))
+    pytest.fail("\n".join(f"{held} {text}" for verdicts in seen for held, text in verdicts))
 
 
 # Races
