@@ -54,7 +54,11 @@ async def serve(settings: PolicySettings) -> int:
             retry_grace_s=settings.retry_grace_s,
         )
         weights = WeightsServicer(
-            metrics, staging=staging, max_bytes=int(settings.max_update_gib * 2**30), stop=runtime.stop
+            metrics,
+            staging=staging,
+            max_bytes=int(settings.max_update_gib * 2**30),
+            stop=runtime.stop,
+            wait_s=settings.update_wait_s,
         )
         adapters = AdapterServicer(staging=staging, stop=runtime.stop)
 

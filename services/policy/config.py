@@ -66,6 +66,11 @@ class PolicySettings(AdminSettings):
         16, description="largest rank of a LoRA adapter; with vLLM every adapter takes memory and time of this rank"
     )
     max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")
+    update_wait_s: PositiveFloat = Field(
+        600.0,
+        description="longest that a weight update waits for requests in flight to finish, within its own deadline; "
+        "then the old weights go on serving",
+    )
 
     @property
     def budget_limits(self) -> BudgetLimits:
