@@ -15,7 +15,7 @@ from services.hosting import serving
 from services.policy import asked
 from services.policy.budget import Budget, BudgetLimits
 from services.policy.hosted import HostedPolicy
-from services.policy.kept_requests import KeepLimits, KeptRequests
+from services.policy.kept_requests import KeepLimits, KeptRequests, RequestName
 from services.policy.run import GenerationRun
 from services.runtime import calls
 from services.runtime.errors import UnavailableError
@@ -88,7 +88,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 ours = hosted.model.served_by.tokenizer_fingerprint
                 serving.require_same_tokenizer(request.tokenizer_fingerprint, ours)
             indices = asked.wanted(request, total)
-            run = self._run_of(hosted, request, n)
+            run = self._run_of(hosted, request, n, calls.identity_of(context))
             async with contextlib.aclosing(run.follow(request, sampling, stop_strings, indices, held)) as replies:
                 async for reply in replies:
                     if reply.HasField("status"):
@@ -97,22 +97,24 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                         calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
                     yield reply
 
-    def _run_of(self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int) -> GenerationRun:
-        """The work of an earlier call with this request id, or new work."""
-        request_id = request.request_id
-        if not request_id or not self._kept.limits.count:
+    def _run_of(
+        self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int, caller: calls.Identity
+    ) -> GenerationRun:
+        """The work of an earlier call with this request id of the same caller, or new work."""
+        name = RequestName(caller, request.request_id)
+        if not request.request_id or not self._kept.limits.count:
             return GenerationRun(self, hosted, n)
         content = asked.content_of(request)
-        run = self._kept.find(request_id, content)
+        run = self._kept.find(name, content)
         if run is not None and run.failed:
-            self._kept.forget(request_id, run)
+            self._kept.forget(name, run)
             run = None
         if run is not None:
             self._rejoined.inc()
             return run
-        keep = _KeepRun(self._kept, request_id)
+        keep = _KeepRun(self._kept, name)
         run = keep.run = GenerationRun(self, hosted, n, keep=keep, grace_s=self.retry_grace_s)
-        self._kept.add(request_id, content, run)
+        self._kept.add(name, content, run)
         return run
 
     # What a run needs ------------------------------------------------------------------------------------------------
@@ -125,19 +127,19 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
 @dataclass
 class _KeepRun:
-    """Keeps one run under its request id."""
+    """Keeps one run under its name."""
 
     kept: KeptRequests[GenerationRun]
-    request_id: str
+    name: RequestName
     run: GenerationRun | None = None
 
     def grow(self, count: int) -> bool:
-        return self.run is not None and self.kept.grow(self.request_id, self.run, count)
+        return self.run is not None and self.kept.grow(self.name, self.run, count)
 
     def rest(self) -> None:
         if self.run is None:
             return
         if self.run.failed or not self.run.begun:
-            self.kept.forget(self.request_id, self.run)
+            self.kept.forget(self.name, self.run)
         else:
-            self.kept.leave(self.request_id, self.run)
+            self.kept.leave(self.name, self.run)

@@ -51,14 +51,17 @@ class House:
     fingerprint: str
     stopped: list[str] = field(default_factory=list)
 
-    def call(self, prompts: list[Any], sampling: policy_pb2.SamplingParams | None = None, **fields: Any) -> Any:
+    def call(
+        self, prompts: list[Any], sampling: policy_pb2.SamplingParams | None = None, *, token: str = "", **fields: Any
+    ) -> Any:
         """The stream of an asked request. Prompts are lists of token ids, or messages."""
         request = policy_pb2.GenerateRequest(
             prompts=[ids(*prompt) if isinstance(prompt, list) else prompt for prompt in prompts],
             sampling=sampling or params(),
             **{"tokenizer_fingerprint": self.fingerprint, **fields},
         )
-        return self.stub.Generate(request, timeout=20)
+        metadata = (("authorization", f"Bearer {token}"),) if token else None
+        return self.stub.Generate(request, timeout=20, metadata=metadata)
 
     async def generate(self, prompts: list[Any], sampling: Any = None, **fields: Any) -> list[Any]:
         """All replies, in the order in which they came."""

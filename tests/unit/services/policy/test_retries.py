@@ -183,6 +183,23 @@ async def test_the_same_id_with_other_content_is_refused(house, changes):
     assert len(house.engine.tasks) == 6
 
 
+async def test_a_request_id_is_its_callers_alone_and_who_shows_nothing_shares_one_space(house):
+    asked = {"request_id": "one", **UNSEEDED}
+    first = answers(await house.generate(PROMPTS, token="of-alice", **asked))
+    for token in ("of-bob", ""):
+        other = answers(await house.generate(PROMPTS, token=token, **asked))
+        assert {key: r.completion.token_ids for key, r in other.items()} != {
+            key: r.completion.token_ids for key, r in first.items()
+        }
+        # With other content it is his own request that refuses, and not hers.
+        error = await house.refusal(PROMPTS[:1], token=token, **asked)
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(await house.generate(PROMPTS[:1], token="of-carol", **asked)) == 1
+    assert house.metric("rejoined_total") == 0
+    assert answers(await house.generate(PROMPTS, token="of-alice", **asked)) == first
+    assert house.metric("rejoined_total") == 1
+
+
 async def test_an_id_too_long_and_indices_that_are_none_are_refused_by_name(house):
     error = await house.refusal(PROMPTS, request_id="x" * 129)
     assert error.details() == "request_id is 129 characters long, must be at most 128 long"
