@@ -40,6 +40,7 @@ async def serve(settings: PolicySettings) -> int:
     from services.policy.hosted import HostedPolicy
     from services.policy.servicer import PolicyServicer
     from services.policy.staging import read_layout, staging_parent
+    from services.policy.token_length import most_characters_of_a_token
     from services.policy.watched_engine import watched
     from services.policy.weights_servicer import WeightsServicer
 
@@ -97,6 +98,7 @@ async def serve(settings: PolicySettings) -> int:
                 tokenizer=tokenizer,
                 model=model,
                 layout=layout,
+                most_characters=most_characters_of_a_token(tokenizer),
                 adapters=AdapterRegistry(max_adapters=settings.max_adapters, max_rank=settings.max_lora_rank),
             )
             watch = asyncio.create_task(_watch(engine, runtime))

@@ -209,6 +209,8 @@ async def test_an_id_too_long_and_indices_that_are_none_are_refused_by_name(hous
         error = await house.refusal(PROMPTS, n=2, received=[0, bad])
         assert error.details() == f"received is [{bad}], must be in [0, prompts times n 6)"
         assert translate(error, "").field == "received"
+    error = await house.refusal(PROMPTS, n=2, received=[0] * 7)
+    assert error.details() == "received is 7 long, must be at most 6 long"
     assert house.engine.tasks == []
 
 

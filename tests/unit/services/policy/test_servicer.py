@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -15,6 +16,7 @@ from quartet.fingerprint import derive_seed
 from quartet.policy.v1 import policy_pb2
 from services.policy.budget import Budget, BudgetLimits
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask
+from services.policy.token_length import most_characters_of_a_token
 from tests.unit.services.policy.scripted_engine import at_once, generated, until
 from tests.unit.services.policy.served import MOST, House, hold, params
 
@@ -131,6 +133,27 @@ async def test_each_refused_prompt_says_why_and_the_others_are_generated(house):
     assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 6
 
 
+async def test_text_that_cannot_fit_is_refused_unread_and_what_may_fit_is_read(house, tokenizer, monkeypatch):
+    longest = most_characters_of_a_token(tokenizer)
+    house.servicer.hosted = replace(house.servicer.hosted, most_characters=longest)
+    read: list[int] = []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, t, **o: read.append(len(t)) or encode(self, t, **o))
+    token = max(map(tokenizer.decode, range(3, 300)), key=len)
+    fits = common_pb2.Prompt(text=token * 124)  # With four new tokens just what the model takes.
+    (reply,) = await house.generate([fits])
+    assert (reply.status.code, len(house.engine.tasks[0].prompt_ids), read) == (OK, 124, [124 * len(token)])
+    turn = common_pb2.ChatMessage(role="user", content="x" * 124 * longest)
+    chat = common_pb2.Prompt(messages=common_pb2.ChatMessages(messages=[turn]))
+    read.clear()
+    for reply in await house.generate([common_pb2.Prompt(text="x" * (124 * longest + 1)), chat]):
+        assert reply.status.code == INVALID
+        assert "characters, more than 124 tokens and max_new_tokens is 4, together more than the 128" in (
+            reply.status.reason
+        )
+    assert read == []
+
+
 async def test_a_refused_prompt_is_refused_once_a_sample_and_moves_no_seeds(house):
     replies = await house.generate([[5], [], [6]], params(seed=4), n=2)
     assert sorted((r.prompt_index, r.sample_index) for r in replies) == [(p, s) for p in range(3) for s in range(2)]
@@ -171,6 +194,7 @@ async def test_a_completion_whose_log_probabilities_are_no_numbers_is_invalid_al
         ({"min_new_tokens": -1}, "sampling.min_new_tokens is -1, must be in [0, max_new_tokens 4]"),
         ({"min_new_tokens": 5}, "sampling.min_new_tokens is 5, must be in [0, max_new_tokens 4]"),
         ({"stop_token_ids": [5, -1, 300]}, "sampling.stop_token_ids is [-1, 300], must be in the vocabulary, [0, 300)"),
+        ({"stop_token_ids": range(300, 400)}, f"sampling.stop_token_ids is {[*range(300, 308)]}, must be in"),
         ({"prompt_seeds": [1, 2, 3]}, "sampling.prompt_seeds has 3 values, must have none or 2, one a prompt"),
     ],
 )
