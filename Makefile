@@ -51,7 +51,7 @@ bench-reward: setup  ## scoring against transformers and vLLM; some minutes
 bench-generate: setup  ## generation against vLLM and transformers; some minutes
 	$(BIN)/python -m bench.generate
 
-bench-overload: setup  ## the reward and reference services under five times the load they can bear
+bench-overload: setup  ## each service under five times the load that it can bear
 	$(BIN)/python -m bench.overload
 
 bench-reference: setup  ## log-probabilities at a large vocabulary against transformers and vLLM

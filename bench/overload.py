@@ -1,9 +1,9 @@
-"""``make bench-overload``: the reward or the reference service under five times the load that it can bear.
+"""``make bench-overload``: each service under five times the load that it can bear.
 
 Capacity is measured first, by callers who wait for their answers. Then requests arrive at five times that rate whether
 or not earlier ones are answered, and nobody asks again. Served throughput should stay what it was, refusals be quick
 and say when to come back, what is served be served in bounded time, memory stay flat, and once the load has ended the
-next caller should be answered as before it.
+next caller should be answered as before it. What does not is a MISS, and the exit code 1.
 """
 
 from __future__ import annotations
@@ -16,8 +16,9 @@ import subprocess
 import sys
 import tempfile
 import time
+import typing
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -27,22 +28,34 @@ import psutil  # type: ignore[import-untyped]
 
 from bench.models import make_models
 from bench.turns import free_port
-from quartet.client import ReferenceClient, RewardClient
+from quartet.client import PolicyClient, ReferenceClient, RewardClient
 from quartet.client.channel import pushback_s
 
-Name = Literal["reward", "reference"]
-_ITEMS, _PROMPT, _RESPONSE = 4, 96, 32
+Name = Literal["policy", "reward", "reference"]
+_ITEMS, _PROMPT, _RESPONSE = 4, 112, 16
 _TOKENS = _ITEMS * (_PROMPT + _RESPONSE)
 _WAITING_S = 1.0
 """The queue holds what the model does in so many seconds."""
 _CALLERS = 8
-_READY_S = 120.0
+_READY_S = 600.0
 
-SERVED_TARGET = 0.9
-"""Of capacity."""
-REFUSED_TARGET_S = 0.25
-GROWTH_TARGET_MIB = 64
-RECOVERY_TARGET_S = 3.0
+
+@dataclass(frozen=True, kw_only=True)
+class Targets:
+    """What is calm. ``served``: least share of capacity. ``refused_percent``: percentile of the times of refusals that
+    ``refused_s`` bounds. ``slack``: factor of the bounds of all other times."""
+
+    served: float = 0.9
+    refused_percent: int = 99
+    refused_s: float = 0.25
+    slack: float = 1.0
+    growth_mib: float = 64
+    recovery_s: float = 3.0
+
+
+ON_A_BUSY_MACHINE = Targets(served=0.85, refused_percent=75, slack=1.5)
+"""For tests: what else the machine does lengthens times and takes from what is served, and differs between the
+measurement of the capacity and that of the load. The best of three runs is judged by it."""
 
 
 @dataclass
@@ -61,46 +74,49 @@ class Found:
     recovery_s: float = 0.0
     growth_mib: float = 0.0
 
-    @property
-    def served_bound_s(self) -> float:
-        """The full queue, and as much again for the batches in hand and for turns that others had first."""
-        return 2 * self.queue_s + 1.0
-
-    def verdicts(self) -> list[tuple[bool, str]]:
-        p99_served, p99_refused = percentile(self.served_s, 99), percentile(self.refused_s, 99)
+    def verdicts(self, targets: Targets = Targets()) -> list[tuple[bool, str]]:
+        """Whether each target was held, and the figures."""
+        slack = targets.slack
+        # The full queue, and as much again for the batches in hand and for turns that others had first.
+        served_bound_s = slack * (2 * self.queue_s + 1.0)
+        pushback_bound_s = slack * 2 * self.queue_s
+        recovery_bound_s = slack * targets.recovery_s
+        percent = targets.refused_percent
+        p99_served, refused_s = percentile(self.served_s, 99), percentile(self.refused_s, percent)
         return [
             (
-                self.served >= SERVED_TARGET * self.capacity,
+                self.served >= targets.served * self.capacity,
                 f"served {self.served:.1f} requests/s of {self.offered:.0f} offered, capacity {self.capacity:.1f}: "
-                f"{self.served / self.capacity:.2f}, target at least {SERVED_TARGET}",
+                f"{self.served / self.capacity:.2f}, target at least {targets.served}",
             ),
             (
                 set(self.codes) <= {"OK", "RESOURCE_EXHAUSTED"},
                 f"answers: {', '.join(f'{code} {count}' for code, count in self.codes.most_common())}",
             ),
             (
-                p99_refused <= REFUSED_TARGET_S,
-                f"refused in {1000 * percentile(self.refused_s, 50):.0f} ms (p50), {1000 * p99_refused:.0f} ms (p99), "
-                f"target at most {1000 * REFUSED_TARGET_S:.0f}",
+                refused_s <= targets.refused_s,
+                f"refused in {1000 * percentile(self.refused_s, 50):.0f} ms (p50), {1000 * refused_s:.0f} ms "
+                f"(p{percent}), target at most {1000 * targets.refused_s:.0f}",
             ),
             (
-                bool(self.pushbacks_s) and min(self.pushbacks_s) > 0 and max(self.pushbacks_s) <= 2 * self.queue_s,
+                bool(self.pushbacks_s) and min(self.pushbacks_s) > 0 and max(self.pushbacks_s) <= pushback_bound_s,
                 f"told to come back after {min(self.pushbacks_s, default=0):.2f} to "
-                f"{max(self.pushbacks_s, default=0):.2f} s; the full queue takes {self.queue_s:.2f} s",
+                f"{max(self.pushbacks_s, default=0):.2f} s; the full queue takes {self.queue_s:.2f} s, target "
+                f"at most {pushback_bound_s:.2f}",
             ),
             (
-                p99_served <= self.served_bound_s,
+                p99_served <= served_bound_s,
                 f"served in {percentile(self.served_s, 50):.2f} s (p50), {p99_served:.2f} s (p99), target at most "
-                f"{self.served_bound_s:.2f}",
+                f"{served_bound_s:.2f}",
             ),
             (
-                self.growth_mib <= GROWTH_TARGET_MIB,
-                f"memory grew by {self.growth_mib:.0f} MiB, target at most {GROWTH_TARGET_MIB}",
+                self.growth_mib <= targets.growth_mib,
+                f"memory grew by {self.growth_mib:.0f} MiB, target at most {targets.growth_mib:.0f}",
             ),
             (
-                self.recovery_s <= RECOVERY_TARGET_S,
+                self.recovery_s <= recovery_bound_s,
                 f"answered as before ({1000 * self.calm_s:.0f} ms) {self.recovery_s:.2f} s after the load ended, "
-                f"target at most {RECOVERY_TARGET_S:.0f}",
+                f"target at most {recovery_bound_s:.1f}",
             ),
         ]
 
@@ -109,16 +125,18 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else 0.0
 
 
-def measure(name: Name, *, seconds: float = 10.0, factor: float = 5.0) -> Found:
-    """Starts the service and does it all, in about twice ``seconds`` and the start."""
+def measure(name: Name, *, seconds: float = 10.0, factor: float = 5.0, flags: Sequence[str] = ()) -> Found:
+    """Starts the service, with further ``flags``, and does it all, in about twice ``seconds`` and the starts."""
     with tempfile.TemporaryDirectory() as folder:
         policy, reward = make_models(Path(folder))
         model = reward if name == "reward" else policy
         # First with a queue that nothing fills, to learn what a queue of a second is.
-        with _running(name, model) as (_, address):
+        with _running(name, model, *flags) as (_, address):
             capacity = asyncio.run(_capacity(name, address, seconds / 3))
         queued = max(2 * _TOKENS, int(capacity * _TOKENS * _WAITING_S))
-        with _running(name, model, "--max-queued-tokens", str(queued)) as (process, address):
+        # What the policy is generating counts as well, and at capacity it generates for all callers.
+        queued += _CALLERS * _TOKENS if name == "policy" else 0
+        with _running(name, model, *flags, "--max-queued-tokens", str(queued)) as (process, address):
             return asyncio.run(_measure(name, address, process, queued, seconds, factor))
 
 
@@ -128,7 +146,9 @@ def _running(name: Name, model: Path, *flags: str) -> Iterator[tuple[psutil.Proc
     # One thread for the model: the callers are on this machine, too, and must not be what is measured.
     command = ["-m", f"services.{name}", "--model", str(model), "--port", str(port), "--threads", "1"]
     command += ["--metrics-port", str(free_port()), "--log-level", "error", *flags]
-    command += ["--admin-port", "0"] if name == "reward" else []
+    command += [] if name == "reference" else ["--admin-port", "0"]
+    # As many slots as capacity is measured with, so that overload is no larger batch.
+    command += ["--max-concurrent", str(_CALLERS * _ITEMS)] if name == "policy" else []
     process = subprocess.Popen([sys.executable, *command], stdout=sys.stderr)
     try:
         yield psutil.Process(process.pid), f"127.0.0.1:{port}"
@@ -140,9 +160,9 @@ def _running(name: Name, model: Path, *flags: str) -> Iterator[tuple[psutil.Proc
 @contextlib.asynccontextmanager
 async def _ask(name: Name, address: str) -> Any:
     """A function that asks once, without any retry, and raises what the service answers."""
-    client: RewardClient | ReferenceClient
-    client = RewardClient(address) if name == "reward" else ReferenceClient(address)
-    async with client:
+    kinds: dict[Name, type[PolicyClient | RewardClient | ReferenceClient]]
+    kinds = {"policy": PolicyClient, "reward": RewardClient, "reference": ReferenceClient}
+    async with kinds[name](address) as client:
         await client.wait_ready(_READY_S)
         if isinstance(client, RewardClient):
             fingerprint = (await client.get_model_info())[0].served_by.tokenizer_fingerprint
@@ -153,6 +173,8 @@ async def _ask(name: Name, address: str) -> Any:
 
 
 def _asker(name: Name, channel: grpc.aio.Channel, fingerprint: str) -> Callable[[], Awaitable[object]]:
+    from quartet.common.v1 import common_pb2
+    from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
     from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
     from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 
@@ -164,6 +186,19 @@ def _asker(name: Name, channel: grpc.aio.Channel, fingerprint: str) -> Callable[
             item.response_token_ids.ids.extend([7] * _RESPONSE)
         stub = reward_pb2_grpc.RewardServiceStub(channel)
         return lambda: stub.Score(scored)
+    if name == "policy":
+        sampling = policy_pb2.SamplingParams(max_new_tokens=_RESPONSE, min_new_tokens=_RESPONSE)
+        wanted = policy_pb2.GenerateRequest(tokenizer_fingerprint=fingerprint, sampling=sampling)
+        for index in range(_ITEMS):
+            wanted.prompts.add().token_ids.ids.extend([5 + index] * _PROMPT)
+        policy = policy_pb2_grpc.PolicyServiceStub(channel)
+
+        async def generate() -> None:
+            done = [reply.status.code async for reply in policy.Generate(wanted)]
+            if done != [common_pb2.ITEM_STATUS_CODE_OK] * _ITEMS:
+                raise RuntimeError(f"{_ITEMS} completions were asked for, the statuses are {done}")
+
+        return generate
     known = reference_pb2.LogProbsRequest(tokenizer_fingerprint=fingerprint)
     for index in range(_ITEMS):
         known.items.add(token_ids=[5 + index] * (_PROMPT + _RESPONSE), response_start=_PROMPT)
@@ -177,19 +212,22 @@ async def _capacity(name: Name, address: str, seconds: float) -> float:
 
 
 async def _closed_loop(ask: Callable[[], Awaitable[object]], seconds: float) -> float:
-    """Requests a second by callers who wait, the first fifth of the time not counted."""
+    """Requests a second by callers who wait: over ``seconds`` and some rounds, the first fifth not counted."""
     begin_s = time.perf_counter() + 0.2 * seconds
     end_s = time.perf_counter() + seconds
-    answered = 0
+    answered, last_s = 0, begin_s
+    enough = False
 
     async def caller() -> None:
-        nonlocal answered
-        while time.perf_counter() < end_s:
+        nonlocal answered, last_s, enough
+        while not enough:
             await ask()
-            answered += begin_s <= time.perf_counter() <= end_s
+            if (now_s := time.perf_counter()) >= begin_s:
+                answered, last_s = answered + 1, now_s
+                enough = now_s >= end_s and answered >= 4 * _CALLERS
 
     await asyncio.gather(*(caller() for _ in range(_CALLERS)))
-    return answered / (end_s - begin_s)
+    return answered / (last_s - begin_s)
 
 
 async def _measure(
@@ -199,11 +237,15 @@ async def _measure(
     async with _ask(name, address) as ask:
         await _closed_loop(ask, seconds / 5)
         found.calm_s = statistics.median([await _timed(ask) for _ in range(20)])
-        found.capacity = await _closed_loop(ask, seconds / 2)
+        processes = [process, *process.children(recursive=True)]  # vLLM runs in one of its own.
+        async with _peak(processes) as before:
+            found.capacity = await _closed_loop(ask, seconds / 2)
         found.queue_s = queued / _TOKENS / found.capacity
         found.offered = factor * found.capacity
-        await _overload(ask, found, process, seconds)
+        async with _peak(processes) as during:
+            await _overload(ask, found, seconds)
         ended_s = time.perf_counter()
+        found.growth_mib = (during[0] - before[0]) / 2**20
         while await _timed(ask) > 2 * found.calm_s + 0.01 and time.perf_counter() < ended_s + 60:
             pass
         found.recovery_s = time.perf_counter() - ended_s
@@ -219,15 +261,11 @@ async def _timed(ask: Callable[[], Awaitable[object]]) -> float:
     return float("inf")
 
 
-async def _overload(
-    ask: Callable[[], Awaitable[object]], found: Found, process: psutil.Process, seconds: float
-) -> None:
+async def _overload(ask: Callable[[], Awaitable[object]], found: Found, seconds: float) -> None:
     """Requests arrive evenly at ``found.offered`` for ``seconds``; the first second fills the queue."""
-    before = process.memory_info().rss
     start_s = time.perf_counter()
     counted_s, end_s = start_s + _WAITING_S, start_s + seconds
     served = 0
-    most = before
 
     async def one() -> None:
         nonlocal served
@@ -250,21 +288,39 @@ async def _overload(
             while asked < (now_s - start_s) * found.offered:
                 tasks.create_task(one())
                 asked += 1
-            most = max(most, process.memory_info().rss)
             await asyncio.sleep(0.005)
     found.served = served / (end_s - counted_s)
-    found.growth_mib = (max(most, process.memory_info().rss) - before) / 2**20
+
+
+@contextlib.asynccontextmanager
+async def _peak(processes: Sequence[psutil.Process]) -> AsyncIterator[list[int]]:
+    """The most resident bytes of all together inside the block, sampled."""
+    peak = [0]
+
+    async def watch() -> None:
+        while True:
+            peak[0] = max(peak[0], sum(process.memory_info().rss for process in processes))
+            await asyncio.sleep(0.02)
+
+    watching = asyncio.create_task(watch())
+    try:
+        yield peak
+    finally:
+        watching.cancel()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=20.0, help="how long the load lasts")
+    parser.add_argument("--services", nargs="+", choices=typing.get_args(Name), default=typing.get_args(Name))
     options = parser.parse_args()
-    names: tuple[Name, ...] = ("reward", "reference")
-    for name in names:
+    all_held = True
+    for name in options.services:
         print(f"\n{name} service", flush=True)
         for held, text in measure(name, seconds=options.seconds).verdicts():
-            print(f"{'PASS' if held else 'MISS'}  {text}")
+            print(f"{'PASS' if held else 'MISS'}  {text}", flush=True)
+            all_held &= held
+    sys.exit(0 if all_held else 1)
 
 
 if __name__ == "__main__":

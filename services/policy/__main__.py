@@ -40,6 +40,7 @@ async def serve(settings: PolicySettings) -> int:
     from services.policy.hosted import HostedPolicy
     from services.policy.servicer import PolicyServicer
     from services.policy.staging import read_layout, staging_parent
+    from services.policy.token_length import most_characters_of_a_token
     from services.policy.watched_engine import watched
     from services.policy.weights_servicer import WeightsServicer
 
@@ -48,13 +49,17 @@ async def serve(settings: PolicySettings) -> int:
     async with ServiceRuntime(name="policy", settings=settings, metrics=metrics) as runtime:
         policy = PolicyServicer(
             metrics,
-            max_queued=settings.max_queued,
+            limits=settings.budget_limits,
             stop=runtime.stop,
             keep=settings.keep_limits,
             retry_grace_s=settings.retry_grace_s,
         )
         weights = WeightsServicer(
-            metrics, staging=staging, max_bytes=int(settings.max_update_gib * 2**30), stop=runtime.stop
+            metrics,
+            staging=staging,
+            max_bytes=int(settings.max_update_gib * 2**30),
+            stop=runtime.stop,
+            wait_s=settings.update_wait_s,
         )
         adapters = AdapterServicer(staging=staging, stop=runtime.stop)
 
@@ -93,6 +98,7 @@ async def serve(settings: PolicySettings) -> int:
                 tokenizer=tokenizer,
                 model=model,
                 layout=layout,
+                most_characters=most_characters_of_a_token(tokenizer),
                 adapters=AdapterRegistry(max_adapters=settings.max_adapters, max_rank=settings.max_lora_rank),
             )
             watch = asyncio.create_task(_watch(engine, runtime))

@@ -23,6 +23,7 @@ LARGEST_BIAS = 100.0
 LONGEST_REQUEST_ID = 128
 # vLLM raises what lies between to this, and would sample from another distribution than was asked for.
 SMALLEST_TEMPERATURE = 0.01
+_MOST_QUOTED = 8
 
 
 def require(fine: bool, name: str, value: object, bound: str) -> None:
@@ -51,8 +52,9 @@ def check_request(request: policy_pb2.GenerateRequest) -> int:
 
 def wanted(request: policy_pb2.GenerateRequest, total: int) -> list[int]:
     """The completions, as prompt_index * n + sample_index, that the client has not received."""
+    require(len(request.received) <= total, "received", f"{len(request.received)} long", f"at most {total} long")
     bad = [index for index in request.received if not 0 <= index < total]
-    require(not bad, "received", bad[:8], f"in [0, prompts times n {total})")
+    require(not bad, "received", bad[:_MOST_QUOTED], f"in [0, prompts times n {total})")
     received = set(request.received)
     return [index for index in range(total) if index not in received]
 
@@ -108,7 +110,7 @@ def _stop_tokens(params: policy_pb2.SamplingParams, hosted: HostedPolicy) -> tup
     name = "sampling.stop_token_ids"
     require(len(asked) <= MOST_STOP_TOKENS, name, f"{len(asked)} tokens", f"at most {MOST_STOP_TOKENS}")
     bad = [token for token in asked if not 0 <= token < vocab_size]
-    require(not bad, name, bad, f"in the vocabulary, [0, {vocab_size})")
+    require(not bad, name, bad[:_MOST_QUOTED], f"in the vocabulary, [0, {vocab_size})")
     stops = tuple(dict.fromkeys((*hosted.model.eos_token_ids, *asked)))
     if params.min_new_tokens and len(stops) >= vocab_size:
         raise InvalidArgumentError(
@@ -181,26 +183,36 @@ def prompt_ids(hosted: HostedPolicy, prompt: common_pb2.Prompt, sampling: Sampli
     form = prompt.WhichOneof("content")
     if form is None:
         return "prompt is not set: give text, token_ids or messages"
+    room = hosted.engine.max_sequence_tokens - sampling.max_new_tokens
     if form == "token_ids":
+        if len(prompt.token_ids.ids) > room:
+            return _too_long(f"{len(prompt.token_ids.ids)} tokens", sampling, hosted)
         token_ids = list(prompt.token_ids.ids)
-    elif form == "text":
-        token_ids = list(hosted.tokenizer(prompt.text, add_special_tokens=False).input_ids)
-    elif not prompt.messages.messages:
-        return "prompt.messages is empty: give at least one message"
     else:
-        try:
-            text = serving.chat_text(hosted.tokenizer, prompt.messages.messages)
-        except serving.ItemRefusedError as error:
-            return str(error)
+        if form == "text":
+            text = prompt.text
+        elif not prompt.messages.messages:
+            return "prompt.messages is empty: give at least one message"
+        else:
+            try:
+                text = serving.chat_text(hosted.tokenizer, prompt.messages.messages)
+            except serving.ItemRefusedError as error:
+                return str(error)
+        # Tokenising what is far too long would take a minute of a processor.
+        if hosted.most_characters and len(text) > room * hosted.most_characters:
+            return _too_long(f"{len(text)} characters, more than {room} tokens", sampling, hosted)
         token_ids = list(hosted.tokenizer(text, add_special_tokens=False).input_ids)
     if not token_ids:
         return "prompt has no tokens: there is nothing to continue"
     if (reason := out_of_range(token_ids, hosted.engine.vocab_size)) is not None:
         return reason
-    longest = hosted.engine.max_sequence_tokens
-    if len(token_ids) + sampling.max_new_tokens > longest:
-        return (
-            f"prompt has {len(token_ids)} tokens and max_new_tokens is {sampling.max_new_tokens}, together more than "
-            f"the {longest} that the model takes"
-        )
+    if len(token_ids) > room:
+        return _too_long(f"{len(token_ids)} tokens", sampling, hosted)
     return token_ids
+
+
+def _too_long(has: str, sampling: Sampling, hosted: HostedPolicy) -> str:
+    return (
+        f"prompt has {has} and max_new_tokens is {sampling.max_new_tokens}, together more than "
+        f"the {hosted.engine.max_sequence_tokens} that the model takes"
+    )

@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 from pydantic import Field
 
 from quartet.settings import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, PositiveInt, UnitFloat
+from services.policy.budget import BudgetLimits
 from services.policy.kept_requests import KeepLimits
 from services.runtime.admin import AdminSettings
 
@@ -28,6 +29,14 @@ class PolicySettings(AdminSettings):
     max_concurrent: PositiveInt = Field(256, description="most completions generated at the same time")
     max_queued: PositiveInt = Field(
         16384, description="most completions in hand, waiting ones included; a request beyond is refused whole"
+    )
+    max_queued_tokens: PositiveInt = Field(
+        20_000_000,
+        description="most tokens that they may come to, prompts and max_new_tokens; a request beyond is refused whole. "
+        "Online: what is generated in the seconds that a caller may wait",
+    )
+    max_held_mib: PositiveInt = Field(
+        256, description="most MiB of requests in hand; a request that would exceed it is refused before any work"
     )
     retry_cache_requests: NonNegativeInt = Field(
         1024, description="requests whose finished completions are kept for a retry of the same id; 0 keeps none"
@@ -57,6 +66,20 @@ class PolicySettings(AdminSettings):
         16, description="largest rank of a LoRA adapter; with vLLM every adapter takes memory and time of this rank"
     )
     max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")
+    update_wait_s: PositiveFloat = Field(
+        600.0,
+        description="longest that a weight update waits for requests in flight to finish, within its own deadline; "
+        "then the old weights go on serving",
+    )
+
+    @property
+    def budget_limits(self) -> BudgetLimits:
+        """What may be in hand."""
+        return BudgetLimits(
+            max_completions=self.max_queued,
+            max_tokens=self.max_queued_tokens,
+            max_bytes=self.max_held_mib * 2**20,
+        )
 
     @property
     def keep_limits(self) -> KeepLimits:

@@ -97,6 +97,10 @@ class EngineFailedError(Exception):
     """The engine died or holds mixed weights: it must not answer again, the process has to be started anew."""
 
 
+class StillRunningError(Exception):
+    """A weight update waited in vain for the requests in flight: nothing has changed, the old weights go on serving."""
+
+
 class GenerationFailedError(Exception):
     """One completion failed; the engine goes on, and the same task may succeed later."""
 
@@ -143,10 +147,13 @@ class Engine(Protocol):
         """
         ...
 
-    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight, wait_s: float) -> float:
         """Replaces all weights by those of the file, whose names and shapes were checked; returns the pause in seconds.
 
+        ``wait_s``: longest that it waits for requests in flight to finish or pause.
+
         Raises:
+            StillRunningError: they had not by then.
             EngineFailedError: it went wrong in the middle; the weights are no longer known.
         """
         ...

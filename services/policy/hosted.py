@@ -13,10 +13,14 @@ from services.policy.staging import Layout
 
 @dataclass(frozen=True, kw_only=True)
 class HostedPolicy:
-    """``model.served_by`` changes with every weight update, ``adapters`` when one is loaded or unloaded."""
+    """``model.served_by`` changes with every weight update, ``adapters`` when one is loaded or unloaded.
+
+    ``most_characters``: see ``most_characters_of_a_token``.
+    """
 
     engine: Engine
     tokenizer: Any
     model: common_pb2.ModelInfo
     layout: Layout
+    most_characters: int = 0
     adapters: AdapterRegistry = field(default_factory=AdapterRegistry)

@@ -1,4 +1,4 @@
-"""Requests by the name that the client gave them, so that one that is tried again does not run twice."""
+"""Requests by caller and the name that it gave them, so that one that is tried again does not run twice."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Generic, NamedTuple, TypeVar
 
+from services.runtime.calls import Identity
 from services.runtime.errors import InvalidArgumentError
 
 R = TypeVar("R")
@@ -23,6 +24,13 @@ class KeepLimits:
     age_s: float = 300.0
 
 
+class RequestName(NamedTuple):
+    """The id of a request among those of its caller; nobody meets another's. See ``calls.identity_of``."""
+
+    caller: Identity
+    request_id: str
+
+
 @dataclass
 class _Entry(Generic[R]):
     request: R
@@ -32,87 +40,87 @@ class _Entry(Generic[R]):
 
 
 class KeptRequests(Generic[R]):
-    """What was done for each request id. Forgets the longest unused first; one that a call waits for is never
+    """What was done for each name. Forgets the longest unused first; one that a call waits for is never
     forgotten, unless it alone outgrows the bytes."""
 
     def __init__(self, limits: KeepLimits, *, clock: Callable[[], float] = time.monotonic) -> None:
         self.limits = limits
         self._clock = clock
-        self._used: dict[str, _Entry[R]] = {}
+        self._used: dict[RequestName, _Entry[R]] = {}
         # Those that no call waits for, in the order in which they were left.
-        self._left: OrderedDict[str, _Entry[R]] = OrderedDict()
+        self._left: OrderedDict[RequestName, _Entry[R]] = OrderedDict()
         self._bytes = 0
 
     def __len__(self) -> int:
         return len(self._used) + len(self._left)
 
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._used or request_id in self._left
+    def __contains__(self, name: RequestName) -> bool:
+        return name in self._used or name in self._left
 
     @property
     def held_bytes(self) -> int:
         """Bytes of everything kept."""
         return self._bytes
 
-    def find(self, request_id: str, content: bytes) -> R | None:
-        """The request of that id, in use again until ``leave``; None when it is new.
+    def find(self, name: RequestName, content: bytes) -> R | None:
+        """The request of that name, in use again until ``leave``; None when it is new.
 
         Raises:
             InvalidArgumentError: the id stands for other content.
         """
         self._forget_old()
-        entry = self._used.get(request_id) or self._left.get(request_id)
+        entry = self._used.get(name) or self._left.get(name)
         if entry is None:
             return None
         if entry.content != content:
             raise InvalidArgumentError(
-                f"request_id is {request_id!r}, which stands for a request of other content: a retry repeats its "
+                f"request_id is {name.request_id!r}, which stands for a request of other content: a retry repeats its "
                 "request exactly, and a new request takes a new id",
                 field="request_id",
             )
-        self._left.pop(request_id, None)
-        self._used[request_id] = entry
+        self._left.pop(name, None)
+        self._used[name] = entry
         return entry.request
 
-    def add(self, request_id: str, content: bytes, request: R) -> None:
-        """Keeps a new request, in use until ``leave``; the id is free, as ``find`` has said."""
+    def add(self, name: RequestName, content: bytes, request: R) -> None:
+        """Keeps a new request, in use until ``leave``; the name is free, as ``find`` has said."""
         if self.limits.count:
-            self._used[request_id] = _Entry(request, content)
+            self._used[name] = _Entry(request, content)
 
-    def grow(self, request_id: str, request: R, count: int) -> bool:
+    def grow(self, name: RequestName, request: R, count: int) -> bool:
         """Counts bytes of results. False when the request is not kept any more, such as for these bytes."""
-        entry = self._entry(request_id, request)
+        entry = self._entry(name, request)
         if entry is None:
             return False
         entry.held_bytes += count
         self._bytes += count
         if entry.held_bytes > self.limits.max_bytes:
-            self.forget(request_id, request)
+            self.forget(name, request)
             return False
         self._forget_old()
         return True
 
-    def leave(self, request_id: str, request: R) -> None:
+    def leave(self, name: RequestName, request: R) -> None:
         """The last call left: from now on it grows old."""
-        entry = self._entry(request_id, request)
+        entry = self._entry(name, request)
         if entry is not None:
-            self._used.pop(request_id, None)
+            self._used.pop(name, None)
             entry.left_s = self._clock()
-            self._left[request_id] = entry
-            self._left.move_to_end(request_id)
+            self._left[name] = entry
+            self._left.move_to_end(name)
             self._forget_old()
 
-    def forget(self, request_id: str, request: R) -> None:
+    def forget(self, name: RequestName, request: R) -> None:
         """As if it had never been."""
-        entry = self._entry(request_id, request)
+        entry = self._entry(name, request)
         if entry is not None:
-            self._used.pop(request_id, None)
-            self._left.pop(request_id, None)
+            self._used.pop(name, None)
+            self._left.pop(name, None)
             self._bytes -= entry.held_bytes
 
-    def _entry(self, request_id: str, request: R) -> _Entry[R] | None:
-        """The entry of this very request, and not of a later one with its id."""
-        entry = self._used.get(request_id) or self._left.get(request_id)
+    def _entry(self, name: RequestName, request: R) -> _Entry[R] | None:
+        """The entry of this very request, and not of a later one with its name."""
+        entry = self._used.get(name) or self._left.get(name)
         return entry if entry is not None and entry.request is request else None
 
     def _forget_old(self) -> None:

@@ -22,6 +22,7 @@ from quartet.policy.v1 import policy_pb2
 from services.hosting import serving
 from services.policy import asked
 from services.policy.adapters import Adapter
+from services.policy.budget import Budget
 from services.policy.engine import (
     EngineFailedError,
     Finish,
@@ -47,11 +48,7 @@ _BROKEN = "the model gives a log-probability that is not a finite number: its we
 class House(Protocol):
     """What a run needs of the service around it."""
 
-    def admit(self, count: int) -> None:
-        """Takes places for completions. Raises OverloadedError when there are too few."""
-
-    def release(self, count: int) -> None:
-        """Gives them back."""
+    budget: Budget
 
     def count_tokens(self, prompt: int, generated: int) -> None:
         """Of a completion that was generated."""
@@ -115,8 +112,11 @@ class GenerationRun:
         self._followers: set[_Follower] = set()
         self._error: BaseException | None = None
         self._places = 0
+        self._tokens: dict[int, int] = {}  # What each completion counts that is not finished.
+        self._prompt_tokens: list[int] = []
         self._begun = False
         self._grace: asyncio.TimerHandle | None = None
+        self._held = contextlib.ExitStack()
         self._adapter: Adapter | None = None
         self._prompts: asyncio.Task[list[list[int] | str]] | None = None
 
@@ -126,11 +126,15 @@ class GenerationRun:
         sampling: Sampling,
         stop_strings: Sequence[str],
         indices: Sequence[int],
+        held: contextlib.ExitStack,
     ) -> AsyncGenerator[policy_pb2.GenerateResponse, None]:
         """Begins what of ``indices`` is neither finished nor running; yields each once, and its tokens when asked for.
 
+        ``held``: what the call holds of the budget; the run takes it over when it outlives the call.
+
         Raises:
-            OverloadedError: there is no room for what would have to begin.
+            InvalidArgumentError: what would have to begin is more than may ever be in hand.
+            OverloadedError: there is no room for it now.
             UnavailableError: the engine died.
         """
         follower = _Follower()
@@ -171,6 +175,8 @@ class GenerationRun:
             self._followers.discard(follower)
             if not self._followers:
                 if self._grace_s and self._tasks:
+                    self._held.close()
+                    self._held = held.pop_all()
                     self._grace = asyncio.get_running_loop().call_later(self._grace_s, self._rest)
                 else:
                     self._rest()
@@ -197,16 +203,17 @@ class GenerationRun:
             return
         if self._adapter is None:
             self._adapter = self.hosted.adapters.take(request.adapter)
-        self._house.admit(len(missing))
+        budget, most_new = self._house.budget, sampling.max_new_tokens
+        if self._prompts is None:
+            longest = self.hosted.engine.max_sequence_tokens
+            self._prompt_tokens = budget.expect(request.prompts, samples=self.n, new_tokens=most_new, longest=longest)
+        tokens = {index: self._prompt_tokens[index // self.n] + most_new for index in missing}
+        budget.admit(len(missing), sum(tokens.values()))
+        self._tokens |= tokens
         self._places += len(missing)
         self._begun = True
         if self._prompts is None:
-            # Tokenising holds no lock of the interpreter, so it may run beside the event loop.
-            self._prompts = asyncio.create_task(
-                asyncio.to_thread(
-                    lambda: [asked.prompt_ids(self.hosted, prompt, sampling) for prompt in request.prompts]
-                )
-            )
+            self._prompts = asyncio.create_task(self._read(request, sampling))
         seeds = asked.seeds_of(request.sampling, len(request.prompts), self.n, self._seed)
         call_id = f"{calls.current_request_id()}.{secrets.token_hex(4)}"
         for index in missing:
@@ -221,6 +228,23 @@ class GenerationRun:
             self._tasks[index] = task
             task.add_done_callback(functools.partial(self._done, index))
 
+    async def _read(self, request: policy_pb2.GenerateRequest, sampling: Sampling) -> list[list[int] | str]:
+        """The token ids of each prompt, or why it is refused; from now on these count, and not what was expected."""
+        # Tokenising holds no lock of the interpreter, so it may run beside the event loop.
+        prompts = await asyncio.to_thread(
+            lambda: [asked.prompt_ids(self.hosted, prompt, sampling) for prompt in request.prompts]
+        )
+        budget = self._house.budget
+        for prompt, ids in zip(request.prompts, prompts, strict=True):
+            if not isinstance(ids, str) and prompt.WhichOneof("content") != "token_ids":
+                budget.learn(len(ids), prompt.ByteSize())
+        self._prompt_tokens = [0 if isinstance(ids, str) else len(ids) for ids in prompts]
+        expected, self._tokens = self._tokens, {}
+        tokens = {index: self._prompt_tokens[index // self.n] + sampling.max_new_tokens for index in expected}
+        budget.recount(sum(expected.values()), sum(tokens.values()))
+        self._tokens = tokens
+        return prompts
+
     def _rest(self) -> None:
         """Nobody follows any more: what runs is stopped and its slots are free at once."""
         tasks, self._tasks = self._tasks, {}
@@ -228,8 +252,12 @@ class GenerationRun:
             task.cancel()
         self._progress.clear()
         self._prompts = None
-        self._house.release(self._places)
+        budget = self._house.budget
+        budget.dropped(sum(self._tokens.values()))
+        self._tokens.clear()
+        budget.release(self._places)
         self._places = 0
+        self._held.close()
         self.hosted.adapters.give_back(self._adapter)
         self._adapter = None
         # What failed for a passing reason is tried again.
@@ -242,6 +270,9 @@ class GenerationRun:
         if self._tasks.get(index) is not task:
             return  # Stopped before.
         del self._tasks[index]
+        tokens = self._tokens.pop(index, 0)
+        generated = not task.cancelled() and task.exception() is None and task.result().HasField("completion")
+        (self._house.budget.finished if generated else self._house.budget.dropped)(tokens)
         if task.cancelled():
             error: BaseException | None = UnavailableError("the service is ending")
         else:

@@ -13,14 +13,13 @@ from quartet.common.v1 import common_pb2
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from services.hosting import serving
 from services.policy import asked
+from services.policy.budget import Budget, BudgetLimits
 from services.policy.hosted import HostedPolicy
-from services.policy.kept_requests import KeepLimits, KeptRequests
+from services.policy.kept_requests import KeepLimits, KeptRequests, RequestName
 from services.policy.run import GenerationRun
 from services.runtime import calls
-from services.runtime.errors import InvalidArgumentError, OverloadedError, UnavailableError
+from services.runtime.errors import UnavailableError
 from services.runtime.telemetry import ServiceMetrics
-
-_RETRY_AFTER_MS = 1000
 
 
 class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
@@ -30,7 +29,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         self,
         metrics: ServiceMetrics,
         *,
-        max_queued: int,
+        limits: BudgetLimits,
         stop: Callable[[str], None],
         keep: KeepLimits | None = None,
         retry_grace_s: float = 0.0,
@@ -38,25 +37,26 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
         """
         Args:
             metrics: of the service.
-            max_queued: completions that may be generated or wait at the same time; a request beyond is refused whole.
+            limits: what may be in hand at a time; a request beyond is refused whole.
             stop: ends the service with a reason, when the engine has died.
             keep: bounds of what is kept for requests that are tried again.
             retry_grace_s: seconds that work with a request id goes on after its last call has left.
         """
         self.metrics = metrics
-        self.max_queued = max_queued
+        self.budget = Budget(limits, metrics)
         self.stop = stop
         self.retry_grace_s = retry_grace_s
         self.hosted: HostedPolicy | None = None
         self._kept: KeptRequests[GenerationRun] = KeptRequests(keep or KeepLimits())
-        self._admitted = 0
         self._rejoined = Counter(
             "quartet_policy_rejoined_total",
             "Calls that found the work of an earlier one with the same request id",
             registry=metrics.registry,
         )
         for name, meaning, value in (
-            ("completions_in_hand", "Completions admitted and not yet let go", lambda: self._admitted),
+            ("completions_in_hand", "Completions admitted and not yet let go", lambda: self.budget.completions),
+            ("tokens_in_hand", "Tokens that unfinished completions may come to", lambda: self.budget.tokens),
+            ("held_bytes", "Bytes of requests in hand", lambda: self.budget.held_bytes),
             ("kept_requests", "Requests known by their id, running ones included", lambda: len(self._kept)),
             ("kept_bytes", "Bytes of results kept for retries", lambda: self._kept.held_bytes),
         ):
@@ -77,61 +77,47 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
     ) -> AsyncIterator[policy_pb2.GenerateResponse]:
         hosted = self._hosted()
         n = asked.check_request(request)
-        sampling = asked.sampling_of(request.sampling, hosted)
-        stop_strings = asked.stop_strings_of(request.sampling, hosted)
-        asked.check_seeds(request.sampling, len(request.prompts))
-        if any(prompt.WhichOneof("content") == "token_ids" for prompt in request.prompts):
-            serving.require_same_tokenizer(request.tokenizer_fingerprint, hosted.model.served_by.tokenizer_fingerprint)
         total = len(request.prompts) * n
-        if total > self.max_queued:
-            raise InvalidArgumentError(
-                f"prompts times n is {total}, at most {self.max_queued} completions may be asked for at once",
-                field="prompts",
-            )
-        indices = asked.wanted(request, total)
-        run = self._run_of(hosted, request, n)
-        async with contextlib.aclosing(run.follow(request, sampling, stop_strings, indices)) as replies:
-            async for reply in replies:
-                if reply.HasField("status"):
-                    self.metrics.items.labels(common_pb2.ItemStatusCode.Name(reply.status.code)).inc()
-                    version = reply.served_by.weights_version
-                    calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
-                yield reply
+        self.budget.check(total)
+        with contextlib.ExitStack() as held:
+            held.enter_context(self.budget.hold(request.ByteSize()))
+            sampling = asked.sampling_of(request.sampling, hosted)
+            stop_strings = asked.stop_strings_of(request.sampling, hosted)
+            asked.check_seeds(request.sampling, len(request.prompts))
+            if any(prompt.WhichOneof("content") == "token_ids" for prompt in request.prompts):
+                ours = hosted.model.served_by.tokenizer_fingerprint
+                serving.require_same_tokenizer(request.tokenizer_fingerprint, ours)
+            indices = asked.wanted(request, total)
+            run = self._run_of(hosted, request, n, calls.identity_of(context))
+            async with contextlib.aclosing(run.follow(request, sampling, stop_strings, indices, held)) as replies:
+                async for reply in replies:
+                    if reply.HasField("status"):
+                        self.metrics.items.labels(common_pb2.ItemStatusCode.Name(reply.status.code)).inc()
+                        version = reply.served_by.weights_version
+                        calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
+                    yield reply
 
-    def _run_of(self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int) -> GenerationRun:
-        """The work of an earlier call with this request id, or new work."""
-        request_id = request.request_id
-        if not request_id or not self._kept.limits.count:
+    def _run_of(
+        self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int, caller: calls.Identity
+    ) -> GenerationRun:
+        """The work of an earlier call with this request id of the same caller, or new work."""
+        name = RequestName(caller, request.request_id)
+        if not request.request_id or not self._kept.limits.count:
             return GenerationRun(self, hosted, n)
         content = asked.content_of(request)
-        run = self._kept.find(request_id, content)
+        run = self._kept.find(name, content)
         if run is not None and run.failed:
-            self._kept.forget(request_id, run)
+            self._kept.forget(name, run)
             run = None
         if run is not None:
             self._rejoined.inc()
             return run
-        keep = _KeepRun(self._kept, request_id)
+        keep = _KeepRun(self._kept, name)
         run = keep.run = GenerationRun(self, hosted, n, keep=keep, grace_s=self.retry_grace_s)
-        self._kept.add(request_id, content, run)
+        self._kept.add(name, content, run)
         return run
 
     # What a run needs ------------------------------------------------------------------------------------------------
-
-    def admit(self, count: int) -> None:
-        """Takes places for completions, or refuses all of them."""
-        if self._admitted + count > self.max_queued:
-            raise OverloadedError(
-                f"{self._admitted} completions are in hand and {count} more were asked for, at most {self.max_queued} "
-                "are taken; try again later",
-                retry_after_ms=_RETRY_AFTER_MS,
-                refused_as="completions",
-            )
-        self._admitted += count
-
-    def release(self, count: int) -> None:
-        """Gives places back."""
-        self._admitted -= count
 
     def count_tokens(self, prompt: int, generated: int) -> None:
         """Of a completion that was generated."""
@@ -141,19 +127,19 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
 
 @dataclass
 class _KeepRun:
-    """Keeps one run under its request id."""
+    """Keeps one run under its name."""
 
     kept: KeptRequests[GenerationRun]
-    request_id: str
+    name: RequestName
     run: GenerationRun | None = None
 
     def grow(self, count: int) -> bool:
-        return self.run is not None and self.kept.grow(self.request_id, self.run, count)
+        return self.run is not None and self.kept.grow(self.name, self.run, count)
 
     def rest(self) -> None:
         if self.run is None:
             return
         if self.run.failed or not self.run.begun:
-            self.kept.forget(self.request_id, self.run)
+            self.kept.forget(self.name, self.run)
         else:
-            self.kept.leave(self.request_id, self.run)
+            self.kept.leave(self.name, self.run)

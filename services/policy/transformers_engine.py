@@ -39,6 +39,7 @@ from services.policy.engine import (
     InFlight,
     Piece,
     Sampling,
+    StillRunningError,
     cut_spans,
 )
 from services.policy.low_rank import LowRankAdapter, RowAdapters, read_adapter, row_wise_modules
@@ -98,7 +99,7 @@ class _Update:
     version: int
     in_flight: InFlight
     future: Future[float]
-    asked_s: float
+    begun: bool = False
 
 
 class TransformersEngine:
@@ -222,15 +223,21 @@ class TransformersEngine:
         with self._changed:
             return len(self._batch.rows if self._batch is not None else ()), len(self._waiting) + len(self._joining)
 
-    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
-        update = _Update(
-            path=safetensors, version=version, in_flight=in_flight, future=Future(), asked_s=time.monotonic()
-        )
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight, wait_s: float) -> float:
+        update = _Update(path=safetensors, version=version, in_flight=in_flight, future=Future())
         with self._changed:
             self._require_alive()
             self._update = update
             self._changed.notify()
-        return await asyncio.wrap_future(update.future)
+        done = asyncio.wrap_future(update.future)
+        await asyncio.wait([done], timeout=wait_s)
+        with self._changed:
+            if in_vain := not (update.begun or update.future.done()):
+                self._update = None
+                self._changed.notify()
+        if in_vain:
+            raise StillRunningError(f"requests in flight did not come to rest within {wait_s:.0f} s")
+        return await done
 
     async def load_adapter(self, number: int, safetensors: Path, config: AdapterConfig) -> None:
         self._require_alive()
@@ -403,11 +410,12 @@ class TransformersEngine:
         )
 
     def _maybe_update(self) -> None:
-        update = self._update
-        if update is None or (update.in_flight is InFlight.FINISH and self._batch is not None):
-            return
         aborted: list[_Row] = []
         with self._changed:
+            update = self._update
+            if update is None or (update.in_flight is InFlight.FINISH and self._batch is not None):
+                return
+            update.begun = True
             # At the head of those who wait, where they are answered whatever happens; who comes meanwhile stays last.
             self._waiting.extendleft(reversed(self._batch.rows if self._batch is not None else []))
             self._batch = None

@@ -22,6 +22,7 @@ from services.policy.engine import (
     InFlight,
     Piece,
     Sampling,
+    StillRunningError,
     cut_spans,
 )
 from services.policy.low_rank import linear_modules_of, read_tensors
@@ -190,28 +191,69 @@ class VllmEngine:
                 return list(state.weight_version_starts)
         return []
 
-    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight, wait_s: float) -> float:
         self._require_alive()
+        start_s = time.monotonic()
+        async with self._control_within(wait_s):
+            await self._pause(in_flight, start_s + wait_s)
+            try:
+                async with asyncio.timeout(_CONTROL_DEADLINE_S):
+                    await self._replace(safetensors, version)
+            except BaseException as error:
+                # From here on nobody knows which weights are loaded: never answer with a mixture.
+                self._failure = f"the update to version {version} broke off: {type(error).__name__}: {error}"
+                if isinstance(error, Exception):
+                    raise EngineFailedError(self._failure) from error
+                raise
+        return time.monotonic() - start_s
+
+    @contextlib.asynccontextmanager
+    async def _control_within(self, wait_s: float) -> AsyncGenerator[None, None]:
+        """``_control``, held; an adapter that is being loaded may have it."""
+        try:
+            async with asyncio.timeout(wait_s):
+                await self._control.acquire()
+        except TimeoutError as error:
+            raise StillRunningError(f"an adapter was still being loaded or unloaded after {wait_s:.0f} s") from error
+        try:
+            yield
+        finally:
+            self._control.release()
+
+    async def _pause(self, in_flight: InFlight, end_s: float) -> None:
+        """Pauses generation, as ``in_flight`` says; when it does not come to pass in time, it goes on as before."""
+        remaining_s = end_s - time.monotonic()
+        try:
+            async with asyncio.timeout(remaining_s):
+                await self._llm.pause_generation(mode=_PAUSE_MODES[in_flight], clear_cache=True)
+        except BaseException as error:
+            await self._resume()
+            if isinstance(error, TimeoutError):
+                raise StillRunningError(
+                    f"requests in flight did not come to rest within {max(0.0, remaining_s):.0f} s"
+                ) from error
+            raise
+
+    async def _resume(self) -> None:
+        """Lets the old weights serve on."""
+        try:
+            async with asyncio.timeout(_CONTROL_DEADLINE_S):
+                await self._llm.resume_generation()
+        except Exception as error:
+            self._failure = self._failure or "the engine process died, or does not answer"
+            raise EngineFailedError(self._failure) from error
+
+    async def _replace(self, safetensors: Path, version: int) -> None:
+        """What must be done whole, while generation is paused."""
         from vllm.distributed.weight_transfer.base import WeightTransferUpdateRequest
 
         llm = self._llm
-        start_s = time.monotonic()
-        try:
-            async with asyncio.timeout(_CONTROL_DEADLINE_S), self._control:
-                await llm.pause_generation(mode=_PAUSE_MODES[in_flight], clear_cache=True)
-                await llm.start_weight_update()
-                await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(safetensors)}))
-                await llm.finish_weight_update(weight_version=str(version))
-                await self._adapters.load_again(llm)
-                self.version = version
-                await llm.resume_generation()
-        except BaseException as error:
-            # From here on nobody knows which weights are loaded: never answer with a mixture.
-            self._failure = f"the update to version {version} broke off: {type(error).__name__}: {error}"
-            if isinstance(error, Exception):
-                raise EngineFailedError(self._failure) from error
-            raise
-        return time.monotonic() - start_s
+        await llm.start_weight_update()
+        await llm.update_weights(WeightTransferUpdateRequest(update_info={"path": str(safetensors)}))
+        await llm.finish_weight_update(weight_version=str(version))
+        await self._adapters.load_again(llm)
+        self.version = version
+        await llm.resume_generation()
 
     async def load_adapter(self, number: int, safetensors: Path, config: AdapterConfig) -> None:
         await asyncio.to_thread(read_tensors, safetensors)  # Refuses what is not finite.

@@ -88,10 +88,10 @@ class WatchedEngine:
                     seen.finish = str(piece.finish or "")
                     yield piece
 
-    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight, wait_s: float) -> float:
         attributes: tracing.Attributes = {"quartet.weights_version": version, "quartet.in_flight": str(in_flight)}
         with tracing.span("update weights", attributes=attributes) as span:
-            pause_s = await self._engine.update_weights(safetensors, version, in_flight)
+            pause_s = await self._engine.update_weights(safetensors, version, in_flight, wait_s)
             span.set({"quartet.pause_s": pause_s})
         self._pause_seconds.observe(pause_s)
         return pause_s

@@ -12,12 +12,14 @@ import structlog
 
 from quartet.client.policy import UPDATE_ACCEPTED
 from quartet.policy.v1 import weights_pb2, weights_pb2_grpc
-from services.policy.engine import EngineFailedError, InFlight
+from services.hosting import serving
+from services.policy.engine import EngineFailedError, InFlight, StillRunningError
 from services.policy.hosted import HostedPolicy
 from services.policy.staging import StagedCheckpoint, TensorSpec
 from services.runtime.errors import (
     AbortedError,
     DataLossError,
+    DeadlineExceededError,
     FailedPreconditionError,
     InvalidArgumentError,
     ServiceError,
@@ -40,12 +42,28 @@ _IN_FLIGHT = {
 class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
     """Replaces the weights of the one policy this process hosts. ``hosted`` is None until it is loaded."""
 
-    def __init__(self, metrics: ServiceMetrics, *, staging: Path, max_bytes: int, stop: Callable[[str], None]) -> None:
-        """``stop`` ends the service with a reason, when the engine holds weights that nobody knows."""
+    def __init__(
+        self,
+        metrics: ServiceMetrics,
+        *,
+        staging: Path,
+        max_bytes: int,
+        stop: Callable[[str], None],
+        wait_s: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            metrics: of the service.
+            staging: folder that incoming weights are staged in.
+            max_bytes: of an update.
+            stop: ends the service with a reason, when the engine holds weights that nobody knows.
+            wait_s: longest that an update waits for requests in flight, within its call's deadline.
+        """
         self.metrics = metrics
         self.staging = staging
         self.max_bytes = max_bytes
         self.stop = stop
+        self.wait_s = wait_s
         self.hosted: HostedPolicy | None = None
         self._updating = False
         self._applying: asyncio.Task[weights_pb2.UpdateWeightsResponse] | None = None
@@ -100,7 +118,9 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
                         # From here on it runs to its end, even when the client leaves: half an update would be no
                         # weights.
                         opened.pop_all()  # Closed by _apply.
-                        self._applying = asyncio.create_task(self._apply(hosted, begin, staged, fingerprint))
+                        remaining_s = serving.time_remaining_s(context)
+                        wait_s = self.wait_s if remaining_s is None else max(0.0, min(self.wait_s, remaining_s))
+                        self._applying = asyncio.create_task(self._apply(hosted, begin, staged, fingerprint, wait_s))
                         self._applying.add_done_callback(self._applied)
                         staged = None
                         return await asyncio.shield(self._applying)
@@ -138,13 +158,23 @@ class WeightsServicer(weights_pb2_grpc.WeightsServiceServicer):
         return opened.enter_context(StagedCheckpoint(specs, self.staging))
 
     async def _apply(
-        self, hosted: HostedPolicy, begin: weights_pb2.BeginUpdate, staged: StagedCheckpoint, fingerprint: str
+        self,
+        hosted: HostedPolicy,
+        begin: weights_pb2.BeginUpdate,
+        staged: StagedCheckpoint,
+        fingerprint: str,
+        wait_s: float,
     ) -> weights_pb2.UpdateWeightsResponse:
         with staged:
             try:
                 pause_s = await hosted.engine.update_weights(
-                    staged.path, begin.weights_version, _IN_FLIGHT[begin.in_flight]
+                    staged.path, begin.weights_version, _IN_FLIGHT[begin.in_flight], wait_s
                 )
+            except StillRunningError as error:
+                raise DeadlineExceededError(
+                    f"{error} (--update-wait-s, or the deadline of the call); version "
+                    f"{hosted.model.served_by.weights_version} goes on serving"
+                ) from error
             except EngineFailedError as error:
                 self.stop(str(error))
                 raise UnavailableError(f"{error}; the service restarts with the weights of its model folder") from error

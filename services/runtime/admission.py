@@ -23,7 +23,7 @@ _RATIO_HALF_LIFE_BYTES = 1e6
 _UNMEASURED_MS, _LEAST_MS, _MOST_MS = 1000, 10, 60_000
 
 
-class _MovingRatio:
+class MovingRatio:
     """Sum of one thing over the sum of another, where older ones fade."""
 
     def __init__(self, half_life: float) -> None:
@@ -59,8 +59,8 @@ class Admission:
         self._metrics = metrics
         self._lock = threading.Lock()
         self._expected_tokens = 0
-        self._rate = _MovingRatio(_RATE_HALF_LIFE_S)
-        self._tokens_per_byte = _MovingRatio(_RATIO_HALF_LIFE_BYTES)
+        self._rate = MovingRatio(_RATE_HALF_LIFE_S)
+        self._tokens_per_byte = MovingRatio(_RATIO_HALF_LIFE_BYTES)
         self.queued_tokens = 0
         self.held_bytes = 0
         self.holds = 0
@@ -81,7 +81,7 @@ class Admission:
                     "(max_held_mib); split it"
                 )
             if self.held_bytes + size_bytes > self._max_bytes:
-                raise self._overloaded(
+                raise self.overloaded(
                     "queue_bytes",
                     f"requests of {self.held_bytes} bytes are in hand, {size_bytes} more would exceed "
                     f"{self._max_bytes}; try again later",
@@ -90,7 +90,7 @@ class Admission:
             expected = min(math.ceil(size_bytes * self._tokens_per_byte.value), self._max_tokens)
             ahead = self.queued_tokens + self._expected_tokens
             if ahead + expected > self._max_tokens:
-                raise self._overloaded(
+                raise self.overloaded(
                     "queue_tokens",
                     f"{ahead} tokens are waiting or being read, about {expected} more would exceed "
                     f"{self._max_tokens}; try again later",
@@ -126,7 +126,7 @@ class Admission:
                     "(max_queued_tokens); split it"
                 )
             if self.queued_tokens + tokens > self._max_tokens:
-                raise self._overloaded(
+                raise self.overloaded(
                     "queue_tokens",
                     f"{self.queued_tokens} tokens are waiting, {tokens} more would exceed {self._max_tokens}; "
                     "try again later",
@@ -148,7 +148,8 @@ class Admission:
         """What the model does while it works; 0 until the first batch is done."""
         return self._rate.value
 
-    def _overloaded(self, reason: str, message: str) -> OverloadedError:
+    def overloaded(self, reason: str, message: str) -> OverloadedError:
+        """Counts a refusal; to be raised. It says to come back when what is in hand now will be done."""
         self._metrics.refused.labels(reason).inc()
         return OverloadedError(message, retry_after_ms=self._drained_ms())
 

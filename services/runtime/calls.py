@@ -6,6 +6,7 @@ tasks and threads that it starts included, and by no other call.
 
 from __future__ import annotations
 
+import hashlib
 import re
 import uuid
 from contextvars import ContextVar
@@ -64,6 +65,21 @@ def read_request_id(metadata: Any) -> str:
     """The id that the client gave, in characters that are safe to log; a fresh one where it gave none."""
     sent = next((str(value) for key, value in metadata or () if key == REQUEST_ID), "")
     return _STRANGE.sub("_", sent[:_LONGEST_REQUEST_ID]) or uuid.uuid4().hex
+
+
+Identity = tuple[tuple[bytes, ...], str]
+"""Names in a certificate and digest of a token."""
+
+
+def identity_of(context: Any) -> Identity:
+    """Who asks, by what it has shown: the names in its certificate and a digest of its token, empty where it has none.
+
+    Its address is no part of it: the same caller comes over another connection the next time.
+    """
+    names = tuple(sorted(context.peer_identities() or ()))
+    sent = next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
+    token = sent.partition(" ")[2].strip()
+    return names, hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() if token else ""
 
 
 def caller_of(context: Any) -> str:

@@ -11,20 +11,37 @@ import time
 import urllib.request
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from pathlib import Path
 from typing import Any
 
 import grpc
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 from bench import overload
-from quartet.client import CallPolicy, RewardClient, Score, ScoreItem, UnavailableError
+from quartet.client import (
+    CallPolicy,
+    Completion,
+    FailedCompletion,
+    PolicyClient,
+    ReferenceClient,
+    RewardClient,
+    Sampling,
+    Score,
+    ScoreItem,
+    UnavailableError,
+)
+from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
+from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from tests.conftest import LiveService
+from tests.integration.policy_oracle import naive_logprobs
 
+# vLLM takes long to start, and its own races are in test_generation.py.
+FLAGS = {"policy": ["--engine", "transformers"], "reward": [], "reference": []}
 RACES = 3000
 CALLERS = 100
 
@@ -32,7 +49,8 @@ CALLERS = 100
 def gauges(service: LiveService, name: str) -> dict[str, float]:
     """What the service says of its queue and its calls."""
     text = urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=5).read().decode()
-    wanted = ("queue_tokens", "queue_items", "held_bytes", "queue_oldest_seconds", "calls_in_flight")
+    wanted = ["queue_tokens", "queue_items", "held_bytes", "queue_oldest_seconds", "calls_in_flight"]
+    wanted += ["completions_in_hand", "tokens_in_hand", "engine_running"] if name == "policy" else []
     found = {}
     for gauge in wanted:
         (found[gauge],) = map(float, re.findall(rf"^quartet_{name}_{gauge} (\S+)$", text, flags=re.MULTILINE))
@@ -49,25 +67,17 @@ async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
 # Overload
 
 
-@pytest.mark.parametrize("name", ["reward", "reference"])
+@pytest.mark.timeout(900)  # Of the best of three on a busy machine.
+@pytest.mark.parametrize("name", ["policy", "reward", "reference"])
 def test_five_times_the_load_is_served_as_capacity_allows_and_the_rest_told_to_come_back(name):
-    """Times are judged leniently here, by the best of three: other work on the machine only adds to them."""
     seen = []
     for _ in range(3):
-        found = overload.measure(name, seconds=6.0)
+        found = overload.measure(name, seconds=6.0, flags=FLAGS[name])
         assert set(found.codes) == {"OK", "RESOURCE_EXHAUSTED"}
-        assert all(0 < pushback_s <= 4 * found.queue_s + 1 for pushback_s in found.pushbacks_s)
-        assert found.growth_mib <= overload.GROWTH_TARGET_MIB
-        seen.append(found.verdicts())
-        calm = (
-            found.served >= 0.75 * found.capacity
-            and overload.percentile(found.refused_s, 50) <= overload.REFUSED_TARGET_S
-            and overload.percentile(found.served_s, 99) <= 2 * found.served_bound_s
-            and found.recovery_s <= 2 * overload.RECOVERY_TARGET_S
-        )
-        if calm:
+        seen.append(found.verdicts(overload.ON_A_BUSY_MACHINE))
+        if all(held for held, _ in seen[-1]):
             return
-    pytest.fail("\n".join(text for verdicts in seen for _, text in verdicts))
+    pytest.fail("\n".join(f"{held} {text}" for verdicts in seen for held, text in verdicts))
 
 
 # Races
@@ -91,11 +101,29 @@ def reference_call(channel: grpc.aio.Channel, fingerprint: str) -> Callable[...,
     return lambda timeout: stub.LogProbs(request, timeout=timeout)
 
 
-@pytest.mark.parametrize(("name", "make_call"), [("reward", reward_call), ("reference", reference_call)])
+def policy_call(channel: grpc.aio.Channel, fingerprint: str) -> Callable[..., Awaitable[Any]]:
+    sampling = policy_pb2.SamplingParams(max_new_tokens=8, min_new_tokens=8, seed=3)
+    request = policy_pb2.GenerateRequest(tokenizer_fingerprint=fingerprint, sampling=sampling, n=2)
+    for index in range(3):
+        request.prompts.add().token_ids.ids.extend([5 + index] * 30)
+    stub = policy_pb2_grpc.PolicyServiceStub(channel)
+
+    async def generate(timeout: float) -> list[Any]:
+        replies = [reply async for reply in stub.Generate(request, timeout=timeout)]
+        assert len(replies) == 6
+        return sorted(replies, key=lambda reply: (reply.prompt_index, reply.sample_index))
+
+    return generate
+
+
+@pytest.mark.parametrize(
+    ("name", "make_call"), [("policy", policy_call), ("reward", reward_call), ("reference", reference_call)]
+)
 async def test_thousands_who_leave_or_run_out_of_time_leave_nothing_behind(
     start_service, make_reward_model, make_policy, tokenizer, name, make_call
 ):
-    service = start_service(name, make_reward_model() if name == "reward" else make_policy(), "--log-level", "warning")
+    folder = make_reward_model() if name == "reward" else make_policy()
+    service = start_service(name, folder, "--log-level", "warning", *FLAGS[name])
     draw = random.Random(0)
     outcomes: Counter[str] = Counter()
     numbers = itertools.count()
@@ -140,6 +168,8 @@ async def test_thousands_who_leave_or_run_out_of_time_leave_nothing_behind(
 def values(reply: Any) -> list[float]:
     if isinstance(reply, reward_pb2.ScoreResponse):
         return [result.score for result in reply.results]
+    if isinstance(reply, list):
+        return [number for item in reply for number in (*item.completion.token_ids, *item.completion.logprobs)]
     return [logprob for result in reply.results for logprob in result.logprobs]
 
 
@@ -150,27 +180,96 @@ async def _awaited(work: Awaitable[Any]) -> Any:
 # The end of a process
 
 
+PROMPTS = [[5 + n % 200, 6 + n % 90] * 8 for n in range(40)]
+Ask = Callable[[list[int]], Awaitable[list[Any]]]
+"""Asks about some of PROMPTS; returns what was wrong with the answers."""
+
+
+def ask_reward(client: RewardClient, folder: Path, fingerprint: str) -> Ask:
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = [float(model(input_ids=torch.tensor([[*p, 7, 1]])).logits[0, 0]) for p in PROMPTS]
+
+    async def ask(which: list[int]) -> list[Any]:
+        items = [ScoreItem(prompt=PROMPTS[n], response=[7, 1]) for n in which]
+        found = await client.score(items, tokenizer_fingerprint=fingerprint)
+        return [
+            (n, result)
+            for n, result in zip(which, found.results, strict=True)
+            if not isinstance(result, Score) or abs(result.score - expected[n]) > 1e-4
+        ]
+
+    return ask
+
+
+def ask_reference(client: ReferenceClient, folder: Path, fingerprint: str) -> Ask:
+    response = [7, 30, 31, 1]
+    expected = [naive_logprobs(folder, prompt, response, 1.0) for prompt in PROMPTS]
+
+    async def ask(which: list[int]) -> list[Any]:
+        items = [TokenSequence(token_ids=[*PROMPTS[n], *response], response_start=len(PROMPTS[n])) for n in which]
+        found = await client.logprobs(items, tokenizer_fingerprint=fingerprint)
+        return [
+            (n, result)
+            for n, result in zip(which, found.results, strict=True)
+            if not isinstance(result, LogProbs) or result.logprobs != pytest.approx(expected[n], abs=1e-4)
+        ]
+
+    return ask
+
+
+def ask_policy(client: PolicyClient, folder: Path, fingerprint: str) -> Ask:
+    sampling = Sampling(max_new_tokens=12)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+
+    def is_right(n: int, item: Completion | FailedCompletion) -> bool:
+        """Whether these tokens have these log-probabilities."""
+        if not isinstance(item, Completion) or not item.token_ids:
+            return False
+        whole = torch.tensor([[*PROMPTS[n], *item.token_ids]])
+        with torch.inference_mode():
+            table = model(input_ids=whole).logits[0].log_softmax(-1)
+        start = len(PROMPTS[n])
+        expected = [float(table[start - 1 + i, token]) for i, token in enumerate(item.token_ids)]
+        return item.logprobs == pytest.approx(expected, abs=1e-4)
+
+    async def ask(which: list[int]) -> list[Any]:
+        stream = client.generate(
+            [PROMPTS[n] for n in which],
+            sampling,
+            n=2,
+            tokenizer_fingerprint=fingerprint,
+            prompt_seeds=which,
+            patience_s=120.0,
+        )
+        found = {(item.prompt_index, item.sample_index): item async for item in stream}
+        assert found.keys() == {(p, s) for p in range(len(which)) for s in range(2)}
+        return [(which[p], item) for (p, _), item in found.items() if not is_right(which[p], item)]
+
+    return ask
+
+
+@pytest.mark.timeout(600)  # Five processes load a model.
+@pytest.mark.parametrize(
+    ("name", "make_client", "make_ask"),
+    [
+        ("policy", PolicyClient, ask_policy),
+        ("reward", RewardClient, ask_reward),
+        ("reference", ReferenceClient, ask_reference),
+    ],
+    ids=["policy", "reward", "reference"],
+)
 async def test_callers_of_a_service_that_is_ended_and_killed_and_started_again_are_all_answered_rightly(
-    start_service, make_reward_model, tokenizer
+    start_service, make_reward_model, make_policy, tokenizer, name, make_client, make_ask
 ):
     """SIGTERM answers what is in hand; SIGKILL loses it, and the client asks again. None is lost, none is wrong."""
-    folder = make_reward_model(seed=4)
-    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
-    fingerprint = tokenizer_fingerprint(tokenizer)
-    prompts = [[5 + n % 200, 6 + n % 90] * 8 for n in range(40)]
-    with torch.inference_mode():
-        expected = [float(model(input_ids=torch.tensor([[*p, 7, 1]])).logits[0, 0]) for p in prompts]
-    service = start_service("reward", folder)
+    folder = make_reward_model(seed=4) if name == "reward" else make_policy(seed=4)
+    service = start_service(name, folder, *FLAGS[name])
     wrong, answered, done = [], Counter[int](), asyncio.Event()
 
-    async def caller(client: RewardClient, number: int) -> None:
+    async def caller(ask: Ask, number: int) -> None:
         while not done.is_set():
-            which = [(number + k) % 40 for k in range(4)]
-            items = [ScoreItem(prompt=prompts[n], response=[7, 1]) for n in which]
-            found = await client.score(items, tokenizer_fingerprint=fingerprint)
-            for n, result in zip(which, found.results, strict=True):
-                if not isinstance(result, Score) or abs(result.score - expected[n]) > 1e-4:
-                    wrong.append((n, result))
+            wrong.extend(await ask([(number + k) % 40 for k in range(4)]))
             answered[number] += 1
 
     async def all_are_answered() -> None:
@@ -178,14 +277,15 @@ async def test_callers_of_a_service_that_is_ended_and_killed_and_started_again_a
         before = answered.copy()
         await until(lambda: all(answered[n] >= before[n] + 3 for n in range(12)))
 
-    async with RewardClient(service.address, policy=CallPolicy(patience_s=120.0, deadline_s=60.0)) as client:
-        callers = [asyncio.create_task(caller(client, n)) for n in range(12)]
+    async with make_client(service.address, policy=CallPolicy(patience_s=120.0, deadline_s=60.0)) as client:
+        ask = make_ask(client, folder, tokenizer_fingerprint(tokenizer))
+        callers = [asyncio.create_task(caller(ask, n)) for n in range(12)]
         for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
             await all_are_answered()
             service.process.send_signal(end)
             code = await asyncio.to_thread(service.process.wait, 60)
             assert code == (0 if end is signal.SIGTERM else -signal.SIGKILL)
-            service = await asyncio.to_thread(lambda old=service: start_service("reward", folder, like=old))
+            service = await asyncio.to_thread(lambda old=service: start_service(name, folder, *FLAGS[name], like=old))
         await all_are_answered()
         done.set()
         await asyncio.gather(*callers)  # Raises what any of them was told.

@@ -9,6 +9,7 @@ import pytest
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import tokenizer_fingerprint
 from quartet.policy.v1 import policy_pb2_grpc
+from services.policy.budget import BudgetLimits
 from services.policy.hosted import HostedPolicy
 from services.policy.servicer import PolicyServicer
 from services.policy.staging import Layout
@@ -21,7 +22,9 @@ from tests.unit.services.policy.served import MOST, House
 async def house(serve, tokenizer) -> AsyncIterator[House]:
     """Takes eight completions at a time, of a model of 300 tokens whose sequences have at most 128."""
     engine, stopped = ScriptedEngine(), []
-    servicer = PolicyServicer(ServiceMetrics("policy"), max_queued=MOST, stop=lambda reason: stopped.append(reason))
+    servicer = PolicyServicer(
+        ServiceMetrics("policy", batches=False), limits=BudgetLimits(max_completions=MOST), stop=stopped.append
+    )
     fingerprint = tokenizer_fingerprint(tokenizer)
     served_by = common_pb2.ServedBy(model_id="m", weights_version=3, tokenizer_fingerprint=fingerprint)
     servicer.hosted = HostedPolicy(

@@ -73,6 +73,7 @@ class ScriptedEngine:
     update_gate: asyncio.Event = field(default_factory=asyncio.Event)
     update_begun: asyncio.Event = field(default_factory=asyncio.Event)
     update_error: Exception | None = None
+    update_wait_s: float = 0.0
     pieces: Callable[[GenerationTask], AsyncGenerator[Piece, None]] | None = None
     tasks: list[GenerationTask] = field(default_factory=list)
     running: int = 0
@@ -123,7 +124,8 @@ class ScriptedEngine:
             yield Piece(token_ids=[token], logprobs=[logprob], version_spans=[(0, 1)])
         yield Piece(token_ids=[], logprobs=[], version_spans=[], finish=whole.finish)
 
-    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight) -> float:
+    async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight, wait_s: float) -> float:
+        self.update_wait_s = wait_s
         self.update_begun.set()
         await self.update_gate.wait()
         if self.update_error is not None:

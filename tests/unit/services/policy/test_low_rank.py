@@ -124,7 +124,7 @@ async def test_adapters_stay_on_their_names_when_the_weights_below_are_replaced(
     staged = tmp_path / "weights"
     staged.mkdir()
     (staged / "model.safetensors").write_bytes((new / "model.safetensors").read_bytes())
-    await engine.update_weights(staged / "model.safetensors", 5, InFlight.KEEP)
+    await engine.update_weights(staged / "model.safetensors", 5, InFlight.KEEP, 60.0)
     adapted, base = await asyncio.gather(engine.generate(task(PROMPTS[0], 1)), engine.generate(task(PROMPTS[0])))
     assert adapted.version_spans == [(5, len(adapted.token_ids))]
     assert off_by(new, lora, PROMPTS[0], adapted) < TOLERANCE

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import random
 from collections import Counter
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 import grpc
@@ -17,13 +17,14 @@ from quartet.client.errors import InvalidInputError, OverloadedError, Unavailabl
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import derive_seed
 from quartet.policy.v1 import policy_pb2_grpc
+from services.policy.budget import BudgetLimits
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationFailedError, GenerationTask, Piece
 from services.policy.kept_requests import KeepLimits
 from services.policy.run import GenerationRun
 from services.policy.servicer import PolicyServicer
 from services.runtime.interceptors import CallInterceptor
 from tests.unit.services.policy.scripted_engine import generated, until
-from tests.unit.services.policy.served import MOST, House, params
+from tests.unit.services.policy.served import MOST, hold, params
 
 PROMPTS = [[5, 6, 7], [9], [20, 21]]
 UNSEEDED = {"sampling": params()}
@@ -34,19 +35,6 @@ def answers(replies: list[Any]) -> dict[tuple[int, int], Any]:
     found = {(reply.prompt_index, reply.sample_index): reply for reply in replies}
     assert len(found) == len(replies)
     return found
-
-
-def hold(house: House, held: Callable[[GenerationTask], bool]) -> asyncio.Event:
-    """Completions for which ``held`` is true wait for the event that is returned; the others are answered at once."""
-    free = asyncio.Event()
-
-    async def answer(task: GenerationTask) -> Generated:
-        if held(task):
-            await free.wait()
-        return generated(task)
-
-    house.engine.answer = answer
-    return free
 
 
 async def test_the_same_request_again_gets_what_is_finished_and_runs_nothing(house):
@@ -122,9 +110,11 @@ async def test_within_its_grace_the_work_goes_on_for_who_comes_back_and_no_longe
         free.clear()
         call = house.call(PROMPTS, request_id=f"one-{comes_back}")
         await until(lambda: house.engine.running == 3)
+        held_bytes = house.metric("held_bytes")
         call.cancel()
         await asyncio.sleep(0.1)
         assert (house.engine.running, house.metric("completions_in_hand")) == (3, 3)
+        assert house.metric("held_bytes") == held_bytes > 0  # The request outlives its call.
         if comes_back:
             second = asyncio.create_task(house.generate(PROMPTS, request_id="one-True"))
             await asyncio.sleep(0.4)
@@ -134,7 +124,7 @@ async def test_within_its_grace_the_work_goes_on_for_who_comes_back_and_no_longe
         else:
             await until(lambda: house.engine.running == 0)
             assert house.engine.cancelled == 3
-        assert house.metric("completions_in_hand") == 0
+        assert [house.metric(name) for name in ("completions_in_hand", "tokens_in_hand", "held_bytes")] == [0] * 3
     # A request without an id has no retry to wait for.
     house.servicer.retry_grace_s = 60.0
     free.clear()
@@ -193,6 +183,23 @@ async def test_the_same_id_with_other_content_is_refused(house, changes):
     assert len(house.engine.tasks) == 6
 
 
+async def test_a_request_id_is_its_callers_alone_and_who_shows_nothing_shares_one_space(house):
+    asked = {"request_id": "one", **UNSEEDED}
+    first = answers(await house.generate(PROMPTS, token="of-alice", **asked))
+    for token in ("of-bob", ""):
+        other = answers(await house.generate(PROMPTS, token=token, **asked))
+        assert {key: r.completion.token_ids for key, r in other.items()} != {
+            key: r.completion.token_ids for key, r in first.items()
+        }
+        # With other content it is his own request that refuses, and not hers.
+        error = await house.refusal(PROMPTS[:1], token=token, **asked)
+        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert len(await house.generate(PROMPTS[:1], token="of-carol", **asked)) == 1
+    assert house.metric("rejoined_total") == 0
+    assert answers(await house.generate(PROMPTS, token="of-alice", **asked)) == first
+    assert house.metric("rejoined_total") == 1
+
+
 async def test_an_id_too_long_and_indices_that_are_none_are_refused_by_name(house):
     error = await house.refusal(PROMPTS, request_id="x" * 129)
     assert error.details() == "request_id is 129 characters long, must be at most 128 long"
@@ -202,6 +209,8 @@ async def test_an_id_too_long_and_indices_that_are_none_are_refused_by_name(hous
         error = await house.refusal(PROMPTS, n=2, received=[0, bad])
         assert error.details() == f"received is [{bad}], must be in [0, prompts times n 6)"
         assert translate(error, "").field == "received"
+    error = await house.refusal(PROMPTS, n=2, received=[0] * 7)
+    assert error.details() == "received is 7 long, must be at most 6 long"
     assert house.engine.tasks == []
 
 
@@ -472,7 +481,7 @@ async def test_a_stream_of_tokens_that_has_begun_is_not_tried_again_by_itself(ho
 
 async def test_thousands_that_join_leave_and_come_back_at_any_moment_are_answered_rightly_and_leave_nothing(house):
     """Few ids for many calls, which leave at random; the engine answers, fails and streams at its own pace."""
-    house.servicer.max_queued = 400
+    house.servicer.budget.limits = BudgetLimits(max_completions=400)
     house.servicer._kept.limits = KeepLimits(count=3)
     draw = random.Random(2)
     outcomes: Counter[str] = Counter()
@@ -535,6 +544,7 @@ async def test_thousands_that_join_leave_and_come_back_at_any_moment_are_answere
     assert outcomes["left"] > 500
     await until(lambda: house.engine.running == 0 and house.metric("completions_in_hand") == 0)
     await until(lambda: house.metric("calls_in_flight") == 0)
+    assert (house.metric("tokens_in_hand"), house.metric("held_bytes")) == (0, 0)
     assert house.metric("kept_requests") <= 3
     assert house.metric("rejoined_total") > 1000
     # Of 12,000 completions that were asked for, those that were kept or joined were not run.

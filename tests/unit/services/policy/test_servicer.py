@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
+from dataclasses import replace
 
 import grpc
 import pytest
@@ -13,9 +14,11 @@ from quartet.client.errors import translate
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import derive_seed
 from quartet.policy.v1 import policy_pb2
+from services.policy.budget import Budget, BudgetLimits
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask
+from services.policy.token_length import most_characters_of_a_token
 from tests.unit.services.policy.scripted_engine import at_once, generated, until
-from tests.unit.services.policy.served import MOST, params
+from tests.unit.services.policy.served import MOST, House, hold, params
 
 OK, INVALID = common_pb2.ITEM_STATUS_CODE_OK, common_pb2.ITEM_STATUS_CODE_INVALID
 PROMPTS = [[5, 6, 7], [9], [20, 21]]
@@ -130,6 +133,27 @@ async def test_each_refused_prompt_says_why_and_the_others_are_generated(house):
     assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 6
 
 
+async def test_text_that_cannot_fit_is_refused_unread_and_what_may_fit_is_read(house, tokenizer, monkeypatch):
+    longest = most_characters_of_a_token(tokenizer)
+    house.servicer.hosted = replace(house.servicer.hosted, most_characters=longest)
+    read: list[int] = []
+    encode = type(tokenizer).__call__
+    monkeypatch.setattr(type(tokenizer), "__call__", lambda self, t, **o: read.append(len(t)) or encode(self, t, **o))
+    token = max(map(tokenizer.decode, range(3, 300)), key=len)
+    fits = common_pb2.Prompt(text=token * 124)  # With four new tokens just what the model takes.
+    (reply,) = await house.generate([fits])
+    assert (reply.status.code, len(house.engine.tasks[0].prompt_ids), read) == (OK, 124, [124 * len(token)])
+    turn = common_pb2.ChatMessage(role="user", content="x" * 124 * longest)
+    chat = common_pb2.Prompt(messages=common_pb2.ChatMessages(messages=[turn]))
+    read.clear()
+    for reply in await house.generate([common_pb2.Prompt(text="x" * (124 * longest + 1)), chat]):
+        assert reply.status.code == INVALID
+        assert "characters, more than 124 tokens and max_new_tokens is 4, together more than the 128" in (
+            reply.status.reason
+        )
+    assert read == []
+
+
 async def test_a_refused_prompt_is_refused_once_a_sample_and_moves_no_seeds(house):
     replies = await house.generate([[5], [], [6]], params(seed=4), n=2)
     assert sorted((r.prompt_index, r.sample_index) for r in replies) == [(p, s) for p in range(3) for s in range(2)]
@@ -170,6 +194,7 @@ async def test_a_completion_whose_log_probabilities_are_no_numbers_is_invalid_al
         ({"min_new_tokens": -1}, "sampling.min_new_tokens is -1, must be in [0, max_new_tokens 4]"),
         ({"min_new_tokens": 5}, "sampling.min_new_tokens is 5, must be in [0, max_new_tokens 4]"),
         ({"stop_token_ids": [5, -1, 300]}, "sampling.stop_token_ids is [-1, 300], must be in the vocabulary, [0, 300)"),
+        ({"stop_token_ids": range(300, 400)}, f"sampling.stop_token_ids is {[*range(300, 308)]}, must be in"),
         ({"prompt_seeds": [1, 2, 3]}, "sampling.prompt_seeds has 3 values, must have none or 2, one a prompt"),
     ],
 )
@@ -294,6 +319,75 @@ async def test_a_request_that_could_never_fit_is_invalid_and_not_told_to_come_ag
     assert error.details() == "prompts times n is 9, at most 8 completions may be asked for at once"
     assert pushback_s(error) == 0.0
     assert house.engine.tasks == []
+
+
+def give(house: House, **limits: int) -> None:
+    """Another budget than the house was opened with."""
+    house.servicer.budget = Budget(BudgetLimits(**{"max_completions": 100, **limits}), house.servicer.metrics)
+
+
+async def test_a_request_counts_its_prompts_and_all_that_it_may_generate_until_each_is_finished(house):
+    give(house, max_tokens=100)
+    house.engine.gate.clear()
+    free = hold(house, lambda task: task.prompt_ids != [9])
+    first = house.call([[5, 6, 7], [9]], params(max_new_tokens=10), n=3)
+    await until(lambda: house.engine.running == 6)
+    assert house.metric("tokens_in_hand") == 3 * (3 + 10) + 3 * (1 + 10)
+    error = await house.refusal([[5] * 19], params(max_new_tokens=10))
+    assert (error.code(), pushback_s(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0)
+    assert error.details() == "72 tokens are waiting, 29 more would exceed 100; try again later"
+    assert house.metric("refused_total", reason="queue_tokens") == 1
+    house.engine.gate.set()
+    for _ in range(3):
+        assert (await first.read()).prompt_index == 1
+    assert (house.metric("tokens_in_hand"), house.metric("completions_in_hand")) == (39, 6)
+    free.set()
+    assert {(await first.read()).prompt_index for _ in range(3)} == {0}
+    assert house.metric("tokens_in_hand") == 0
+    error = await house.refusal([[5, 6]], params(max_new_tokens=99))
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "the request has 101 tokens, at most 100 may wait at a time (max_queued_tokens)" in error.details()
+
+
+async def test_a_request_is_refused_by_its_bytes_before_anything_is_read_of_it(house):
+    give(house, max_bytes=1000)
+    house.engine.gate.clear()
+    first = house.call([common_pb2.Prompt(text="hello " * 20)], params(max_new_tokens=2))
+    await until(lambda: house.engine.running == 1)
+    assert 120 < house.metric("held_bytes") < 250
+    wrong = params(temperature=-1.0)  # Nobody looked.
+    error = await house.refusal([common_pb2.Prompt(text="hello " * 145)], wrong)
+    assert (error.code(), pushback_s(error)) == (grpc.StatusCode.RESOURCE_EXHAUSTED, 1.0)
+    assert "bytes are in hand, " in error.details()
+    error = await house.refusal([common_pb2.Prompt(text="hello " * 200)], wrong)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    assert "at most 1000 are held at a time (max_held_mib); split it" in error.details()
+    house.engine.gate.set()
+    assert len([reply async for reply in first]) == 1
+    assert house.metric("held_bytes") == 0
+
+
+async def test_text_counts_by_the_tokens_of_texts_before_it_and_by_its_own_once_they_are_known(house, tokenizer):
+    give(house, max_tokens=200)
+    words = common_pb2.Prompt(text="my phone is broken " * 8)
+    count = len(tokenizer(words.text, add_special_tokens=False).input_ids)
+    house.engine.gate.clear()
+    first = house.call([words], params(max_new_tokens=3), n=2)
+    await until(lambda: house.engine.running == 2)
+    assert house.metric("tokens_in_hand") == 2 * (count + 3)
+    # Nothing of the guess makes a difference while nothing else is in hand, or once it is known to be wrong.
+    house.engine.gate.set()
+    assert len([reply async for reply in first]) == 2
+    dense = common_pb2.Prompt(text="\N{SNOWMAN}" * 30)  # Of more tokens than its bytes made one expect.
+    house.engine.gate.clear()
+    second = house.call([[5] * 50], params(max_new_tokens=50))
+    await until(lambda: house.engine.running == 1)
+    error = await house.refusal([dense], params(max_new_tokens=38))
+    assert error.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert len(house.engine.tasks) == 3  # Nothing of it was begun.
+    assert house.metric("tokens_in_hand") == 100
+    second.cancel()
+    await until(lambda: house.metric("tokens_in_hand") == 0)
 
 
 @pytest.mark.parametrize("received", [0, 1])

@@ -13,6 +13,7 @@ import random
 import re
 import shutil
 import threading
+import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from functools import lru_cache
@@ -27,7 +28,16 @@ from transformers import AutoModelForCausalLM, MistralConfig, MistralForCausalLM
 
 from services.policy import transformers_engine
 from services.policy.config import PolicySettings
-from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask, InFlight, Piece, Sampling
+from services.policy.engine import (
+    EngineFailedError,
+    Finish,
+    Generated,
+    GenerationTask,
+    InFlight,
+    Piece,
+    Sampling,
+    StillRunningError,
+)
 from services.policy.transformers_engine import TransformersEngine
 from services.runtime.errors import StartError
 
@@ -447,11 +457,13 @@ async def test_thousands_that_leave_at_any_moment_leave_nothing_behind(start, ma
 # Weight updates ---------------------------------------------------------------------------------------------------
 
 
-async def update(engine: TransformersEngine, to: Path, folder: Path, version: int, mode: InFlight) -> float:
+async def update(
+    engine: TransformersEngine, to: Path, folder: Path, version: int, mode: InFlight, wait_s: float = 60.0
+) -> float:
     """As the servicer does it: the file is gone when the engine has answered."""
     shutil.copytree(to, folder, ignore=shutil.ignore_patterns("*.json"))
     try:
-        return await engine.update_weights(folder / "model.safetensors", version, mode)
+        return await engine.update_weights(folder / "model.safetensors", version, mode, wait_s)
     finally:
         shutil.rmtree(folder)
 
@@ -485,7 +497,7 @@ async def test_kept_draws_go_on_where_they_were(start, make_policy, tmp_path):
     engine.hold()
     kept = asyncio.create_task(engine.generate(task(PROMPTS[0], chosen, 3)))
     await engine.step(2)
-    updating = asyncio.create_task(update(engine, policy(make_policy), tmp_path / "update", 1, InFlight.KEEP))
+    updating = asyncio.create_task(update(engine, policy(make_policy), tmp_path / "update", 1, InFlight.KEEP, 60.0))
     await engine.let_go()
     await updating
     assert (await kept).token_ids == alone.token_ids
@@ -514,6 +526,40 @@ async def test_requests_in_flight_finish_with_the_old_weights_and_those_that_wai
     found = await late
     assert_greedy(found, new, PROMPTS[2], 12)
     assert found.version_spans == [(1, 12)]
+
+
+async def test_an_update_that_waits_in_vain_changes_nothing_and_the_next_one_is_taken(start, make_policy, tmp_path):
+    old, new = policy(make_policy), policy(make_policy, seed=1)
+    engine = await start(max_concurrent=2)
+    engine.hold()
+    running = asyncio.create_task(engine.generate(task(PROMPTS[0])))
+    await engine.step(2)
+    with pytest.raises(StillRunningError, match="did not come to rest within 0 s"):
+        await update(engine, new, tmp_path / "first", 1, InFlight.FINISH, wait_s=0.05)
+    # Who comes now is not kept waiting any more, beside the one that runs on.
+    late = asyncio.create_task(engine.generate(task(PROMPTS[1])))
+    await engine.step(1)
+    assert engine.counts == (2, 0)
+    updating = asyncio.create_task(update(engine, new, tmp_path / "second", 1, InFlight.FINISH))
+    await engine.let_go()
+    await updating
+    for prompt, found in zip(PROMPTS, (await running, await late), strict=False):
+        assert_greedy(found, old, prompt, 12)
+    assert_greedy(await engine.generate(task(PROMPTS[2])), new, PROMPTS[2], 12)
+
+
+async def test_an_update_that_has_begun_is_waited_for_however_long_it_takes(start, make_policy, tmp_path, monkeypatch):
+    engine = await start()
+    read = engine._read_model
+
+    def slow(folder: Path) -> Any:
+        time.sleep(0.5)
+        return read(folder)
+
+    monkeypatch.setattr(engine, "_read_model", slow)
+    new = policy(make_policy, seed=1)
+    assert await update(engine, new, tmp_path / "update", 1, InFlight.FINISH, wait_s=0.2) > 0.4
+    assert_greedy(await engine.generate(task(PROMPTS[2])), new, PROMPTS[2], 12)
 
 
 async def test_aborted_requests_come_back_with_what_they_have(start, make_policy, tmp_path):
@@ -588,7 +634,7 @@ async def test_weights_that_do_not_load_end_the_engine_and_everybody_is_told(sta
             raise MemoryError
 
         monkeypatch.setattr(engine, "_read_model", no_room)
-    tasks.append(asyncio.create_task(engine.update_weights(tmp_path / "model.safetensors", 1, InFlight.KEEP)))
+    tasks.append(asyncio.create_task(engine.update_weights(tmp_path / "model.safetensors", 1, InFlight.KEEP, 60.0)))
     await engine.let_go()
     for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5):
         assert isinstance(outcome, EngineFailedError)
@@ -596,7 +642,7 @@ async def test_weights_that_do_not_load_end_the_engine_and_everybody_is_told(sta
     for call in (
         engine.check(),
         engine.generate(task(PROMPTS[0])),
-        engine.update_weights(tmp_path / "model.safetensors", 2, InFlight.KEEP),
+        engine.update_weights(tmp_path / "model.safetensors", 2, InFlight.KEEP, 60.0),
     ):
         with pytest.raises(EngineFailedError, match=said):
             await call

@@ -102,7 +102,7 @@ async def test_the_pause_of_an_update_is_measured_and_all_else_is_the_engine_s_o
 
     path = Path(tmp_path / "weights.safetensors")
     save_file({"a": zeros(1)}, path)
-    assert await engine.update_weights(path, 4, InFlight.KEEP) == 0.125
+    assert await engine.update_weights(path, 4, InFlight.KEEP, 60.0) == 0.125
     assert (value("update_pause_seconds_count"), value("update_pause_seconds_sum")) == (1, 0.125)
     assert (engine.name, engine.vocab_size, inner.updates[0].version) == ("inner", 77, 4)
     await engine.check()

@@ -21,7 +21,7 @@ from quartet.common.v1 import common_pb2
 from quartet.fingerprint import TensorDigest, weights_fingerprint
 from quartet.policy.v1 import weights_pb2, weights_pb2_grpc
 from services.policy import weights_servicer
-from services.policy.engine import EngineFailedError, InFlight
+from services.policy.engine import EngineFailedError, InFlight, StillRunningError
 from services.policy.hosted import HostedPolicy
 from services.policy.staging import Layout, StagedCheckpoint
 from services.policy.weights_servicer import WeightsServicer
@@ -106,7 +106,10 @@ async def house(serve, tmp_path) -> AsyncIterator[House]:
     engine, stopped = ScriptedEngine(), []
     served_by = common_pb2.ServedBy(model_id="m", weights_version=3, weights_fingerprint="of version 3")
     servicer = WeightsServicer(
-        ServiceMetrics("policy"), staging=tmp_path, max_bytes=2**20, stop=lambda reason: stopped.append(reason)
+        ServiceMetrics("policy", batches=False),
+        staging=tmp_path,
+        max_bytes=2**20,
+        stop=lambda reason: stopped.append(reason),
     )
     servicer.hosted = HostedPolicy(
         engine=engine, tokenizer=None, model=common_pb2.ModelInfo(served_by=served_by), layout=LAYOUT
@@ -347,6 +350,22 @@ async def test_an_engine_that_fails_in_the_middle_ends_the_service(house):
     assert house.stopped == ["the worker died"]
     assert house.left == []
     assert (await house.serving()).weights_version == 3
+
+
+async def test_an_update_that_waits_in_vain_is_a_deadline_and_the_old_weights_go_on_serving(house):
+    house.engine.update_error = StillRunningError("requests in flight did not come to rest within 600 s")
+    code, message, _ = await house.refusal(whole(7, tensors(1)))
+    assert code is grpc.StatusCode.DEADLINE_EXCEEDED
+    assert message == (
+        "requests in flight did not come to rest within 600 s (--update-wait-s, or the deadline of the call); "
+        "version 3 goes on serving"
+    )
+    assert 15 < house.engine.update_wait_s <= 20  # The call's own deadline is the sooner one.
+    assert (house.stopped, house.left, (await house.serving()).weights_version) == ([], [], 3)
+    house.engine.update_error = None
+    house.servicer.wait_s = 5.0
+    assert (await house.update(whole(7, tensors(1)))).served_by.weights_version == 7
+    assert house.engine.update_wait_s == 5.0
 
 
 async def test_an_engine_that_fails_after_the_client_left_ends_the_service_too(house):
