@@ -15,7 +15,7 @@ from quartet.model_folder import find_model
 from trainer.data import PromptRow, load_prompts
 from trainer.encoding import Encoder
 from trainer.errors import DataError, OutputError, ServicesError
-from trainer.files import replace_file
+from trainer.files import replace_file, require_folder
 from trainer.models import load_tokenizer
 from trainer.ppo_config import EvaluateSettings, SamplingSettings
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
@@ -204,6 +204,9 @@ def longest_prompt(info: ServiceInfo, max_new_tokens: int, *own_limits: int) -> 
 
 def main(settings: EvaluateSettings) -> None:
     """Evaluates what the policy service serves; prints the figures and writes them."""
+    require_folder("the folder of --output", settings.output.parent)
+    if settings.output.is_dir():
+        raise OutputError(f"--output is {str(settings.output)!r}: it is a folder; name a file")
     tokenizer = load_tokenizer(find_model(settings.model))
     rows = load_prompts(settings.prompts)[: settings.max_prompts]
 
