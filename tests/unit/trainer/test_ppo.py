@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.conftest import llama_config
 from trainer.errors import TrainerError
 from trainer.experience import make_experience
 from trainer.models import Critic, disable_dropout
-from trainer.ppo import Learner, explained_variance, time_metrics
+from trainer.ppo import Learner, explained_variance, score_metrics, time_metrics
 from trainer.ppo_config import PPOSettings
 from trainer.rollout import Rollout, Sample
 
@@ -285,6 +286,17 @@ def test_ppo_reaches_the_closed_form_optimum() -> None:
         learner.step(Rollout(samples=samples, failures=(), weights_version=0, duration_s=1, service_work_s=1), step)
     assert value() == pytest.approx(optimum, rel=0.02)
     assert value() <= optimum + 1e-9
+
+
+def test_the_interval_of_the_reward_is_over_prompts() -> None:
+    samples = tuple(
+        replace(sample, prompt_ids=(5, 6 + index // 4), score=float(index // 4) + 0.01 * (index % 4))
+        for index, sample in enumerate(make_samples(12))
+    )
+    found = score_metrics(make_experience(samples, torch.device("cpu")))
+    means = np.array([0.015, 1.015, 2.015])
+    assert found["reward/score_mean"] == pytest.approx(1.015, abs=1e-6)
+    assert found["reward/score_ci95"] == pytest.approx(4.302653 * means.std(ddof=1) / 3**0.5, rel=1e-5)
 
 
 def test_one_sample_has_no_interval_and_is_refused() -> None:
