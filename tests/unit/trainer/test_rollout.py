@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -26,7 +28,7 @@ from trainer.errors import ServicesError
 from trainer.experience import make_experience
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Weights
-from trainer.rollout import PromptTask, Services, covered_s, cut_at_stop, prompt_seed
+from trainer.rollout import PromptTask, Services, covered_s, cut_at_stop, prompt_seed, within_call
 
 OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 END = 1
@@ -114,12 +116,16 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
         self.refused: set[int] = set()
         self.truncations: set[int] = set()
         self.items: list[reward_pb2.ScoreItem] = []
+        self.works_s, self.clock_ahead_s = 0.0, 0.0
 
     async def GetModelInfo(self, request: Any, context: Any) -> reward_pb2.GetModelInfoResponse:
         return reward_pb2.GetModelInfoResponse(model=self.model)
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         reply = reward_pb2.ScoreResponse(served_by=self.model.served_by)
+        reply.work.start_unix_ns = time.time_ns() + int(self.clock_ahead_s * 1e9)
+        await asyncio.sleep(self.works_s)
+        reply.work.end_unix_ns = time.time_ns() + int(self.clock_ahead_s * 1e9)
         self.truncations.add(request.truncation)
         self.items.extend(request.items)
         for item in request.items:
@@ -425,6 +431,29 @@ def test_weights_are_a_snapshot_with_the_fingerprint_of_the_saved_file(make_poli
                 parameter.add_(1.0)
         assert bytes(weights.tensors[0].data) == before
         assert Weights.of(export_tensors(policy)).fingerprint != weights.fingerprint
+
+
+@pytest.mark.parametrize("clock_ahead_s", [0.0, 3600.0, -3600.0])
+async def test_the_work_of_a_service_counts_whatever_its_clock_says(clock_ahead_s, tokenizer):
+    async with scripted(tokenizer) as (_, reward, _, services):
+        await services.publish(WEIGHTS)
+        reward.works_s, reward.clock_ahead_s = 0.3, clock_ahead_s
+        rollout = await services.collect(tasks(2), SAMPLING)
+    assert 0.29 <= rollout.service_work_s <= rollout.duration_s
+
+
+def test_work_is_placed_within_its_call_and_never_grows():
+    def placed(start: int, end: int) -> tuple[int, int]:
+        found = within_call(WorkInterval(start_unix_ns=start, end_unix_ns=end), 100, 200)
+        return found.start_unix_ns, found.end_unix_ns
+
+    assert placed(110, 150) == (110, 150)
+    assert placed(100, 200) == (100, 200)
+    assert placed(5110, 5150) == (130, 170)  # In the middle.
+    assert placed(190, 230) == (130, 170)
+    assert placed(0, 500) == (100, 200)
+    assert placed(0, 0) == (150, 150)
+    assert placed(9, 3) == (150, 150)  # A clock that was set back.
 
 
 def test_covered_time_is_the_union_of_the_intervals_inside_the_window():
