@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable, Sequence
 
 from trainer.config import CheckSettings
-from trainer.data import load_demonstrations, load_preferences, load_prompts
+from trainer.data import Row, load_demonstrations, load_preferences, load_prompts
 
-_LOADERS = {"demonstrations": load_demonstrations, "preferences": load_preferences, "prompts": load_prompts}
+_LOADERS: dict[str, Callable[[Sequence[str]], Sequence[Row]]] = {
+    "demonstrations": load_demonstrations,
+    "preferences": load_preferences,
+    "prompts": load_prompts,
+}
 
 
 def main(settings: CheckSettings) -> None:
