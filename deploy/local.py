@@ -1,6 +1,6 @@
 """``quartet-local``: policy, reward and reference services on this machine, for as long as a command runs.
 
-    quartet-local --policy-model runs/sft/model --reward-model runs/reward/model -- quartet-train ppo --data p.jsonl
+    quartet-local --policy-model sft --reward-model reward -- quartet-train ppo --model sft --prompts p.jsonl --output o
 
 The services are processes of their own on free ports of loopback. Once all are SERVING, the command is started with
 their addresses in its environment; without one, the services run until Ctrl-C. A service that dies is started again on
@@ -22,7 +22,7 @@ from typing import ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
 
-from deploy.supervision import HeldPort, LocalError, Service, start_tethered
+from deploy.supervision import UNDERSTOOD, HeldPort, LocalError, Service, start_tethered, take_signal
 from quartet.model_folder import ModelFolderError, find_model
 from quartet.settings import NonNegativeFloat, NonNegativeInt, Port, PositiveFloat, Settings
 
@@ -30,8 +30,6 @@ from quartet.settings import NonNegativeFloat, NonNegativeInt, Port, PositiveFlo
 _TRAINER_PREFIXES = ("QUARTET_TRAIN_PPO_", "QUARTET_TRAIN_EVALUATE_")
 _POLL_S = 0.1
 _PROGRESS_EVERY_S = 15.0
-# Linux's <asm-generic/siginfo.h>: sent by the kernel, as a terminal's Ctrl-C is, to the whole foreground group.
-_SI_KERNEL = 0x80
 _PORTS = (
     "policy_port",
     "policy_admin_port",
@@ -46,7 +44,6 @@ _PORTS = (
 _PASSIVE_WAITING = {"OMP_WAIT_POLICY": "PASSIVE", "KMP_BLOCKTIME": "0"}
 # Exit codes after which nobody looks for logs: success, and an end that was asked for.
 _PEACEFUL = (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
-_UNDERSTOOD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LocalSettings(Settings):
@@ -110,7 +107,7 @@ def main(argv: list[str] | None = None) -> None:
             _refuse("no command stands after --")
     settings = LocalSettings.from_command_line(arguments)
     # Signals wait until the loop takes them: none can end this process before it has ended its own.
-    signal.pthread_sigmask(signal.SIG_BLOCK, _UNDERSTOOD)
+    signal.pthread_sigmask(signal.SIG_BLOCK, UNDERSTOOD)
     try:
         code = Launcher(settings, command).run()
     except LocalError as error:
@@ -126,7 +123,7 @@ class Launcher:
         """Checks what can be checked before anything is started, and takes the ports.
 
         Raises:
-            LocalError: a model folder is not usable, a port is taken, or there is no such command.
+            LocalError: a model or logs folder is not usable, a port is taken, or there is no such command.
         """
         self.settings = settings
         self.command = list(command)
@@ -140,8 +137,7 @@ class Launcher:
         # Those asked for before the free ones: a free one must not be one of them.
         chosen_first = sorted(_PORTS, key=lambda name: getattr(settings, name) == 0)
         self.ports = {name: HeldPort(_flag(name), getattr(settings, name)) for name in chosen_first}
-        self.logs = settings.logs or Path(tempfile.mkdtemp(prefix="quartet-local-"))
-        self.logs.mkdir(parents=True, exist_ok=True)
+        self.logs = _make_logs(settings.logs)
         cores = _cores()
         policy_flags = ["--engine", settings.engine, "--admin-port", str(self.ports["policy_admin_port"])]
         reward_flags = ["--admin-port", str(self.ports["reward_admin_port"])]
@@ -202,7 +198,7 @@ class Launcher:
         """Waits until all are SERVING; returns 0, or the exit code where a signal came first."""
         start_s = told_s = time.monotonic()
         while waiting := [service for service in self.services if not service.ready]:
-            number, _ = _take_signal(_POLL_S)
+            number, _ = take_signal(_POLL_S)
             if number is not None:
                 _announce("told to end")
                 return 128 + number
@@ -225,7 +221,7 @@ class Launcher:
             sys.stdout.write(f"{service.name + ' metrics':<19}http://127.0.0.1:{self._metrics_port(service)}/metrics\n")
         sys.stdout.flush()
         _say("serving; Ctrl-C ends it")
-        while _take_signal(_POLL_S)[0] is None:
+        while take_signal(_POLL_S)[0] is None:
             for service in self.services:
                 service.supervise(_announce)
         return 0
@@ -246,11 +242,9 @@ class Launcher:
         )
         failure: LocalError | None = None
         while (code := tether.poll()) is None:
-            number, from_terminal = _take_signal(_POLL_S)
-            if number == signal.SIGINT and not from_terminal:  # A terminal's has reached the command already.
-                tether.send(signal.SIGINT)
-            elif number in (signal.SIGTERM, signal.SIGHUP):
-                tether.end()
+            number, from_terminal = take_signal(_POLL_S)
+            if number is not None:
+                tether.hand_on(number, from_terminal)
             for service in self.services:
                 try:
                     service.supervise(_announce)
@@ -266,7 +260,7 @@ class Launcher:
         for service in self.services:
             service.end()
         while any(service.running() for service in self.services):
-            number, _ = _take_signal(_POLL_S)
+            number, _ = take_signal(_POLL_S)
             if number is not None:
                 _say("killing the services")
                 for service in self.services:
@@ -286,22 +280,19 @@ def _check_model(flag: str, model: str) -> None:
         raise LocalError(f"{flag}: {error}", exit_code=2) from error
 
 
+def _make_logs(folder: Path | None) -> Path:
+    """The folder of the logs, made where it is not there; a temporary one for None."""
+    if folder is None:
+        return Path(tempfile.mkdtemp(prefix="quartet-local-"))
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LocalError(f"--logs is {str(folder)!r}: can't be a folder: {error.strerror}", exit_code=2) from error
+    return folder
+
+
 def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _take_signal(timeout_s: float) -> tuple[signal.Signals | None, bool]:
-    """Waits for one of the understood signals; whether a terminal sent it, and so to the command as well."""
-    if sys.platform == "linux":
-        info = signal.sigtimedwait(_UNDERSTOOD, timeout_s)
-        return (None, False) if info is None else (signal.Signals(info.si_signo), info.si_code == _SI_KERNEL)
-    # Without siginfo, a Ctrl-C is taken to come from the terminal where there is one and we are in its foreground.
-    time.sleep(timeout_s)
-    pending = signal.sigpending() & set(_UNDERSTOOD)
-    if not pending:
-        return None, False
-    number = signal.Signals(signal.sigwait(pending))
-    return number, sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
 
 
 def _announce(message: str) -> None:

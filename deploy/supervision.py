@@ -1,4 +1,4 @@
-"""Processes that live no longer than their launcher, and ports that are theirs across restarts."""
+"""Processes that live no longer than their launcher, the signals it takes, and ports kept across restarts."""
 
 from __future__ import annotations
 
@@ -24,6 +24,10 @@ _MAX_BACKOFF_S = 30.0
 _STABLE_S = 60.0
 _PROBE_EVERY_S = 0.25
 _TAIL_LINES = 20
+# Linux's <asm-generic/siginfo.h>: sent by the kernel, as a terminal's Ctrl-C is, to the whole foreground group.
+_SI_KERNEL = 0x80
+# Signals that ask a launcher to end. It blocks them, so that none ends it before it has ended what it started.
+UNDERSTOOD = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class LocalError(Exception):
@@ -32,6 +36,20 @@ class LocalError(Exception):
     def __init__(self, message: str, *, exit_code: int = 1) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+def take_signal(timeout_s: float) -> tuple[signal.Signals | None, bool]:
+    """Waits for one of ``UNDERSTOOD``, which must be blocked; whether a terminal sent it, and so to the command too."""
+    if sys.platform == "linux":
+        info = signal.sigtimedwait(UNDERSTOOD, timeout_s)
+        return (None, False) if info is None else (signal.Signals(info.si_signo), info.si_code == _SI_KERNEL)
+    # Without siginfo, a Ctrl-C is taken to come from the terminal where there is one and we are in its foreground.
+    time.sleep(timeout_s)
+    pending = signal.sigpending() & set(UNDERSTOOD)
+    if not pending:
+        return None, False
+    number = signal.Signals(signal.sigwait(pending))
+    return number, sys.stdin.isatty() and os.tcgetpgrp(sys.stdin.fileno()) == os.getpgrp()
 
 
 class HeldPort:
@@ -81,6 +99,13 @@ class Tethered:
         """SIGTERM now, SIGKILL for it and all its descendants after its grace."""
         with contextlib.suppress(OSError):
             self.lifeline.send(b"\0")
+
+    def hand_on(self, number: signal.Signals, from_terminal: bool) -> None:
+        """What a launcher that was sent ``number`` owes the command that it runs in the terminal's foreground."""
+        if number != signal.SIGINT:
+            self.end()
+        elif not from_terminal:  # A terminal's has reached the command already.
+            self.send(number)
 
     def poll(self) -> int | None:
         """Its exit code, 128 + N where signal N ended it; None while it or a descendant of it runs."""

@@ -10,7 +10,8 @@ person until it says the opposite. Rows have ``Sentiment``, ``Text`` and ``batch
     prompts.jsonl, held_out_prompts.jsonl          first words alone
 
 Twins often differ in their very first words, so preferences have no prompt: the reward model judges whole texts, as it
-does in PPO, where prompt and response together are the text. Rows are set apart by ``batch_id``.
+does in PPO, where prompt and response together are the text. Rows are set apart by ``batch_id``. Different reviews may
+begin alike: such first words are prompts to train on, and no held-out ones.
 """
 
 from __future__ import annotations
@@ -39,12 +40,17 @@ def main() -> None:
     if not 0 < count < len(names):
         sys.exit(f"--held-out is {options.held_out}: of {len(names)} twins it sets {count} apart; both parts need some")
     options.output.mkdir(parents=True, exist_ok=True)
-    for prefix, chosen in (("held_out_", names[:count]), ("", names[count:])):
+    trained_on: set[str] = set()
+    for prefix, chosen in (("", names[count:]), ("held_out_", names[:count])):
         reviews = [row for name in chosen for row in groups[name]]
         write(options.output / f"{prefix}sft.jsonl", (continuation(r["Text"], options.prompt_words) for r in reviews))
         write(options.output / f"{prefix}preferences.jsonl", pairs(groups, chosen))
         prompts = dict.fromkeys(continuation(r["Text"], options.prompt_words)["prompt"] for r in reviews)
-        write(options.output / f"{prefix}prompts.jsonl", ({"prompt": prompt} for prompt in prompts))
+        new = [prompt for prompt in prompts if prompt not in trained_on]
+        if not new:
+            sys.exit("every held-out prompt is also one to train on: raise --prompt-words")
+        write(options.output / f"{prefix}prompts.jsonl", ({"prompt": prompt} for prompt in new))
+        trained_on.update(prompts)
 
 
 def read_groups(path: Path) -> dict[str, list[dict[str, str]]]:

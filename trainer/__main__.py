@@ -30,6 +30,11 @@ COMMANDS = {
         settings="trainer.config:HelpdeskSettings",
         main="trainer.helpdesk:main",
     ),
+    "check": Command(
+        summary="read data as the stages would, before anything is trained",
+        settings="trainer.config:CheckSettings",
+        main="trainer.check:main",
+    ),
     "init": Command(
         summary="make a small model with random weights and a tokenizer for your texts",
         settings="trainer.config:InitSettings",

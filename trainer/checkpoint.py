@@ -17,6 +17,7 @@ import random
 import re
 import signal
 import sys
+import time
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ _NAME = re.compile(r"checkpoint-(\d{6,})")
 _STATE = "state.json"
 _RNG = "rng.pt"
 _TENSORS = "tensors.safetensors"
+_SAME_REQUEST_S = 1.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -238,13 +240,21 @@ class StopRequest:
 def stop_on_signal() -> Iterator[StopRequest]:
     """Turns the first Ctrl-C or SIGTERM into a request that the loop looks at after each step; the second ends at once.
 
+    Those within a second of the first are the same request, come by two ways: to the whole process group, and handed on
+    by a launcher.
+
     Only the main thread can be told of signals: elsewhere nothing is ever requested.
     """
     request = StopRequest()
+    first_s = 0.0
 
     def on_signal(number: int, frame: FrameType | None) -> None:
+        nonlocal first_s
         if request.requested:
+            if time.monotonic() - first_s < _SAME_REQUEST_S:
+                return
             raise KeyboardInterrupt
+        first_s = time.monotonic()
         request.signal = signal.Signals(number)
         sys.stderr.write("\nstopping: this step is finished and saved first (once more to quit at once)\n")
 

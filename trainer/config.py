@@ -103,6 +103,19 @@ class RewardSettings(TrainingSettings):
         return self
 
 
+class CheckSettings(Settings):
+    """Reads data as the stages would and trains nothing: the first row that doesn't fit is named."""
+
+    command: ClassVar[str] = "quartet-train check"
+
+    data: tuple[str, ...] = Field(description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1)
+    kinds: tuple[Literal["demonstrations", "preferences", "prompts"], ...] = Field(
+        ("demonstrations", "preferences", "prompts"),
+        description="what each row must be readable as: demonstrations (sft), preferences (reward), prompts (ppo)",
+        min_length=1,
+    )
+
+
 class InitSettings(Settings):
     """A small Llama with random weights and a byte-level BPE tokenizer trained on the data named."""
 

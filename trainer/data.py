@@ -15,6 +15,7 @@ instruction, (input), chosen, rejected    the same
 chosen, rejected                          a preference without a prompt; of two conversations, the shared
                                           beginning is the prompt
 prompt; instruction, (input); messages    a prompt
+the shapes of a preference                its prompt
 ========================================  ==================================================================
 
 A prompt is text or a list of chat messages. Fields besides these are left alone. Nothing is dropped: the first row
@@ -346,6 +347,15 @@ def _preferred_conversation(prompt: Prompt, chosen: object, rejected: object, wh
 
 
 def _prompt_row(fields: Fields, where: str) -> PromptRow:
+    if _has(fields, "chosen") and _has(fields, "rejected"):
+        # Read as the reward model's training reads it, so that both mean the same prompt.
+        preference = _preference(fields, where)
+        if not preference.prompt:
+            raise DataError(
+                f"{where}: field 'prompt' is missing or empty, and 'chosen' and 'rejected' do not begin with the "
+                "same messages: there is nothing to answer"
+            )
+        return PromptRow(prompt=preference.prompt, where=where)
     if _has(fields, "prompt"):
         prompt = _prompt(fields, where)
         if not prompt:
@@ -359,7 +369,7 @@ def _prompt_row(fields: Fields, where: str) -> PromptRow:
         return PromptRow(prompt=asked, where=where)
     if _has(fields, "instruction"):
         return PromptRow(prompt=_instruction(fields, where), where=where)
-    raise _no_shape(fields, where, "a prompt needs prompt, instruction or messages")
+    raise _no_shape(fields, where, "a prompt needs prompt, instruction, messages, or chosen and rejected")
 
 
 # Fields ------------------------------------------------------------------------------------------------------------

@@ -15,11 +15,11 @@ from quartet.model_folder import find_model
 from trainer.data import PromptRow, load_prompts
 from trainer.encoding import Encoder
 from trainer.errors import DataError, OutputError, ServicesError
-from trainer.files import replace_file
+from trainer.files import replace_file, require_folder
 from trainer.models import load_tokenizer
 from trainer.ppo_config import EvaluateSettings, SamplingSettings
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
-from trainer.statistics import Interval, mean_interval
+from trainer.statistics import Interval, mean_interval_of_groups
 
 # Beyond this share of failed samples the rest would be a selection, not an evaluation.
 _MAX_FAILED = 0.1
@@ -92,6 +92,15 @@ class Evaluation:
             raise OutputError(f"{path} is not an evaluation: {error}") from error
 
 
+def different_prompts(rows: Sequence[PromptRow], at_most: int) -> list[PromptRow]:
+    """The first ``at_most`` different prompts; says how many repeat another one, which would count twice."""
+    first = {row.group_key: row for row in reversed(rows)}
+    different = [row for row in rows if first[row.group_key] is row]
+    if repeated := len(rows) - len(different):
+        sys.stderr.write(f"{repeated} of the {len(rows)} held-out prompts repeat another one and are left out\n")
+    return different[:at_most]
+
+
 def make_tasks(rows: Sequence[PromptRow], encoder: Encoder, *, seed: int) -> list[PromptTask]:
     """One task a held-out prompt. Seeds depend on seed and place alone, so two evaluations are paired.
 
@@ -127,11 +136,12 @@ async def evaluate(
 
 
 def summarise(rollout: Rollout, tokenizer: Any) -> Evaluation:
-    """The figures of a rollout that has one sample a prompt."""
+    """The figures of a rollout, its intervals over prompts."""
     samples = rollout.samples
+    prompts = [sample.prompt_ids for sample in samples]
     kls = [math.fsum(sample.logprobs) - math.fsum(sample.ref_logprobs) for sample in samples]
-    score = mean_interval([sample.score for sample in samples])
-    kl = mean_interval(kls)
+    score = mean_interval_of_groups([sample.score for sample in samples], prompts)
+    kl = mean_interval_of_groups(kls, prompts)
     deviation = math.sqrt(sum((sample.score - score.value) ** 2 for sample in samples) / (len(samples) - 1))
     return Evaluation(
         n=len(samples),
@@ -178,10 +188,11 @@ def difference(before: Evaluation, after: Evaluation) -> Interval:
     """
     earlier = {(sample.index, sample.prompt): sample.score for sample in before.samples}
     later = {(sample.index, sample.prompt): sample.score for sample in after.samples}
-    changes = [score - earlier[place] for place, score in later.items() if place in earlier]
+    both = [place for place in later if place in earlier]
+    changes = [later[place] - earlier[place] for place in both]
     if len(changes) < 2:
         raise DataError(f"the two evaluations have {len(changes)} prompts in common: at least 2 are needed to compare")
-    return mean_interval(changes)
+    return mean_interval_of_groups(changes, [prompt for _, prompt in both])
 
 
 def longest_prompt(info: ServiceInfo, max_new_tokens: int, *own_limits: int) -> int:
@@ -204,8 +215,11 @@ def longest_prompt(info: ServiceInfo, max_new_tokens: int, *own_limits: int) -> 
 
 def main(settings: EvaluateSettings) -> None:
     """Evaluates what the policy service serves; prints the figures and writes them."""
+    require_folder("the folder of --output", settings.output.parent)
+    if settings.output.is_dir():
+        raise OutputError(f"--output is {str(settings.output)!r}: it is a folder; name a file")
     tokenizer = load_tokenizer(find_model(settings.model))
-    rows = load_prompts(settings.prompts)[: settings.max_prompts]
+    rows = different_prompts(load_prompts(settings.prompts), settings.max_prompts)
 
     async def run() -> Evaluation:
         async with Services(settings, tokenizer) as services:

@@ -36,6 +36,11 @@ class Experience:
         """Tokens of each sequence."""
         return [len(sequence) for sequence in self.sequences]
 
+    @property
+    def prompts(self) -> list[tuple[int, ...]]:
+        """Token ids of each sequence's prompt."""
+        return [tuple(ids[:count].tolist()) for ids, count in zip(self.sequences, self.prompt_tokens, strict=True)]
+
     def pad(self, rows: Sequence[int], pad_id: int) -> Padded:
         """The sequences of ``rows`` as a batch for the models."""
         device = self.mask_NT.device

@@ -1,4 +1,4 @@
-"""Folders that appear whole or not at all, whenever the power goes."""
+"""Folders and files that appear whole or not at all, whenever the power goes."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+
+from trainer.errors import OutputError
+
+
+def require_folder(flag: str, folder: Path) -> None:
+    """Checks that ``folder``, the value of ``flag``, is one or can be made.
+
+    Raises:
+        OutputError: it or a part of its path is a file, or nothing may be written there.
+    """
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not nearest.is_dir():
+        what = "it is a file" if nearest == folder else f"{str(nearest)!r} is a file"
+        raise OutputError(f"{flag} is {str(folder)!r}: {what}; name a folder")
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise OutputError(f"{flag} is {str(folder)!r}: {str(nearest)!r} may not be written to")
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from quartet.fingerprint import derive_seed
 from trainer.config import HelpdeskSettings
 from trainer.errors import OutputError
-from trainer.files import replace_folder
+from trainer.files import replace_folder, require_folder
 
 FILES = ("sft.jsonl", "preferences.jsonl", "prompts.jsonl", "held_out_preferences.jsonl", "held_out_prompts.jsonl")
 # Every so many-th (product, problem) pair is held out.
@@ -156,8 +156,9 @@ def main(settings: HelpdeskSettings) -> None:
     Raises:
         OutputError: the folder holds something else, or more held-out prompts are asked for than there are.
     """
+    require_folder("--output", settings.output)
     if settings.output.exists():
-        held = sorted(path.name for path in settings.output.iterdir()) if settings.output.is_dir() else ["a file"]
+        held = sorted(path.name for path in settings.output.iterdir())
         if set(held) - set(FILES):
             raise OutputError(f"--output is {str(settings.output)!r}: it holds something else, such as {held[0]}")
     rows = make_rows(settings)

@@ -15,6 +15,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from trainer.config import InitSettings
 from trainer.data import read_rows, row_texts
 from trainer.errors import DataError, OutputError
+from trainer.files import require_folder
 from trainer.models import save_model
 
 PAD_TOKEN = "<|pad|>"
@@ -33,8 +34,9 @@ def main(settings: InitSettings) -> None:
 
     Raises:
         DataError: the data can't be read or hold no text.
-        OutputError: the folder is taken.
+        OutputError: the folder is taken, or can't be one.
     """
+    require_folder("--output", settings.output)
     if settings.output.exists() and any(settings.output.iterdir()):
         raise OutputError(f"--output is {str(settings.output)!r}: the folder is not empty; choose another")
     tokenizer = train_tokenizer(settings)

@@ -33,7 +33,10 @@ def k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
 
 
 def k2(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2: biased, of low variance; as a differentiable loss its gradient is KL's on-policy."""
+    """(log pi - log ref)^2 / 2: biased, of low variance; as a differentiable loss its gradient is KL's on-policy.
+
+    PPO does not use it: for estimators that put the KL into the loss.
+    """
     return 0.5 * k1(logprobs_BT, ref_logprobs_BT).square()
 
 
@@ -49,6 +52,7 @@ def check_kl_placement(estimator: KlEstimator, placement: Literal["reward", "los
 
     As a detached reward only k1 works: k2 and k3 there push with about 1 % of the gradient. As a differentiable loss
     k1 has no expected gradient at all, k2 is exact on-policy, and k3 follows the forward KL(ref, pi).
+    PPO has k1 in the reward and asks nothing; this is for settings that leave the choice open.
 
     Raises:
         ValueError: the pairing is refused, with what to use instead.
@@ -74,7 +78,7 @@ def sequence_kl(kl_BT: Tensor, mask_BT: Tensor) -> Tensor:
 
 
 def exact_kl(logits_p: Tensor, logits_q: Tensor) -> Tensor:
-    """KL(p, q) over the whole vocabulary.
+    """KL(p, q) over the whole vocabulary: the oracle that the estimators are tested against.
 
     Args:
         logits_p: (..., V) unnormalised log-probabilities of p; -inf for tokens that p excludes.

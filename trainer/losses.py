@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from trainer.logprobs import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
-from trainer.masked import check_batch, check_same_shape, fill_padding, masked_mean, masked_sum
+from trainer.masked import check_batch, check_same_shape, fill_padding, masked_mean
 
 __all__ = [
     "ImportanceWeights",
@@ -26,7 +26,6 @@ __all__ = [
     "chunked_selective_logprobs",
     "entropy_from_logits",
     "importance_weights",
-    "mean_entropy",
     "old_policy",
     "pairwise_ranking",
     "plackett_luce",
@@ -238,11 +237,6 @@ def old_policy(
     return recomputed_logprobs_BT.detach(), weights
 
 
-def mean_entropy(entropy_BT: Tensor, mask_BT: Tensor, denominator: Tensor | float | None = None) -> Tensor:
-    """Entropy a valid token: a 0-dimensional tensor; ``denominator`` as ``policy_loss`` has it."""
-    return masked_sum(entropy_BT, mask_BT) / _tokens(mask_BT, denominator)
-
-
 def bradley_terry(
     chosen_B: Tensor,
     rejected_B: Tensor,
@@ -292,6 +286,8 @@ def bradley_terry(
 def plackett_luce(scores_K: Tensor) -> Tensor:
     """-log P(ranking), P the product over places of softmax over what is left. For K = 2 it is Bradley-Terry.
 
+    For ranked lists, which no stage trains on yet.
+
     Args:
         scores_K: (..., K) scores of answers to one prompt, the best first, K at least 2.
 
@@ -308,6 +304,8 @@ def plackett_luce(scores_K: Tensor) -> Tensor:
 
 def pairwise_ranking(scores_K: Tensor) -> Tensor:
     """Mean over the C(K, 2) pairs of -logsigmoid(better - worse), all pairs of a prompt in one batch element.
+
+    For ranked lists, which no stage trains on yet.
 
     Args:
         scores_K: (..., K) scores of answers to one prompt, the best first, K at least 2.

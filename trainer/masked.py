@@ -129,7 +129,7 @@ def masked_moments(x_BT: Tensor, mask_BT: Tensor) -> Moments:
 
 
 def combine_moments(parts: Sequence[Moments]) -> Moments:
-    """Moments of the union of disjoint samples, such as the tokens of every process.
+    """Moments of the union of disjoint samples, such as the tokens of every process: of one, there is no need.
 
     Source: Chan, Golub & LeVeque 1979, "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances";
     stable where sums of squares would cancel.

@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from quartet.model_folder import find_model, read_metadata, write_metadata
+from quartet.model_folder import find_model, write_metadata
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder
@@ -469,9 +469,3 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, metadata: Mapping[st
         tokenizer.save_pretrained(partial)
         if metadata:
             write_metadata(partial, **metadata)
-
-
-def copy_metadata(source: Path, target: Path) -> None:
-    """Merges the quartet.json of one model folder into that of another."""
-    if content := read_metadata(source):
-        write_metadata(target, **content)

@@ -40,7 +40,7 @@ from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun, Trained
 from trainer.publishing import Weights
 from trainer.rollout import Rollout
-from trainer.statistics import mean_interval
+from trainer.statistics import mean_interval_of_groups
 from trainer.tracking import RunTracker
 
 WATCHED = (
@@ -358,8 +358,8 @@ def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -
 
 
 def score_metrics(experience: Experience) -> dict[str, float]:
-    """Raw scores with their interval, and the lengths of the responses."""
-    score = mean_interval(experience.scores_N.tolist())
+    """Raw scores with their interval, which is over prompts, and the lengths of the responses."""
+    score = mean_interval_of_groups(experience.scores_N.tolist(), experience.prompts)
     lengths_N = experience.mask_NT.sum(dim=1).float()
     return {
         "reward/score_mean": score.value,

@@ -86,7 +86,9 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     held_out_fraction: Annotated[UnitFloat, Field(gt=0, lt=1)] = Field(
         0.1, description="share of the prompts that is set apart where no --eval-prompts are named"
     )
-    max_eval_prompts: PositiveInt = Field(256, description="held-out prompts evaluated on: the first so many")
+    max_eval_prompts: PositiveInt = Field(
+        256, description="held-out prompts evaluated on: the first so many different ones"
+    )
     output: Path = Field(description="folder of the run: model, checkpoints, metrics.jsonl, evaluations, report.html")
 
     steps: PositiveInt = Field(100, description="rollouts, each followed by its epochs of updates")
@@ -200,7 +202,7 @@ class EvaluateSettings(ServiceAddresses, SamplingSettings):
 
     model: str = Field(description="folder or hub id of the policy's tokenizer")
     prompts: tuple[str, ...] = Field(description="files or hub names of prompts", min_length=1)
-    max_prompts: PositiveInt = Field(256, description="the first so many are used")
+    max_prompts: PositiveInt = Field(256, description="the first so many different ones are used")
     output: Path = Field(description="JSON file to write")
     against: Path | None = Field(None, description="an earlier evaluation of the same prompts to compare with")
     seed: NonNegativeInt = Field(0, description="of sampling")

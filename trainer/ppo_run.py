@@ -27,7 +27,7 @@ from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoi
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError, ServicesError
-from trainer.evaluate import Evaluation, difference, evaluate, longest_prompt, make_tasks
+from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
 from trainer.kl import AdaptiveKlController, FixedKlController
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.optimisation import choose_device
@@ -228,7 +228,9 @@ class PPORun:
             PromptTask(prompt=row.prompt, ids=tuple(int(token) for token in ids), seed=0)
             for row, ids in zip(rows, encoder.prompts(rows), strict=True)
         ]
-        self._eval_tasks = make_tasks(held_out[: settings.max_eval_prompts], encoder, seed=settings.seed)
+        self._eval_tasks = make_tasks(
+            different_prompts(held_out, settings.max_eval_prompts), encoder, seed=settings.seed
+        )
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 

@@ -1,13 +1,12 @@
 """From the reward model's score of a response to a reward per token.
 
 Shapes: B sequences, T response tokens, right-padded. Only response tokens are looked at, and only where the mask is
-True: a stop token in the prompt, or one used as padding, says nothing about the response.
+True. Where a response ends, and whether by itself, ``trainer.rollout`` finds out from its token ids.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -31,28 +30,6 @@ def last_token_index(mask_BT: Tensor) -> Tensor:
     if empty_B.any():
         raise ValueError(f"{rows(empty_B)} of mask_BT have no valid response token")
     return lengths_B - 1
-
-
-def finished(response_ids_BT: Tensor, mask_BT: Tensor, stop_ids: Sequence[int]) -> Tensor:
-    """(B,) bool: whether the last valid token is a stop token, so that the response ended by itself.
-
-    Raises:
-        ValueError: no stop token is given, or a row has no valid token.
-    """
-    check_batch(mask_BT, response_ids_BT=response_ids_BT)
-    last_B = response_ids_BT.gather(1, last_token_index(mask_BT)[:, None])[:, 0]
-    return _is_stop(last_B, stop_ids)
-
-
-def truncate_at_stop(response_ids_BT: Tensor, mask_BT: Tensor, stop_ids: Sequence[int]) -> Tensor:
-    """(B, T) the mask up to and including each response's first stop token; unchanged where there is none.
-
-    The reward model is then given the tokens under this mask, so that it judges what a reader would see.
-    """
-    check_batch(mask_BT, response_ids_BT=response_ids_BT)
-    stop_BT = _is_stop(response_ids_BT, stop_ids) & mask_BT
-    stops_before_BT = stop_BT.cumsum(dim=1) - stop_BT.long()
-    return mask_BT & (stops_before_BT == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,9 +143,3 @@ def shape_rewards(
     with torch.no_grad():
         kl_BT = k1(fill_padding(logprobs_BT, mask_BT), fill_padding(ref_logprobs_BT, mask_BT))
         return place_scores(scores_B, mask_BT) - beta * kl_BT, kl_BT
-
-
-def _is_stop(ids: Tensor, stop_ids: Sequence[int]) -> Tensor:
-    if not stop_ids:
-        raise ValueError("stop_ids is empty: no response could ever count as finished")
-    return torch.isin(ids, torch.tensor(list(stop_ids), dtype=ids.dtype, device=ids.device))

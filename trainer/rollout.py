@@ -228,6 +228,7 @@ class Services:
         while missing:
             asked = list(missing)
             before = len(missing)
+            asked_ns = time.time_ns()
             try:
                 async with contextlib.aclosing(self._stream([tasks[i] for i in asked], sampling)) as stream:
                     async for item in stream:
@@ -241,7 +242,7 @@ class Services:
                             missing[index] -= 1
                             continue
                         del missing[index]
-                        judge.put(index, item)
+                        judge.put(index, item, asked_ns)
             except UnavailableError as error:
                 fruitless = fruitless + 1 if len(missing) == before else 0
                 if fruitless == _FRUITLESS_TRIES:
@@ -300,15 +301,15 @@ class _Judge:
     def start(self, group: asyncio.TaskGroup) -> None:
         group.create_task(self._run(group))
 
-    def put(self, index: int, item: Completion | FailedCompletion) -> None:
-        """Takes what became of a task."""
+    def put(self, index: int, item: Completion | FailedCompletion, asked_ns: int) -> None:
+        """Takes what became of a task that the policy service was asked for at ``asked_ns``."""
         if isinstance(item, FailedCompletion):
             self._failures[index] = f"policy service: {item.failure.reason}"
         elif item.finish_reason is FinishReason.ABORTED or not item.token_ids:
             self._failures[index] = f"policy service: a response of {len(item.token_ids)} tokens, {item.finish_reason}"
         else:
             completion = cut_at_stop(item, self._stop_ids)
-            self.work.append(item.work)
+            self.work.append(within_call(item.work, asked_ns, time.time_ns()))
             self._responses[index] = completion
             self._arrived.put_nowait((index, completion))
 
@@ -346,6 +347,7 @@ class _Judge:
     async def _score(self, items: Sequence[_Item]) -> list[float | ItemFailure]:
         services = self._services
         takes_tokens = services.info.reward_takes_tokens
+        asked_ns = time.time_ns()
         scores = await services.reward.score(
             [self._score_item(index, completion, takes_tokens) for index, completion in items],
             tokenizer_fingerprint=services.tokenizer_fingerprint if takes_tokens else "",
@@ -353,7 +355,7 @@ class _Judge:
             truncation=Truncation.REFUSE if takes_tokens else self._truncation,
         )
         require_same_weights("reward", scores.served_by, services.info.reward.served_by)
-        self.work.append(scores.work)
+        self.work.append(within_call(scores.work, asked_ns, time.time_ns()))
         return [result if isinstance(result, ItemFailure) else result.score for result in scores.results]
 
     def _score_item(self, index: int, completion: Completion, takes_tokens: bool) -> ScoreItem:
@@ -372,11 +374,12 @@ class _Judge:
             )
             for index, completion in items
         ]
+        asked_ns = time.time_ns()
         batch = await services.reference.logprobs(
             sequences, tokenizer_fingerprint=services.tokenizer_fingerprint, temperature=self._temperature
         )
         require_same_weights("reference", batch.served_by, services.info.reference.served_by)
-        self.work.append(batch.work)
+        self.work.append(within_call(batch.work, asked_ns, time.time_ns()))
         return [result if isinstance(result, ItemFailure) else result.logprobs for result in batch.results]
 
     def results(self) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
@@ -431,6 +434,19 @@ def require_same_weights(name: str, answered: ServedBy, expected: ServedBy) -> N
             f"at the start of the run it was {expected.model_id!r} with {expected.weights_fingerprint[:12]}...: "
             "figures of the two can't be compared; start it with the former model and resume the run"
         )
+
+
+def within_call(work: WorkInterval, asked_ns: int, answered_ns: int) -> WorkInterval:
+    """When a service worked, by this machine's clock: somewhere within the call that it worked for.
+
+    Where the service's clock is off by more than that, the work is put in the middle of the call, as if both ways had
+    taken equally long (RFC 5905, NTP, assumes the same); how long it took needs no common clock.
+    """
+    if asked_ns <= work.start_unix_ns <= work.end_unix_ns <= answered_ns:
+        return work
+    duration_ns = min(max(0, work.end_unix_ns - work.start_unix_ns), answered_ns - asked_ns)
+    start_ns = asked_ns + (answered_ns - asked_ns - duration_ns) // 2
+    return WorkInterval(start_unix_ns=start_ns, end_unix_ns=start_ns + duration_ns)
 
 
 def covered_s(intervals: Sequence[WorkInterval], start_ns: int, end_ns: int) -> float:

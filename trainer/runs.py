@@ -18,7 +18,7 @@ from trainer.checkpoint import Restored, latest_checkpoint, load_checkpoint, rea
 from trainer.config import TrainingSettings
 from trainer.data import Row, shared_groups, split_held_out
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
-from trainer.files import replace_file
+from trainer.files import replace_file, require_folder
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
 from trainer.tracking import METRICS_FILE, RunTracker
@@ -42,11 +42,10 @@ def open_output(
         leftovers: files besides the log that such a run leaves, removed before it starts again.
 
     Raises:
-        OutputError: the folder holds a run and ``resume`` is not set, or it is none.
+        OutputError: the folder holds a run and ``resume`` is not set, or it can't be one.
         CheckpointError: the checkpoint was written under other settings.
     """
-    if output.exists() and not output.is_dir():
-        raise OutputError(f"--output is {str(output)!r}: it is a file; name a folder")
+    require_folder("--output", output)
     newest = latest_checkpoint(output)
     if not resume:
         if newest is not None or (output / METRICS_FILE).exists():

@@ -131,9 +131,10 @@ def response_tokens(row: EncodedResponse) -> int:
 def read_template(settings: SftSettings) -> str:
     """
     Raises:
-        DataError: the file can't be read.
+        DataError: the file can't be read, or is not UTF-8 text.
     """
     try:
         return settings.chat_template.read_text(encoding="utf-8") if settings.chat_template else ""
-    except OSError as error:
-        raise DataError(f"--chat-template is {str(settings.chat_template)!r}: {error.strerror}") from error
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else f"not UTF-8 text: {error}"
+        raise DataError(f"--chat-template is {str(settings.chat_template)!r}: {reason}") from error

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -38,7 +38,7 @@ class Interval:
 
 
 def mean_interval(values_N: Floats) -> Interval:
-    """The mean with Student's interval. The observations must be independent: average over samples of one prompt first.
+    """The mean with Student's interval. The observations must be independent; else see ``mean_interval_of_groups``.
 
     Raises:
         ValueError: fewer than 2 values, or one that is not finite.
@@ -47,6 +47,22 @@ def mean_interval(values_N: Floats) -> Interval:
     half = student_quantile(len(x_N) - 1) * float(x_N.std(ddof=1)) / math.sqrt(len(x_N))
     mean = float(x_N.mean())
     return Interval(value=mean, low=mean - half, high=mean + half, count=len(x_N))
+
+
+def mean_interval_of_groups(values_N: Floats, groups_N: Sequence[Hashable]) -> Interval:
+    """The mean of the groups' means with Student's interval: answers to one prompt, the group, are not independent.
+
+    Of one group alone, the interval is over its values: what is known then is that group's own mean.
+
+    Raises:
+        ValueError: fewer than 2 values, one that is not finite, or not one group a value.
+    """
+    x_N = _finite(values_N, at_least=2)
+    sums: dict[Hashable, tuple[float, int]] = {}
+    for value, group in zip(x_N.tolist(), groups_N, strict=True):
+        total, count = sums.get(group, (0.0, 0))
+        sums[group] = (total + value, count + 1)
+    return mean_interval(x_N if len(sums) == 1 else [total / count for total, count in sums.values()])
 
 
 def wilson_interval(successes: float, count: int) -> Interval:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+import deploy.local
 from quartet.settings import Settings
 from trainer.__main__ import COMMANDS
 from trainer.data import load_demonstrations, load_preferences, load_prompts
@@ -45,8 +46,8 @@ def tree() -> list[str]:
 
 
 def commands() -> list[list[str]]:
-    """Command lines in indented blocks, with continuation lines joined and comments taken off."""
-    text = re.sub(r"\\\n\s*", " ", README)
+    """Command lines in indented blocks, with continuation lines joined and comments taken off; quartet-local's own."""
+    text = re.sub(r"\\\n\s*", " ", f"{README}\n{deploy.local.__doc__}")
     lines = [line.strip() for line in text.splitlines() if line.startswith("    ")]
     words = [shlex.split(line, comments=True) for line in lines if line.startswith(("quartet-", "make "))]
     found = []

@@ -262,11 +262,15 @@ def test_a_port_already_taken_is_refused_before_anything_is_loaded(launch):
 def test_wrong_flags_models_and_commands_are_one_clear_line(launch, make_policy, tmp_path):
     nothing = str(tmp_path / "nothing")
     bare = str(make_policy(seed=5, with_tokenizer=False))
+    file = tmp_path / "file"
+    file.touch()
     for flags, code, message in [
         (["--reward-model", nothing], 2, f"--reward-model: model '{nothing}': there is no such folder"),
         (["--reference-model", bare], 2, f"--reference-model: model '{bare}': the folder has no tokenizer"),
         (["--ready-timeout-s", "-1"], 2, "--ready-timeout-s is '-1': Input should be greater than 0"),
         (["--reward-port", "50052", "--policy-port", "50052"], 2, "--policy-port and --reward-port are both 50052"),
+        (["--logs", str(file)], 2, f"--logs is '{file}': can't be a folder: File exists"),
+        (["--logs", str(file / "x")], 2, f"--logs is '{file}/x': can't be a folder: Not a directory"),
         (["--policy-args", "'"], 2, '--policy-args is "\'": No closing quotation'),
     ]:
         text = refused(launch(*flags), code=code, within_s=20)

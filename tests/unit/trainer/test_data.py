@@ -13,6 +13,11 @@ from trainer.errors import DataError
 
 USER = {"role": "user", "content": "Hi"}
 ASSISTANT = {"role": "assistant", "content": "Hello!"}
+OTHER = {"role": "assistant", "content": "What?"}
+
+
+def said(number: int) -> dict[str, str]:
+    return {"role": "user", "content": f"question {number}"}
 
 
 @pytest.fixture
@@ -63,7 +68,10 @@ def test_json_parquet_and_json_lines_hold_the_same_rows(tmp_path, write):
             "fields 'chosen' and 'rejected' differ before their last message",
         ),
         (load_prompts, {"prompt": ""}, "field 'prompt' is empty: there is nothing to answer"),
-        (load_prompts, {"text": "a"}, "a prompt needs prompt, instruction or messages"),
+        (load_prompts, {"text": "a"}, "a prompt needs prompt, instruction, messages, or chosen and rejected"),
+        (load_prompts, {"chosen": "a", "rejected": "b"}, "field 'prompt' is missing or empty, and 'chosen' and"),
+        (load_prompts, {"prompt": "", "chosen": "a", "rejected": "b"}, "field 'prompt' is missing or empty"),
+        (load_prompts, {"chosen": [ASSISTANT], "rejected": [ASSISTANT]}, "field 'prompt' is missing or empty"),
         (load_prompts, "not json", "not valid JSON"),
         (load_prompts, "[1]", "must be a JSON object, is a list"),
     ],
@@ -75,6 +83,30 @@ def test_a_bad_row_is_refused_with_file_line_and_field(load, row, message, write
         load([source])
     assert f"{source}, line 3: " in str(refused.value)
     assert message in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("row", "prompt"),
+    [
+        ({"chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, [USER]),
+        ({"prompt": "Hi", "chosen": [ASSISTANT], "rejected": [OTHER]}, [USER]),
+        ({"prompt": [USER], "chosen": [USER, ASSISTANT], "rejected": [USER, OTHER]}, [USER]),
+        ({"prompt": "Hi", "chosen": " yes", "rejected": " no"}, "Hi"),
+        ({"instruction": "Hi", "chosen": "yes", "rejected": "no"}, [USER]),
+    ],
+)
+def test_a_preference_has_one_prompt_whichever_stage_reads_it(row, prompt, write):
+    source = write(row)
+    for load in (load_demonstrations, load_preferences, load_prompts):
+        assert [read.prompt for read in load([source])] == [prompt]
+    # So every stage holds out the same ones.
+    many = write(*({"chosen": [said(i), ASSISTANT], "rejected": [said(i), OTHER]} for i in range(40)))
+    held_out = [
+        {json.dumps(read.prompt) for read in split_held_out(load([many]), 0.2, seed=3)[1]}
+        for load in (load_demonstrations, load_preferences, load_prompts)
+    ]
+    assert held_out[0] == held_out[1] == held_out[2]
+    assert len(held_out[0]) == 8
 
 
 @pytest.mark.parametrize(

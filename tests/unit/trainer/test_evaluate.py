@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
 from scipy import stats
 
+from trainer.data import PromptRow
 from trainer.errors import DataError, OutputError
-from trainer.evaluate import Evaluation, difference, distinct_n, longest_prompt, summarise
+from trainer.evaluate import Evaluation, difference, different_prompts, distinct_n, longest_prompt, summarise
 from trainer.rollout import Rollout, Sample
+from trainer.statistics import mean_interval_of_groups
 
 
 def sample(index: int, response: tuple[int, ...], score: float, kl: float, finished: bool = True) -> Sample:
@@ -55,6 +58,30 @@ def test_means_intervals_and_diversity_are_those_computed_by_hand():
     assert found.tokens_per_s == 5.0
     assert [(s.prompt, s.response, s.score) for s in found.samples][1] == ("51", "5 6 1", 3.0)
     assert distinct_n([(1,), (2,)], 2) == 1.0
+
+
+def test_an_interval_is_over_prompts_and_not_over_answers():
+    """Answers to one prompt resemble each other: counted as independent they would halve the interval here."""
+    of_prompt = [[1.0, 1.2, 0.8, 1.0], [3.0, 3.2, 2.8, 3.0], [5.0, 5.2, 4.8, 5.0]]
+    samples = [replace(SAMPLES[i], score=score) for i, scores in enumerate(of_prompt) for score in scores]
+    found = evaluate(*samples)
+    means = [statistics.mean(scores) for scores in of_prompt]
+    assert found.score_mean == pytest.approx(3.0)
+    assert found.score_ci95 == pytest.approx(stats.t.ppf(0.975, 2) * statistics.stdev(means) / 3**0.5, rel=1e-6)
+    alone = mean_interval_of_groups(of_prompt[0], ["p"] * 4)
+    assert (alone.value, alone.count) == (1.0, 4)
+    with pytest.raises(ValueError, match="at least 2"):
+        mean_interval_of_groups([1.0], ["p"])
+
+
+def test_a_prompt_that_is_repeated_is_asked_once_and_its_repetitions_are_counted(capsys):
+    user = [{"role": "user", "content": "a"}]
+    rows = [PromptRow(prompt=prompt, where=str(i)) for i, prompt in enumerate(["a", "b", "a", user, user, "c", "b"])]
+    found = different_prompts(rows, 3)
+    assert [row.where for row in found] == ["0", "1", "3"]
+    assert capsys.readouterr().err == "3 of the 7 held-out prompts repeat another one and are left out\n"
+    assert different_prompts(found, 256) == found
+    assert capsys.readouterr().err == ""
 
 
 def test_an_evaluation_is_read_back_as_it_was_written(tmp_path):

@@ -18,7 +18,6 @@ from torch.nn.functional import pad
 from trainer.losses import (
     OffPolicyCorrection,
     importance_weights,
-    mean_entropy,
     old_policy,
     policy_loss,
     value_loss,
@@ -190,23 +189,22 @@ def test_impossible_value_clip_ranges_are_refused(clip_range: float) -> None:
 
 
 def _gradient_of_cut(cuts: int, global_denominator: bool) -> tuple[Tensor, list[float]]:
-    """Gradient and summed figures of both losses and the entropy over 8 sequences in ``cuts`` parts."""
+    """Gradient and summed figures of both losses over 8 sequences in ``cuts`` parts."""
     generator = torch.Generator().manual_seed(6)
     features_BTD = torch.randn(8, 6, 4, generator=generator, dtype=torch.float64)
     old_BT, advantages_BT, old_values_BT, returns_BT = torch.randn(4, 8, 6, generator=generator, dtype=torch.float64)
     mask_BT = torch.arange(6) < torch.tensor([6, 1, 3, 2, 6, 5, 1, 4])[:, None]
-    weight = torch.randn(3, 4, generator=generator, dtype=torch.float64).requires_grad_()
-    figures = torch.zeros(7, dtype=torch.float64)
+    weight = torch.randn(2, 4, generator=generator, dtype=torch.float64).requires_grad_()
+    figures = torch.zeros(6, dtype=torch.float64)
     tokens = float(mask_BT.sum())
     for part in torch.arange(8).chunk(cuts):
         denominator = tokens if global_denominator else None
-        new_BT, values_BT, entropy_BT = (features_BTD[part] @ weight.T).unbind(-1)
+        new_BT, values_BT = (features_BTD[part] @ weight.T).unbind(-1)
         new_BT = old_BT[part] + 0.2 * new_BT
         mask = mask_BT[part]
         policy = policy_loss(new_BT, old_BT[part], advantages_BT[part], mask, denominator=denominator)
         value = value_loss(values_BT, old_values_BT[part], returns_BT[part], mask, denominator=denominator)
-        entropy = mean_entropy(entropy_BT, mask, denominator)
-        loss = policy.loss + 0.1 * value.loss - 0.01 * entropy
+        loss = policy.loss + 0.1 * value.loss
         (loss if global_denominator else loss / cuts).backward()
         figures += torch.stack(
             [
@@ -216,7 +214,6 @@ def _gradient_of_cut(cuts: int, global_denominator: bool) -> tuple[Tensor, list[
                 policy.mean_old_minus_new,
                 value.loss.detach(),
                 value.clip_fraction,
-                entropy.detach(),
             ]
         )
     assert weight.grad is not None
@@ -276,14 +273,13 @@ def _all_figures(padding: float, extra: int) -> tuple[list[float], list[Tensor]]
     policy = policy_loss(new_BT, widened(LOGPROBS), widened(WHITENED), mask_BT, weights_BT=widened(WHITENED.abs()))
     value = value_loss(values_BT, widened(VALUES), widened(RETURNS), mask_BT)
     weights = importance_weights(widened(LOGPROBS), widened(LOGPROBS - STEP), mask_BT, cap=1.2)
-    entropy = mean_entropy(widened(-LOGPROBS), mask_BT)
     gradients = list(torch.autograd.grad(policy.loss + value.loss, (new_BT, values_BT)))
     for gradient_BT in gradients:
         assert (gradient_BT[~mask_BT] == 0).all()
     assert (weights.weights_BT[~mask_BT] == 0).all()
     figures = [
         *(policy.loss, policy.clip_fraction, policy.approx_kl, policy.mean_old_minus_new),
-        *(value.loss, value.clip_fraction, entropy),
+        *(value.loss, value.clip_fraction),
         *(weights.mean, weights.ess, weights.kl, weights.truncated_fraction),
     ]
     return [figure.item() for figure in figures], [*(g[mask_BT] for g in gradients), weights.weights_BT[mask_BT]]
@@ -298,13 +294,6 @@ def test_more_pads_and_whatever_they_hold_change_no_figure_and_no_gradient(paddi
     assert figures == pytest.approx(expected_figures, abs=1e-12)
     for ours, theirs in zip(tensors, expected_tensors, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-12, rtol=0)
-
-
-@given(seed=SEEDS, lengths=LENGTHS)
-def test_mean_entropy_is_over_valid_tokens(seed: int, lengths: list[int]) -> None:
-    entropy_BT, mask_BT = _ragged(seed, lengths, 1)
-    expected = sum(entropy_BT[b, t].item() for b, t in _cells(lengths)) / sum(lengths)
-    assert mean_entropy(entropy_BT, mask_BT).item() == pytest.approx(expected, abs=1e-12)
 
 
 @pytest.mark.parametrize("odd", ["old_logprobs_BT", "advantages_BT", "weights_BT"])

@@ -8,7 +8,13 @@ from __future__ import annotations
 import pytest
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, GPT2Config, GPT2LMHeadModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    GPT2Config,
+    GPT2ForSequenceClassification,
+    GPT2LMHeadModel,
+)
 
 from tests.conftest import llama_config, train_tokenizer
 from trainer.errors import ModelError
@@ -91,6 +97,35 @@ def test_two_train_mode_passes_are_equal_bit_for_bit_without_dropout(gpt2):
         assert torch.equal(first, second)
         assert set_dropout(policy, 0.3) > 0
         assert not torch.equal(policy(ids_BS).logits, policy(ids_BS).logits)
+
+
+@pytest.mark.parametrize("kind", ["reward model", "critic"])
+def test_what_is_loaded_from_a_classifier_with_dropout_gives_the_same_bits_twice_in_train_mode(
+    kind, tokenizer, tmp_path
+):
+    torch.manual_seed(0)
+    config = GPT2Config(
+        vocab_size=300, n_embd=64, n_layer=2, n_head=2, n_positions=64, num_labels=1, pad_token_id=0,
+        resid_pdrop=0.1, embd_pdrop=0.1, attn_pdrop=0.1, summary_first_dropout=0.1,
+    )  # fmt: skip
+    GPT2ForSequenceClassification(config).save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    if kind == "critic":
+        model = Critic.from_reward_model(tmp_path, load_tokenizer(tmp_path), head="normal")
+    else:
+        model = load_reward_model(tmp_path, load_tokenizer(tmp_path))
+    ids_BS, mask_BS = padded(0)
+
+    def forward() -> torch.Tensor:
+        if kind == "critic":
+            return model(ids_BS, mask_BS)
+        return model(ids_BS, attention_mask=mask_BS.long()).logits
+
+    assert model.training
+    with torch.no_grad():
+        assert torch.equal(forward(), forward())
+        assert set_dropout(model, 0.1) > 0
+        assert not torch.equal(forward(), forward())
 
 
 def test_scores_stand_at_the_last_real_token_on_either_side_padded(make_reward_model):

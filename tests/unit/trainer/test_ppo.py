@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,7 +22,7 @@ from tests.conftest import llama_config
 from trainer.errors import TrainerError
 from trainer.experience import make_experience
 from trainer.models import Critic, disable_dropout
-from trainer.ppo import Learner, explained_variance, time_metrics
+from trainer.ppo import Learner, explained_variance, score_metrics, time_metrics
 from trainer.ppo_config import PPOSettings
 from trainer.rollout import Rollout, Sample
 
@@ -83,7 +84,7 @@ def make_samples(count: int = 6, seed: int = 1) -> tuple[Sample, ...]:
 def naive_gradients(learner: Learner, samples: tuple[Sample, ...], options: PPOSettings) -> tuple[dict, dict, dict]:
     """The first update's gradients and figures: one sequence at a time, float64, loops, the formulas as written."""
     policy, critic = copy.deepcopy(learner.policy).double(), copy.deepcopy(learner.critic).double()
-    logprobs, values = [], []
+    logprobs, values, entropies = [], [], []
     for sample in samples:
         ids = torch.tensor([[*sample.prompt_ids, *sample.response_ids]])
         table = (policy(ids).logits[0] / options.temperature).log_softmax(-1)
@@ -91,6 +92,7 @@ def naive_gradients(learner: Learner, samples: tuple[Sample, ...], options: PPOS
         value = hidden @ critic.head.weight.double()[0] + critic.head.bias.double()
         start = len(sample.prompt_ids)
         logprobs.append([table[start + t - 1, token] for t, token in enumerate(sample.response_ids)])
+        entropies += (-(table.exp() * table).sum(-1)[start - 1 : -1]).tolist()
         values.append([value[start + t - 1] for t in range(len(sample.response_ids))])
     advantages, returns, kls = [], [], []
     for sample, logps, vals in zip(samples, logprobs, values, strict=True):
@@ -120,6 +122,7 @@ def naive_gradients(learner: Learner, samples: tuple[Sample, ...], options: PPOS
     loss_policy.backward()
     (options.value_coefficient * loss_value).backward()
     figures = {"kl/sequence_mean": np.mean(kls), "value/loss": loss_value.item(), "policy/loss": loss_policy.item()}
+    figures["policy/entropy_mean"] = np.mean(entropies)
     return (
         {name: p.grad for name, p in policy.named_parameters()},
         {name: p.grad for name, p in critic.named_parameters()},
@@ -186,6 +189,13 @@ def test_a_step_goes_over_every_sample_once_an_epoch_and_takes_a_fresh_order() -
     assert all(sorted(epoch) == list(range(10)) for epoch in epochs)
     assert len({tuple(epoch) for epoch in epochs}) == 4
     assert batches == list(learner.minibatches(10, step=5)) != list(learner.minibatches(10, step=6))
+
+
+def test_adams_epsilon_is_1e_5_unless_told_otherwise() -> None:
+    for options, eps in ((settings(), 1e-5), (settings(adam_eps=1e-8), 1e-8)):
+        optimisers = make_learner(options).optimisers
+        assert set(optimisers) == {"policy", "critic"}
+        assert {group["eps"] for optimiser in optimisers.values() for group in optimiser.param_groups} == {eps}
 
 
 def test_scores_are_normalised_then_clipped_then_penalised() -> None:
@@ -285,6 +295,17 @@ def test_ppo_reaches_the_closed_form_optimum() -> None:
         learner.step(Rollout(samples=samples, failures=(), weights_version=0, duration_s=1, service_work_s=1), step)
     assert value() == pytest.approx(optimum, rel=0.02)
     assert value() <= optimum + 1e-9
+
+
+def test_the_interval_of_the_reward_is_over_prompts() -> None:
+    samples = tuple(
+        replace(sample, prompt_ids=(5, 6 + index // 4), score=float(index // 4) + 0.01 * (index % 4))
+        for index, sample in enumerate(make_samples(12))
+    )
+    found = score_metrics(make_experience(samples, torch.device("cpu")))
+    means = np.array([0.015, 1.015, 2.015])
+    assert found["reward/score_mean"] == pytest.approx(1.015, abs=1e-6)
+    assert found["reward/score_ci95"] == pytest.approx(4.302653 * means.std(ddof=1) / 3**0.5, rel=1e-5)
 
 
 def test_one_sample_has_no_interval_and_is_refused() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import pytest
 import torch
@@ -15,12 +14,10 @@ from trainer.rewards import (
     MissingEos,
     apply_missing_eos,
     clip_scores,
-    finished,
     last_token_index,
     normalise,
     place_scores,
     shape_rewards,
-    truncate_at_stop,
 )
 
 EOS, PAD = 2, 0
@@ -35,13 +32,6 @@ SEEDS = st.integers(0, 2**31)
 
 def _mask(lengths: list[int], width: int = 6) -> Tensor:
     return torch.arange(width) < torch.tensor(lengths)[:, None]
-
-
-def _ids(*responses: list[int]) -> tuple[Tensor, Tensor]:
-    """Right-padded ids and their mask."""
-    width = max(map(len, responses))
-    ids_BT = torch.tensor([[*response, *[PAD] * (width - len(response))] for response in responses])
-    return ids_BT, _mask([len(response) for response in responses], width)
 
 
 # Where the score sits
@@ -82,73 +72,13 @@ def test_one_score_a_row_is_needed() -> None:
         place_scores(torch.zeros(3), MASK)
 
 
-# Ends and stops
-
-
-def test_a_response_is_finished_by_its_own_last_token_alone() -> None:
-    ids_BT, mask_BT = _ids([5, 6, EOS], [5, 6, 7, 8, 9], [5, EOS, 6], [EOS])
-    assert finished(ids_BT, mask_BT, [EOS]).tolist() == [True, False, False, True]
-
-
-def test_an_eos_in_the_prompt_does_not_excuse_a_missing_one() -> None:
-    """Historical: trl#6805. Chat templates end each turn with EOS, so a check on prompt + response always finds one."""
-    prompt, response = [1, 7, EOS, 4], [5, 6, 7]
-    ids_BT, mask_BT = _ids(response)
-    assert EOS in prompt + response
-    assert finished(ids_BT, mask_BT, [EOS]).tolist() == [False]
-    scores_B = apply_missing_eos(torch.tensor([2.0]), finished(ids_BT, mask_BT, [EOS]), "subtract", 1.0)
-    assert scores_B.tolist() == [1.0]
-
-
-def test_an_eos_used_as_padding_neither_hides_the_real_one_nor_counts_for_it() -> None:
-    """Historical: trl#5303, pad == eos. What is padding is the mask's to say, never the ids'."""
-    ids_BT = torch.tensor([[5, EOS, EOS, EOS], [5, 6, EOS, EOS]])
-    mask_BT = torch.tensor([[1, 1, 0, 0], [1, 1, 0, 0]], dtype=torch.bool)
-    assert finished(ids_BT, mask_BT, [EOS]).tolist() == [True, False]
-    assert torch.equal(truncate_at_stop(ids_BT, mask_BT, [EOS]), mask_BT)
-    assert place_scores(torch.tensor([3.0, 4.0]), mask_BT).tolist() == [[0, 3, 0, 0], [0, 4, 0, 0]]
-
-
 def test_padding_after_a_response_without_eos_is_not_response() -> None:
-    """Historical: verl#3805. Score on the last real token, no KL on pads, and the response is unfinished."""
-    ids_BT, mask_BT = _ids([5, 6], [5, 6, 7, EOS])
+    """Historical: verl#3805. Score on the last real token, no KL on pads."""
+    mask_BT = _mask([2, 4], 4)
     logprobs_BT = torch.full((2, 4), -1.0)
     rewards_BT, kl_BT = shape_rewards(torch.tensor([1.0, 1.0]), logprobs_BT, logprobs_BT - 0.5, mask_BT, beta=1.0)
     assert rewards_BT[0].tolist() == [-0.5, 0.5, 0, 0]
     assert kl_BT[0].tolist() == [0.5, 0.5, 0, 0]
-    assert finished(ids_BT, mask_BT, [EOS]).tolist() == [False, True]
-
-
-def test_any_of_several_stop_tokens_finishes() -> None:
-    ids_BT, mask_BT = _ids([5, 9], [5, EOS], [5, 8])
-    assert finished(ids_BT, mask_BT, [EOS, 9]).tolist() == [True, True, False]
-
-
-@given(
-    responses=st.lists(st.lists(st.integers(0, 4), min_size=1, max_size=7), min_size=1, max_size=5),
-    stops=st.sets(st.integers(0, 4), min_size=1, max_size=2),
-)
-def test_truncation_keeps_exactly_what_comes_before_the_first_stop_and_it(
-    responses: list[list[int]], stops: set[int]
-) -> None:
-    ids_BT, mask_BT = _ids(*responses)
-    kept_BT = truncate_at_stop(ids_BT, mask_BT, sorted(stops))
-    for b, response in enumerate(responses):
-        expected = []
-        for token in response:
-            expected.append(token)
-            if token in stops:
-                break
-        assert ids_BT[b, kept_BT[b]].tolist() == expected
-        assert kept_BT[b, : len(expected)].all()
-    was_stopped = [bool(set(response) & stops) for response in responses]
-    assert finished(ids_BT, kept_BT, sorted(stops)).tolist() == was_stopped
-
-
-@pytest.mark.parametrize("function", [finished, truncate_at_stop])
-def test_no_stop_token_at_all_is_refused(function: Any) -> None:
-    with pytest.raises(ValueError, match="stop_ids is empty"):
-        function(*_ids([5, 6]), [])
 
 
 # Penalty, normalisation, clipping

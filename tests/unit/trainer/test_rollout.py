@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import time
 from collections.abc import AsyncIterator, Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ import pytest
 import torch
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from quartet.client import Completion, NotReadyError
 from quartet.client.policy import UPDATE_ACCEPTED, FinishReason
@@ -21,16 +25,18 @@ from quartet.policy.v1 import policy_pb2, policy_pb2_grpc, weights_pb2, weights_
 from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from trainer.errors import ServicesError
+from trainer.experience import make_experience
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Weights
-from trainer.rollout import PromptTask, Services, covered_s, cut_at_stop, prompt_seed
+from trainer.rollout import PromptTask, Services, covered_s, cut_at_stop, prompt_seed, within_call
 
 OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 END = 1
 
 
 class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.WeightsServiceServicer):
-    """Answers prompt p with the tokens (p, p, END) at log-probability -p; ``script`` may break a call."""
+    """Answers prompt p with the tokens (p, p, END), or what ``answers`` has for p, at log-probability -p each;
+    ``script`` may break a call."""
 
     def __init__(self, fingerprint: str) -> None:
         self.model = common_pb2.ModelInfo(
@@ -43,6 +49,8 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
         self.asked: list[list[int]] = []
         self.updates: list[int] = []
         self.busy: dict[int, int] = {}
+        self.answers: dict[int, list[int]] = {}
+        self.requests: list[policy_pb2.GenerateRequest] = []
 
     async def GetModelInfo(self, request: Any, context: Any) -> policy_pb2.GetModelInfoResponse:
         return policy_pb2.GetModelInfoResponse(model=self.model)
@@ -50,6 +58,7 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[policy_pb2.GenerateResponse]:
         first_ids = [prompt.token_ids.ids[0] for prompt in request.prompts]
         self.asked.append(first_ids)
+        self.requests.append(request)
         on_answer = self.script.pop(0) if self.script else None
         for index, first in enumerate(first_ids):
             if on_answer is not None:
@@ -68,11 +77,13 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
                     common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_INVALID, reason="prompt is bad")
                 )
             else:
-                reply.completion.token_ids.extend([first, first, END])
-                reply.completion.logprobs.extend([-float(first)] * 3)
+                tokens = self.answers.get(first, [first, first, END])
+                reply.completion.token_ids.extend(tokens)
+                reply.completion.logprobs.extend([-float(first)] * len(tokens))
+                # What an engine says of the end does not count: the stop ids may be ours alone.
                 reply.completion.finish_reason = policy_pb2.FINISH_REASON_STOP
                 version = self.model.served_by.weights_version
-                reply.completion.version_spans.add(weights_version=version, token_count=3)
+                reply.completion.version_spans.add(weights_version=version, token_count=len(tokens))
             yield reply
 
     async def GetWeightsInfo(self, request: Any, context: Any) -> weights_pb2.GetWeightsInfoResponse:
@@ -104,13 +115,19 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
         self.failing: dict[int, int] = {}
         self.refused: set[int] = set()
         self.truncations: set[int] = set()
+        self.items: list[reward_pb2.ScoreItem] = []
+        self.works_s, self.clock_ahead_s = 0.0, 0.0
 
     async def GetModelInfo(self, request: Any, context: Any) -> reward_pb2.GetModelInfoResponse:
         return reward_pb2.GetModelInfoResponse(model=self.model)
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         reply = reward_pb2.ScoreResponse(served_by=self.model.served_by)
+        reply.work.start_unix_ns = time.time_ns() + int(self.clock_ahead_s * 1e9)
+        await asyncio.sleep(self.works_s)
+        reply.work.end_unix_ns = time.time_ns() + int(self.clock_ahead_s * 1e9)
         self.truncations.add(request.truncation)
+        self.items.extend(request.items)
         for item in request.items:
             first = item.prompt.token_ids.ids[0] if item.prompt.token_ids.ids else int(item.prompt.text.split()[-1])
             if self.failing.get(first, 0) > 0:
@@ -131,12 +148,14 @@ class ScriptedReference(reference_pb2_grpc.ReferenceServiceServicer):
     def __init__(self, fingerprint: str) -> None:
         served_by = common_pb2.ServedBy(model_id="f", weights_fingerprint="f0", tokenizer_fingerprint=fingerprint)
         self.model = common_pb2.ModelInfo(served_by=served_by, max_sequence_tokens=100)
+        self.requests: list[reference_pb2.LogProbsRequest] = []
 
     async def GetModelInfo(self, request: Any, context: Any) -> reference_pb2.GetModelInfoResponse:
         return reference_pb2.GetModelInfoResponse(model=self.model)
 
     async def LogProbs(self, request: Any, context: Any) -> reference_pb2.LogProbsResponse:
         reply = reference_pb2.LogProbsResponse(served_by=self.model.served_by)
+        self.requests.append(request)
         for item in request.items:
             count = len(item.token_ids) - item.response_start
             logprobs = [-(i + 1.0) * request.temperature for i in range(count)]
@@ -203,6 +222,71 @@ async def test_every_sample_carries_what_was_said_about_it_in_the_order_of_the_t
     assert all(sample.finished for sample in rollout.samples)
     assert rollout.weights_version == 1
     assert rollout.failures == ()
+
+
+# Row 8: one temperature everywhere.
+
+
+async def test_policy_and_reference_are_asked_for_the_temperature_of_the_settings_and_all_of_the_distribution(
+    tokenizer,
+):
+    async with scripted(tokenizer) as (policy, _, reference, services):
+        await services.publish(WEIGHTS)
+        for temperature in (0.7, 1.5):
+            await services.collect(tasks(2, 3), SamplingSettings(max_new_tokens=10, temperature=temperature))
+    asked = [request.sampling for request in policy.requests]
+    assert [sampling.temperature for sampling in asked] == pytest.approx([0.7, 1.5])
+    assert {(sampling.top_p, sampling.top_k, sampling.max_new_tokens) for sampling in asked} == {(1.0, 0, 10)}
+    found = [request.temperature for request in reference.requests]
+    assert found == pytest.approx(sorted(found))
+    assert {round(temperature, 6) for temperature in found} == {0.7, 1.5}
+
+
+# Rows 6 and 21: where a response ends, and whether by itself.
+
+
+async def test_an_end_token_in_the_prompt_does_not_excuse_a_response_without_one(tokenizer):
+    """Historical: trl#6805. Chat templates end each turn with EOS, so a check on prompt + response always finds one."""
+    asked = [PromptTask(prompt=f"prompt {first}", ids=(first, END, 7), seed=first) for first in (3, 4, 5)]
+    async with scripted(tokenizer) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+        policy.answers = {3: [8, 9, 8], 5: [END]}
+        rollout = await services.collect(asked, SAMPLING)
+    assert [sample.response_ids for sample in rollout.samples] == [(8, 9, 8), (4, 4, END), (END,)]
+    assert [sample.finished for sample in rollout.samples] == [False, True, True]
+    # And so it is only the first of them that pays.
+    assert make_experience(rollout.samples, torch.device("cpu")).finished_N.tolist() == [False, True, True]
+
+
+async def test_only_the_text_up_to_the_first_stop_token_is_judged(tokenizer):
+    settings = SamplingSettings(max_new_tokens=10, temperature=0.5, stop_token_ids=(9,))
+    async with scripted(tokenizer) as (policy, reward, reference, services):
+        await services.publish(WEIGHTS)
+        policy.answers = {3: [8, 9, 8, END], 4: [8, 8, END, 9], 5: [8, 8, 8]}
+        rollout = await services.collect(tasks(3, 4, 5), settings)
+    expected = [(8, 9), (8, 8, END), (8, 8, 8)]
+    assert [sample.response_ids for sample in rollout.samples] == expected
+    assert [sample.finished for sample in rollout.samples] == [True, True, False]
+    assert [len(sample.logprobs) for sample in rollout.samples] == [2, 3, 3]
+    assert [len(sample.ref_logprobs) for sample in rollout.samples] == [2, 3, 3]
+    assert sorted(tuple(item.response_token_ids.ids) for item in reward.items) == sorted(expected)
+    assert sorted(tuple(item.token_ids) for request in reference.requests for item in request.items) == [
+        (3, 7, 8, 9),
+        (4, 7, 8, 8, END),
+        (5, 7, 8, 8, 8),
+    ]
+    assert {tuple(request.sampling.stop_token_ids) for request in policy.requests} == {(9,)}
+
+
+async def test_a_reward_model_that_reads_text_is_told_whether_the_response_ended(tokenizer):
+    async with scripted(tokenizer, reward_tokenizer="0" * 64) as (policy, reward, _, services):
+        await services.publish(WEIGHTS)
+        a, b = tokenizer.encode("hello thanks", add_special_tokens=False)[:2]
+        policy.answers = {3: [a, b, END, a], 4: [a, b]}
+        await services.collect(tasks(3, 4), SAMPLING)
+    text = tokenizer.decode([a, b])
+    judged = sorted((item.prompt.text, item.response_text, not item.response_unfinished) for item in reward.items)
+    assert judged == [("prompt 3", text, True), ("prompt 4", text, False)]
 
 
 async def test_a_passing_failure_is_asked_again_and_a_lasting_one_is_dropped_and_named(tokenizer):
@@ -349,6 +433,29 @@ def test_weights_are_a_snapshot_with_the_fingerprint_of_the_saved_file(make_poli
         assert Weights.of(export_tensors(policy)).fingerprint != weights.fingerprint
 
 
+@pytest.mark.parametrize("clock_ahead_s", [0.0, 3600.0, -3600.0])
+async def test_the_work_of_a_service_counts_whatever_its_clock_says(clock_ahead_s, tokenizer):
+    async with scripted(tokenizer) as (_, reward, _, services):
+        await services.publish(WEIGHTS)
+        reward.works_s, reward.clock_ahead_s = 0.3, clock_ahead_s
+        rollout = await services.collect(tasks(2), SAMPLING)
+    assert 0.29 <= rollout.service_work_s <= rollout.duration_s
+
+
+def test_work_is_placed_within_its_call_and_never_grows():
+    def placed(start: int, end: int) -> tuple[int, int]:
+        found = within_call(WorkInterval(start_unix_ns=start, end_unix_ns=end), 100, 200)
+        return found.start_unix_ns, found.end_unix_ns
+
+    assert placed(110, 150) == (110, 150)
+    assert placed(100, 200) == (100, 200)
+    assert placed(5110, 5150) == (130, 170)  # In the middle.
+    assert placed(190, 230) == (130, 170)
+    assert placed(0, 500) == (100, 200)
+    assert placed(0, 0) == (150, 150)
+    assert placed(9, 3) == (150, 150)  # A clock that was set back.
+
+
 def test_covered_time_is_the_union_of_the_intervals_inside_the_window():
     def interval(start: float, end: float) -> WorkInterval:
         return WorkInterval(start_unix_ns=int(start * 1e9), end_unix_ns=int(end * 1e9))
@@ -358,16 +465,26 @@ def test_covered_time_is_the_union_of_the_intervals_inside_the_window():
     assert covered_s([], 0, 10) == 0.0
 
 
-def test_a_response_ends_with_its_first_stop_token():
+@given(response=st.lists(st.integers(0, 4), min_size=1, max_size=7), stops=st.sets(st.integers(0, 4), max_size=2))
+def test_a_response_is_cut_behind_its_first_stop_token_and_nowhere_else(response, stops):
+    expected = []
+    for token in response:
+        expected.append(token)
+        if token in stops:
+            break
+    cut = cut_at_stop(completed(response), frozenset(stops))
+    assert list(cut.token_ids) == expected
+    assert list(cut.logprobs) == [-float(i) for i in range(len(expected))]
+
+
+def completed(response: list[int]) -> Completion:
     served = ServedBy(model_id="", weights_version=0, weights_fingerprint="", tokenizer_fingerprint="")
-    completion = Completion(
-        prompt_index=0, sample_index=0, token_ids=(5, 1, 6, 1), logprobs=(-1.0, -2.0, -3.0, -4.0),
-        finish_reason=FinishReason.LENGTH, version_spans=((0, 4),), text="", prompt_token_ids=(), served_by=served,
-        work=WorkInterval(start_unix_ns=0, end_unix_ns=1),
+    logprobs = tuple(-float(i) for i in range(len(response)))
+    return Completion(
+        prompt_index=0, sample_index=0, token_ids=tuple(response), logprobs=logprobs,
+        finish_reason=FinishReason.LENGTH, version_spans=((0, len(response)),), text="", prompt_token_ids=(),
+        served_by=served, work=WorkInterval(start_unix_ns=0, end_unix_ns=1),
     )  # fmt: skip
-    cut = cut_at_stop(completion, frozenset({1}))
-    assert (cut.token_ids, cut.logprobs) == ((5, 1), (-1.0, -2.0))
-    assert cut_at_stop(completion, frozenset({9})) is completion
 
 
 def test_seeds_differ_by_purpose_step_prompt_and_sample():

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from quartet.model_folder import read_metadata
 from tests.conftest import WORDS
+from trainer.__main__ import main
 from trainer.config import RewardSettings, SftSettings
 from trainer.data import load_demonstrations, load_preferences
 from trainer.encoding import Encoder
@@ -264,7 +265,7 @@ def test_baselines_see_what_is_there_and_nothing_in_noise(rows):
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["nothing"], ["there is no command 'nothing'; there are helpdesk, init, sft, reward, ppo, evaluate"]),
+        (["nothing"], ["there is no command 'nothing'; there are helpdesk, check, init, sft, reward, ppo, evaluate"]),
         (["sft"], ["--model is required", "--data is required", "--output is required"]),
         (
             ["sft", "--model", "m", "--data", "d", "--output", "o", "--learning-rate", "-1"],
@@ -287,6 +288,71 @@ def test_what_is_wrong_on_the_command_line_is_said_in_one_line_each(arguments, m
     assert "Traceback" not in done.stderr
     for message in messages:
         assert message in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["init", "--data", "d.jsonl", "--output", "FILE"], "--output is 'FILE': it is a file; name a folder"),
+        (["init", "--data", "d.jsonl", "--output", "FILE/x"], "/FILE' is a file; name a folder"),
+        (["helpdesk", "--output", "FILE/x"], "/FILE' is a file; name a folder"),
+        (["sft", "--model", "m", "--data", "d.jsonl", "--output", "FILE"], "--output is 'FILE': it is a file"),
+        (["sft", "--model", "m", "--data", "d.jsonl", "--output", "FILE/x/y"], "/FILE' is a file; name a folder"),
+        (["reward", "--model", "m", "--data", "d.jsonl", "--output", "FILE/x"], "/FILE' is a file; name a folder"),
+        (["ppo", "--model", "m", "--prompts", "d.jsonl", "--output", "FILE/x"], "/FILE' is a file; name a folder"),
+        (
+            ["evaluate", "--model", "m", "--prompts", "d.jsonl", "--output", "FILE/x"],
+            "the folder of --output is 'FILE'",
+        ),
+        (["evaluate", "--model", "m", "--prompts", "d.jsonl", "--output", "."], "--output is '.': it is a folder"),
+    ],
+)
+def test_an_output_that_cannot_be_written_is_one_line_before_anything_is_done(
+    arguments, message, tmp_path, monkeypatch, capsys
+):
+    (tmp_path / "FILE").write_text("kept")
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as end:
+        main(arguments)
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert message in told
+    assert told.count("\n") == 1
+    assert (tmp_path / "FILE").read_text() == "kept"
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"\xff{{", "not UTF-8 text: 'utf-8' codec can't decode byte 0xff"), (None, "No such file")],
+)
+def test_a_chat_template_that_cannot_be_read_is_one_line(content, message, make_policy, rows, tmp_path, capsys):
+    template = tmp_path / "t.jinja"
+    if content is not None:
+        template.write_bytes(content)
+    flags = ["--chat-template", str(template), "--output", str(tmp_path / "run")]
+    model = str(make_policy())
+    capsys.readouterr()
+    with pytest.raises(SystemExit) as end:
+        main(["sft", "--model", model, "--data", rows["demonstrations"], *flags])
+    assert end.value.code == 2
+    told = capsys.readouterr().err
+    assert f"quartet-train sft: --chat-template is '{template}': {message}" in told
+    assert told.count("\n") == 1
+
+
+def test_data_are_checked_as_every_stage_would_read_them(tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"prompt": "a", "chosen": "b", "rejected": "c"}\n' * 3)
+    command = [sys.executable, "-m", "trainer", "check", "--data", "d.jsonl"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [f"d.jsonl: 3 {kind}" for kind in ("demonstrations", "preferences", "prompts")]
+    with (tmp_path / "d.jsonl").open("a") as file:
+        file.write('{"prompt": "a", "completion": "b"}\n')
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith("quartet-train check: d.jsonl, line 4: a preference needs chosen and rejected")
+    done = subprocess.run([*command, "--kinds", "demonstrations"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "d.jsonl: 4 demonstrations\n"
 
 
 def test_help_lists_every_setting_and_loads_no_torch():
