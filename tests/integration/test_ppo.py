@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from quartet.client import RewardClient, ScoreItem, WeightsClient
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import write_metadata
-from tests.conftest import WORDS, LiveService, free_port, train_tokenizer
+from tests.conftest import WORDS, LiveService, free_port, save_stock_tokenizer, train_tokenizer
 from trainer.tracking import read_metrics
 
 TRAIN = [sys.executable, "-m", "trainer"]
@@ -110,7 +110,9 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert done.returncode == 0, done.stderr
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    # Row 12: at the first forward pass the ratio is 1, with a live engine's and the trainer's own log-probabilities.
+    # The live engine's log-probabilities are the trainer's own, after every weight update.
+    assert 0 < max(record["rollout/logprob_max_abs_difference"] for record in records) < 1e-4
+    # Row 12: at the first forward pass of an update the ratio to the trainer's own old log-probabilities is 1.
     assert max(record["policy/first_ratio_max_abs_log"] for record in records) < 1e-4
     assert max(abs(record["rollout/importance_weight_mean"] - 1) for record in records) < 1e-4
     assert min(record["rollout/ess"] for record in records) > 0.9999
@@ -144,6 +146,34 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     again = run(ppo(model, prompts, tmp_path / "run", addresses(*services)))
     assert again.returncode == 2
     assert "it already holds a run; go on with it by --resume, or choose another" in again.stderr
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+async def test_a_stock_model_without_a_pad_token_of_its_own_is_trained_and_published(
+    pad, start_service, make_policy, make_reward_model, prompts, tmp_path
+):
+    model, reward_model = make_policy(scale=0.5, with_tokenizer=False), make_reward_model()
+    write_metadata(reward_model, kind="reward", append_eos=True)
+    for folder in (model, reward_model):
+        save_stock_tokenizer(folder, pad)
+    policy = start_service("policy", model, "--engine", "transformers")
+    services = addresses(policy, start_service("reward", reward_model), start_service("reference", model))
+    # The critic starts from the reward model, which takes the policy's tokens.
+    done = run(ppo(model, prompts, tmp_path / "run", services, "--steps", "2", "--max-eval-prompts", "4"))
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(tmp_path / "run")
+    assert [record["episodes"] for record in records] == [16, 32]
+    assert max(record["rollout/logprob_max_abs_difference"] for record in records) < 1e-4
+    exported = tmp_path / "run" / "model"
+    async with WeightsClient(policy.admin_address) as weights:
+        served = await weights.get_info()
+    assert served.weights_fingerprint == safetensors_fingerprint(exported) != safetensors_fingerprint(model)
+    # What was exported is hosted as it is: the same weights of the same tokenizer.
+    hosted = start_service("policy", exported, "--engine", "transformers")
+    async with WeightsClient(hosted.admin_address) as weights:
+        again = await weights.get_info()
+    assert again.weights_fingerprint == served.weights_fingerprint
+    assert again.tokenizer_fingerprint == served.tokenizer_fingerprint
 
 
 @pytest.mark.slow
@@ -208,6 +238,7 @@ async def test_a_run_outlives_the_death_of_reward_and_policy_service(
     assert {record["samples/failed"] for record in records} == {0}
     assert all(record["rollout/ess"] > 0.9999 for record in records)
     assert all(record["policy/first_ratio_max_abs_log"] < 1e-4 for record in records)
+    assert all(0 < record["rollout/logprob_max_abs_difference"] < 1e-4 for record in records)
     assert killed_at < 6
     # The restarted policy got the current weights before it generated anything for the run.
     events = [json.loads(line) for line in policy.log.read_text().splitlines() if line.startswith("{")]
