@@ -274,6 +274,12 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     assert "checkpoint-00000" in other.stderr
     assert "was written with other models behind the services (reward: was " in other.stderr
     assert "normalisation: was {'mean': 0.0, 'std': 1.0, 'count': 10}, is None" in other.stderr
+    rows = prompts.read_text()
+    prompts.write_text(rows.replace("hello", "thanks"))
+    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
+    prompts.write_text(rows)
+    assert other.returncode == 2
+    assert "was written with other rows than --prompts or --eval-prompts holds now" in other.stderr
     resumed = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     for file in ("policy.safetensors", "critic.safetensors"):
@@ -370,6 +376,15 @@ def test_prompts_that_leave_no_room_are_named(start_three, folders, tmp_path):
         (["--minibatches", "17"], "--minibatches is 17, a rollout has 16 responses: at most as many"),
         (["--kl", "adaptive", "--kl-horizon", "3"], "--kl-horizon is 3: it must be above .2 times the 16 responses"),
         (["--clip-range", "1"], "--clip-range is '1': Input should be less than 1"),
+        (["--seed", "99999999999999999999"], "--seed is '99999999999999999999': Input should be less than 92233720368"),
+        (
+            ["--prompts-per-step", "2", "--max-new-tokens", "3"],
+            "together at most 6 response tokens, a rollout needs at",
+        ),
+        (
+            ["--policy", "127.0.0.1:1,127.0.0.1:2"],
+            "--policy names 2 replicas and --policy-admin 1: every replica needs",
+        ),
         (["--policy", "foo"], "--policy is 'foo': address 'foo' must be host:port"),
     ],
 )
