@@ -54,6 +54,19 @@ def train_tokenizer(vocab_size: int = 300):  # type: ignore[no-untyped-def]
     return tokenizer
 
 
+def save_stock_tokenizer(folder: Path, pad_token: str | None) -> None:
+    """The tokenizer of ``train_tokenizer`` as many models have it: None for its pad token, or the end token, "<eos>".
+
+    Nor is there another token in it that is meant for padding.
+    """
+    tokenizer = train_tokenizer()
+    tokenizer.pad_token = pad_token
+    tokenizer.save_pretrained(folder)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        file = folder / name
+        file.write_text(file.read_text().replace('"<pad>"', '"<unused>"'))
+
+
 @pytest.fixture(scope="session")
 def tokenizer():  # type: ignore[no-untyped-def]
     return train_tokenizer()

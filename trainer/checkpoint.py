@@ -32,7 +32,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer.errors import CheckpointError, StoppedError
-from trainer.files import remove_folder, replace_folder
+from trainer.files import remove_folder, replace_folder, written
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _STATE = "state.json"
@@ -82,7 +82,7 @@ def save_checkpoint(
         CheckpointError: it can't be written; the older ones are untouched.
     """
     path = checkpoint_path(folder, step)
-    try:
+    with written(path, CheckpointError):
         with replace_folder(path) as partial:
             for name, module in modules.items():
                 safetensors.torch.save_file(
@@ -101,8 +101,6 @@ def save_checkpoint(
             (partial / _STATE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         for old in [path for _, path in _whole(folder)][: -max(1, keep)]:
             remove_folder(old)
-    except OSError as error:
-        raise CheckpointError(f"{path} can't be written: {error}") from error
     return path
 
 

@@ -13,6 +13,7 @@ from quartet.settings import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     Settings,
     UnitFloat,
 )
@@ -51,7 +52,7 @@ class TrainingSettings(Settings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
     )
-    seed: NonNegativeInt = Field(0, description="of the split, the order of rows, dropout and new weights")
+    seed: Seed = Field(0, description="of the split, the order of rows, dropout and new weights")
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations on held-out rows; 0: at the end alone")
     save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: when stopped alone")
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
@@ -134,7 +135,7 @@ class InitSettings(Settings):
     )
     max_positions: PositiveInt = Field(512, description="longest sequence in tokens")
     tie_embeddings: bool = Field(True, description="one matrix for input and output embeddings")
-    seed: NonNegativeInt = Field(0, description="of the weights")
+    seed: Seed = Field(0, description="of the weights")
 
     @model_validator(mode="after")
     def _heads_divide_width(self) -> Self:
@@ -154,4 +155,4 @@ class HelpdeskSettings(Settings):
     demonstrations: PositiveInt = Field(6000, description="rows of sft.jsonl, about half of them courteous")
     preferences: PositiveInt = Field(3000, description="rows of preferences.jsonl")
     held_out: PositiveInt = Field(300, description="rows of each held-out file")
-    seed: NonNegativeInt = Field(0, description="of everything drawn")
+    seed: Seed = Field(0, description="of everything drawn")

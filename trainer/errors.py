@@ -31,6 +31,10 @@ class ServicesError(TrainerError):
     """The services do not fit together, or failed more samples than the run allows."""
 
 
+class RolloutError(TrainerError):
+    """A rollout can't be learned from: too little of it is there, or a number in it is none."""
+
+
 class DivergedError(TrainerError):
     """Training produced a number that is not finite, so going on would be senseless."""
 

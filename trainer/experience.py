@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens of prompt and response, T response tokens, right-p
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from trainer.batching import pad_right
 from trainer.encoding import Ids
+from trainer.errors import RolloutError
+from trainer.ppo_config import LEAST_TOKENS
 from trainer.rollout import Sample
 
 
@@ -77,6 +80,31 @@ class Padded:
         offsets_T = torch.arange(self.response_mask_BT.shape[1], device=x_BS.device)
         places_BT = (self.starts_B[:, None] + offsets_T[None, :] + shift).clamp(max=x_BS.shape[1] - 1)
         return x_BS.gather(1, places_BT).masked_fill(~self.response_mask_BT, 0.0)
+
+
+def check_rollout(samples: Sequence[Sample]) -> None:
+    """
+    Raises:
+        RolloutError: the responses have fewer than 8 tokens together, or a score or log-probability is not finite.
+    """
+    tokens = sum(len(sample.response_ids) for sample in samples)
+    if tokens < LEAST_TOKENS:
+        raise RolloutError(
+            f"the {len(samples)} responses of the rollout have {tokens} tokens together, at least {LEAST_TOKENS} are "
+            "needed: raise --prompts-per-step; or the policy has come to end its responses at once: then go back to an "
+            "earlier model, and raise --kl-beta or lower --learning-rate"
+        )
+    for sample in samples:
+        for service, what, values in (
+            ("policy", "log-probability", sample.logprobs),
+            ("reference", "log-probability", sample.ref_logprobs),
+            ("reward", "score", (sample.score,)),
+        ):
+            if odd := [value for value in values if not math.isfinite(value)]:
+                raise RolloutError(
+                    f"the {service} service gave the {what} {odd[0]} for a response of {len(sample.response_ids)} "
+                    "tokens: it must be finite; see whether its model holds NaN, and serve it in float32 or bfloat16"
+                )
 
 
 def make_experience(samples: Sequence[Sample], device: torch.device) -> Experience:

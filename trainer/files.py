@@ -1,4 +1,4 @@
-"""Folders and files that appear whole or not at all, whenever the power goes."""
+"""Folders and files that appear whole or not at all, whenever the power goes or the disk is full."""
 
 from __future__ import annotations
 
@@ -8,7 +8,29 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from trainer.errors import OutputError
+import safetensors
+
+from trainer.errors import OutputError, TrainerError
+
+# A full disk is an OSError to Python, the second to safetensors and the third to torch.save.
+_WRITE_ERRORS = (OSError, safetensors.SafetensorError, RuntimeError)
+
+
+@contextlib.contextmanager
+def written(what: Path, kind: type[TrainerError] = OutputError) -> Iterator[None]:
+    """What is done within writes ``what`` and nothing else.
+
+    Raises:
+        TrainerError: of this ``kind``, that it can't be written; says why, and what to do.
+    """
+    try:
+        yield
+    except _WRITE_ERRORS as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise kind(
+            f"{what} can't be written: {reason}; make room or mend the cause, then give the same command again (a run "
+            "goes on with --resume)"
+        ) from error
 
 
 def require_folder(flag: str, folder: Path) -> None:
@@ -29,7 +51,8 @@ def require_folder(flag: str, folder: Path) -> None:
 def replace_folder(folder: Path) -> Iterator[Path]:
     """Gives an empty folder beside ``folder`` to fill, which then takes its name and place.
 
-    After an exception the old folder, if there was one, is as it was. Only when one is replaced is there a moment in
+    After an exception the old folder, if there was one, is as it was. What is written in it is the caller's, so are the
+    errors of that (``written``). Only when one is replaced is there a moment in
     which neither stands there; the old one is then still beside it under a name ending in ``.old``.
     """
     folder = folder.absolute()
@@ -54,14 +77,24 @@ def replace_folder(folder: Path) -> Iterator[Path]:
 
 
 def replace_file(path: Path, text: str) -> None:
-    """Writes ``text`` under a temporary name and renames it: the file is the old one or the whole new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Writes ``text`` under a temporary name and renames it: the file is the old one or the whole new one.
+
+    Raises:
+        OutputError: it can't be written.
+    """
     partial = path.with_name(f".{path.name}.partial")
-    with partial.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+    with written(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            with partial.open("w", encoding="utf-8") as file:
+                file.write(text)
+                file.flush()
+                os.fsync(file.fileno())
+            partial.replace(path)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
+            raise
 
 
 def remove_folder(folder: Path) -> None:

@@ -21,14 +21,11 @@ from transformers.modeling_utils import remove_tied_weights_from_state_dict
 from quartet.model_folder import find_model, write_metadata
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
-from trainer.files import replace_folder
+from trainer.files import replace_folder, written
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 
 # Where a configuration says how long a sequence may be.
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
-# Unused tokens of well-known vocabularies that are meant for padding.
-_PAD_TOKENS = ("<pad>", "<|pad|>", "[PAD]", "<|padding|>", "<|finetune_right_pad_id|>")
-_ADDED_PAD_TOKEN = "<|pad|>"
 # Bytes of logits that exist at once: what stays in a processor's cache, and what a GPU needs to be busy.
 _LOGIT_BYTES = {"cpu": 2**22, "cuda": 2**28}
 # On a processor: logits of so many tokens of the vocabulary at a time.
@@ -43,9 +40,9 @@ HeadInit = Literal["zero", "normal", "reward"]
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The model's tokenizer, with a pad token that is not the end token; one is added where there is none.
+    """The model's tokenizer as it is, so that it is the one that services load from the same folder.
 
-    ``load_policy`` and ``load_reward_model`` with this tokenizer grow the embeddings to fit.
+    It may have no pad token, or the end token for one: padding is filled with ``padding_id``.
 
     Raises:
         ModelError: it doesn't load or has no end token.
@@ -56,12 +53,12 @@ def load_tokenizer(folder: Path) -> Any:
         raise ModelError(f"model {str(folder)!r}: its tokenizer does not load: {error}") from error
     if tokenizer.eos_token_id is None:
         raise ModelError(f"model {str(folder)!r}: its tokenizer has no end token (eos_token), so no response could end")
-    if tokenizer.pad_token_id is None or tokenizer.pad_token_id == tokenizer.eos_token_id:
-        # Were they one, a mask made from ids would hide the real end of every response.
-        vocabulary = tokenizer.get_vocab()
-        known = [token for token in _PAD_TOKENS if token in vocabulary and token != tokenizer.eos_token]
-        tokenizer.add_special_tokens({"pad_token": known[0] if known else _ADDED_PAD_TOKEN})
     return tokenizer
+
+
+def padding_id(tokenizer: Any) -> int:
+    """The id that padding is filled with. Masks alone say where padding is, so any token but the end token does."""
+    return 1 if tokenizer.eos_token_id == 0 else 0
 
 
 def load_policy(model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch.float32) -> Any:
@@ -79,7 +76,7 @@ def load_policy(model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch
         )
     _fit(policy, tokenizer)
     if policy.generation_config is not None:
-        policy.generation_config.pad_token_id = tokenizer.pad_token_id
+        policy.generation_config.pad_token_id = policy.config.pad_token_id
         if policy.generation_config.eos_token_id is None:
             policy.generation_config.eos_token_id = tokenizer.eos_token_id
     disable_dropout(policy)
@@ -159,12 +156,20 @@ def _quiet_transformers() -> Iterator[None]:
 
 def _fit(model: Any, tokenizer: Any) -> None:
     """Makes room for added tokens and tells the model its pad and end tokens."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    if len(tokenizer) > rows:
+    pad = tokenizer.pad_token_id
+    # No text becomes a pad token: for that alone the model keeps the shape that it is served in.
+    needed = 1 + max(token for token in tokenizer.get_vocab().values() if token != pad)
+    if needed > model.get_input_embeddings().weight.shape[0]:
         # The mean of the others, so that the new token is not suddenly the likeliest.
         with _quiet_transformers():
-            model.resize_token_embeddings(len(tokenizer), mean_resizing=True)
-    model.config.pad_token_id = tokenizer.pad_token_id
+            model.resize_token_embeddings(needed, mean_resizing=True)
+    embeddings = model.get_input_embeddings()
+    # Transformers' own classifiers look for the last token that is no pad: with the end token for one they would score
+    # another than the last. Without one they refuse batches.
+    own = pad is not None and pad != tokenizer.eos_token_id and pad < embeddings.weight.shape[0]
+    model.config.pad_token_id = pad if own else None
+    # PyTorch gives this row no gradient, and it may be the end token's, which stands in every chat.
+    embeddings.padding_idx = None
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_token_id
 
@@ -462,9 +467,9 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, metadata: Mapping[st
     An existing folder is replaced. quartet.json keeps what it held of the model that was loaded, under ``metadata``.
 
     Raises:
-        OSError: it can't be written.
+        OutputError: it can't be written.
     """
-    with replace_folder(folder) as partial, _quiet_transformers():
+    with written(folder), replace_folder(folder) as partial, _quiet_transformers():
         model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
         if metadata:

@@ -29,12 +29,12 @@ from trainer import rewards
 from trainer.advantages import gae, whiten
 from trainer.batching import micro_batches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
-from trainer.errors import ServicesError
-from trainer.experience import Experience, make_experience
+from trainer.errors import DivergedError, RolloutError, ServicesError
+from trainer.experience import Experience, check_rollout, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, k3, sequence_kl
 from trainer.losses import ImportanceWeights, OffPolicyCorrection, old_policy, policy_loss, value_loss
 from trainer.masked import masked_mean, masked_var
-from trainer.models import TokenLogprobs, export_tensors
+from trainer.models import TokenLogprobs, export_tensors, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
 from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun, Trained
@@ -81,17 +81,14 @@ def train(run: PPORun, stop: StopRequest) -> None:
             saving_s = 0.0
             while run.step < settings.steps and not stop.requested:
                 start_s = time.perf_counter() - saving_s
-                with run.as_step():
-                    rollout = run.collect()
-                    metrics = learner.step(rollout, run.step)
-                    run.advance(rollout)  # At once: what is saved after this belongs to the new step.
-                    publish_s = publish(run, learner)
-                metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
-                evaluated: dict[str, float] = {}
-                try:
-                    evaluated = run.evaluate_between()
-                finally:  # The step is done, whatever becomes of the evaluation.
-                    tracker.log(run.step, metrics | run.progress() | evaluated)
+                with tracker.recording() as metrics:  # A step once learned is logged, whatever becomes of the rest.
+                    with run.as_step():
+                        rollout = run.collect()
+                        metrics |= learner.step(rollout, run.step)
+                        metrics |= run.advance(rollout)  # At once: what is saved after this belongs to the new step.
+                        publish_s = publish(run, learner)
+                    metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
+                    metrics |= run.evaluate_between()
                 saving_s = run.save_when_due(learner.trained)
             run.save(learner.trained)
             if stop.requested and run.step < settings.steps:
@@ -99,7 +96,7 @@ def train(run: PPORun, stop: StopRequest) -> None:
                     step=run.step, total_steps=settings.steps, checkpoint=latest_checkpoint(settings.output)
                 )
             run.evaluate_after()
-        except (QuartetError, ServicesError) as error:
+        except (QuartetError, ServicesError, RolloutError) as error:
             raise run.interrupted(error, learner.trained) from error
 
 
@@ -136,7 +133,7 @@ class Learner:
     def __init__(self, run: PPORun) -> None:
         settings = self.settings = run.settings
         self.device = run.device
-        self.pad_id = int(run.tokenizer.pad_token_id)
+        self.pad_id = padding_id(run.tokenizer)
         self.normalisation = run.normalisation
         self.policy = run.policy.to(run.device)
         self.critic = run.critic.to(run.device)
@@ -172,14 +169,24 @@ class Learner:
         Args:
             rollout: of the policy as it is now.
             step: steps done before, for the learning rate and the order of minibatches.
+
+        Raises:
+            RolloutError: there is too little to learn from, or a number of a service is none; nothing was learned.
+            DivergedError: a log-probability, a value or a gradient of the trainer's own models is not finite.
         """
         settings = self.settings
+        check_rollout(rollout.samples)
         share = linear_schedule(step, settings.steps, settings.warmup_fraction)
         for name, rate in (("policy", settings.learning_rate), ("critic", settings.critic_learning_rate)):
             set_learning_rate(self.optimisers[name], share * rate)
         start_s = time.perf_counter()
         experience = make_experience(rollout.samples, self.device)
         before = self.evaluate(experience)
+        if not (before.logprobs_NT.isfinite().all() and before.values_NT.isfinite().all()):
+            raise DivergedError(
+                f"log-probabilities or values of step {step + 1} are not finite: training diverged; lower "
+                "--learning-rate or --critic-learning-rate"
+            )
         forward_s = time.perf_counter() - start_s
         targets, metrics = self.shape(experience, before)
         metrics |= self.update(experience, targets, step)
@@ -243,6 +250,10 @@ class Learner:
             "policy/entropy_mean": float(masked_mean(before.entropies_NT, mask_NT)),
             "value/mean": float(masked_mean(before.values_NT, mask_NT)),
             "value/explained_variance": explained_variance(before.values_NT, returns_NT, mask_NT),
+            # Both are 0 on padding.
+            "rollout/logprob_max_abs_difference": float(
+                (before.logprobs_NT - experience.rollout_logprobs_NT).abs().max()
+            ),
         }
         if weights is not None:
             metrics |= {
@@ -377,8 +388,6 @@ def time_metrics(rollout: Rollout, metrics: dict[str, float], publish_s: float, 
     known_s = rollout.duration_s + metrics["time/forward_s"] + metrics["time/update_s"] + publish_s
     return {
         "throughput/generated_tokens_per_s": rollout.generated_tokens / rollout.duration_s,
-        "samples/failed": len(rollout.failures),
-        "weights/version": rollout.weights_version,
         "time/step_s": step_s,
         "time/rollout_s": rollout.duration_s,
         "time/publish_s": publish_s,

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
-from quartet.client.channel import target_of
+from quartet.client.channel import split_addresses, target_of
 from quartet.settings import (
     AdamBeta,
     Finite,
@@ -15,10 +15,14 @@ from quartet.settings import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    Seed,
     Settings,
     UnitFloat,
 )
 from trainer.service_credentials import AdminCredentials, ServiceCredentials
+
+# Response tokens of a rollout: of fewer, mean and variance would be noise.
+LEAST_TOKENS = 8
 
 ClipRange = Annotated[PositiveFloat, Field(lt=1)]
 
@@ -145,7 +149,7 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
     )
-    seed: NonNegativeInt = Field(0, description="of sampling, the order of prompts and minibatches, and new weights")
+    seed: Seed = Field(0, description="of sampling, the order of prompts and minibatches, and new weights")
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: before and after alone")
     save_every: NonNegativeInt = Field(
         10, description="steps between checkpoints; 0: when stopped and at the end alone"
@@ -179,6 +183,17 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
             )
         if self.batch_size < 2:
             raise ValueError("--prompts-per-step is 1 and --samples-per-prompt 1: a rollout needs at least 2 responses")
+        if self.batch_size * self.max_new_tokens < LEAST_TOKENS:
+            raise ValueError(
+                f"--prompts-per-step is {self.prompts_per_step}, --samples-per-prompt {self.samples_per_prompt} and "
+                f"--max-new-tokens {self.max_new_tokens}: together at most {self.batch_size * self.max_new_tokens} "
+                f"response tokens, a rollout needs at least {LEAST_TOKENS}"
+            )
+        if len(self.policy_admin) < (replicas := len(split_addresses(self.policy))):
+            raise ValueError(
+                f"--policy names {replicas} replicas and --policy-admin {len(self.policy_admin)}: every replica needs "
+                "its admin address, or it would go on with the weights that it was started with"
+            )
         if self.minibatches > self.batch_size:
             raise ValueError(
                 f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
@@ -205,4 +220,4 @@ class EvaluateSettings(ServiceAddresses, SamplingSettings):
     max_prompts: PositiveInt = Field(256, description="the first so many different ones are used")
     output: Path = Field(description="JSON file to write")
     against: Path | None = Field(None, description="an earlier evaluation of the same prompts to compare with")
-    seed: NonNegativeInt = Field(0, description="of sampling")
+    seed: Seed = Field(0, description="of sampling")

@@ -18,7 +18,7 @@ from torch import nn
 from torch.optim import Optimizer
 
 from quartet import tracing
-from quartet.client import QuartetError, request_ids
+from quartet.client import NotReadyError, QuartetError, UnavailableError, request_ids
 from quartet.client.reward import Normalisation
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import ModelFolderError, find_model
@@ -34,7 +34,7 @@ from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings
 from trainer.publishing import Weights
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
-from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, open_output, write_json
+from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, require_same_data, write_json
 
 _BEFORE = "evaluation_before.json"
 _AFTER = "evaluation_after.json"
@@ -183,14 +183,20 @@ class PPORun:
 
     def interrupted(self, error: Exception, trained: Trained) -> ServicesError:
         """Saves what is done and returns the error to raise: what went wrong, and how to go on."""
+        saved = ""
         if self.step > 0:
             # Prompts drawn for the broken step are drawn again.
             self._stream.position = self.step * self.settings.prompts_per_step
-            self.save(trained)
+            try:
+                self.save(trained)
+                saved = f"; saved in {self.newest_checkpoint}"
+            except CheckpointError as unsaved:
+                saved = f"; {unsaved}"
+        passes = isinstance(error, (UnavailableError, NotReadyError))
         return ServicesError(
-            f"{error}\nstopped after step {self.step} of {self.settings.steps}"
-            + (f"; saved in {self.newest_checkpoint}" if self.step else "")
-            + ". When the services are well, give the same command again with --resume"
+            f"{error}\nstopped after step {self.step} of {self.settings.steps}{saved}. When "
+            + ("the services are well" if passes else "that is mended")
+            + ", give the same command again with --resume"
         )
 
     # Models and prompts --------------------------------------------------------------------------------------------
@@ -216,6 +222,11 @@ class PPORun:
             ) from error
 
     def _encode(self, rows: Sequence[PromptRow], held_out: Sequence[PromptRow]) -> None:
+        """
+        Raises:
+            DataError: a prompt can't be used.
+            CheckpointError: a resumed run would go on with other prompts.
+        """
         settings = self.settings
         own = (longest_sequence(self.policy), longest_sequence(self.critic.body))
         limit = longest_prompt(self._info, settings.max_new_tokens, *own)
@@ -231,6 +242,8 @@ class PPORun:
         self._eval_tasks = make_tasks(
             different_prompts(held_out, settings.max_eval_prompts), encoder, seed=settings.seed
         )
+        self._data = ids_digest([task.ids for task in self._tasks], [task.ids for task in self._eval_tasks])
+        require_same_data(settings.output, self._checkpoint, self._data, "--prompts or --eval-prompts")
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 
@@ -286,13 +299,17 @@ class PPORun:
 
     # Progress and checkpoints --------------------------------------------------------------------------------------
 
-    def advance(self, rollout: Rollout) -> None:
-        """One more step is done."""
+    def advance(self, rollout: Rollout) -> dict[str, float]:
+        """One more step is done; returns which, and what went into it."""
         self.step += 1
         self.episodes += len(rollout.samples)
-
-    def progress(self) -> dict[str, float]:
-        return {"episodes": self.episodes, "elapsed_s": self._elapsed_s()}
+        return {
+            "step": self.step,
+            "episodes": self.episodes,
+            "elapsed_s": self._elapsed_s(),
+            "samples/failed": len(rollout.failures),
+            "weights/version": rollout.weights_version,
+        }
 
     def _elapsed_s(self) -> float:
         before = 0.0 if self._checkpoint is None else float(self._checkpoint.state["elapsed_s"])
@@ -328,6 +345,7 @@ class PPORun:
                 "prompts_drawn": self._stream.position,
                 "kl": trained.kl.state_dict(),
                 "judges": self._judges,
+                "data": self._data,
             },
             keep=self.settings.keep_checkpoints,
         )

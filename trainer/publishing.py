@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import sys
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,7 +14,9 @@ from torch import Tensor
 
 from quartet.client import (
     CallPolicy,
+    OverloadedError,
     PreconditionError,
+    QuartetError,
     Security,
     ServedBy,
     ServiceFailedError,
@@ -23,7 +27,7 @@ from quartet.client.policy import WireTensor
 from quartet.fingerprint import TensorDigest, weights_fingerprint
 
 _PAUSE_S = 0.5
-# So often may a replica fail an update in another way than by going away, such as by another update under way.
+# So often may a replica refuse or fail an update: another may be under way, but a full disk stays full.
 _TRIES = 4
 
 
@@ -67,6 +71,8 @@ class Publisher:
         self._ready_timeout_s = ready_timeout_s
         self._weights: Weights | None = None
         self.version = 0
+        self.updates = 0
+        """How often a replica was given weights."""
         # Whether ``version`` is already that of ``_weights``.
         self._numbered = False
         self._lock = asyncio.Lock()
@@ -91,7 +97,7 @@ class Publisher:
         """Makes every replica serve ``weights`` and returns their version.
 
         Raises:
-            QuartetError: a replica refused them or stayed away.
+            QuartetError: a replica refused them, or stayed away for longer than it may take to be ready.
         """
         self._weights, self._numbered = weights, False
         await self.ensure()
@@ -110,21 +116,29 @@ class Publisher:
     async def _ensure(self) -> None:
         if self._weights is None:
             return
-        failures = 0
+        refusals, told = 0, False
+        updates, end_s = -1, 0.0
         while True:
             await self.wait_ready()
             try:
                 await self._bring_up_to_date()
-            except UnavailableError:
-                # It died on the way: whoever comes back in its place is asked what it has, and given the rest.
-                await asyncio.sleep(_PAUSE_S)
-            except (PreconditionError, ServiceFailedError):
-                failures += 1
-                if failures == _TRIES:
-                    raise
-                await asyncio.sleep(_PAUSE_S)
-            else:
                 return
+            except (OverloadedError, PreconditionError, ServiceFailedError) as error:
+                failed: QuartetError = error
+                refusals += 1
+                given_up = refusals == _TRIES
+            except UnavailableError as error:
+                # It died on the way: whoever comes back in its place is asked what it has, and given the rest.
+                failed = error
+                if self.updates > updates:
+                    updates, end_s = self.updates, time.monotonic() + self._ready_timeout_s
+                given_up = time.monotonic() > end_s
+            if given_up:
+                raise failed
+            if not told:
+                told = True
+                sys.stderr.write(f"the weights could not be published, trying again: {failed}\n")
+            await asyncio.sleep(_PAUSE_S)
 
     async def _bring_up_to_date(self) -> None:
         served = await asyncio.gather(*(client.get_info() for client in self._clients))
@@ -135,7 +149,14 @@ class Publisher:
             # Versions only rise: above all that any replica has had.
             self.version = max(self.version, *(info.weights_version for info in served)) + 1
         self._numbered = True
-        await asyncio.gather(*(self._update(client, info) for client, info in zip(self._clients, served, strict=True)))
+        # All of them to their end: while one of them is still being updated it would refuse another update.
+        outcomes = await asyncio.gather(
+            *(self._update(client, info) for client, info in zip(self._clients, served, strict=True)),
+            return_exceptions=True,
+        )
+        for outcome in outcomes:
+            if outcome is not None:
+                raise outcome
 
     def _is_current(self, served: ServedBy) -> bool:
         same = served.weights_fingerprint == self.fingerprint
@@ -145,3 +166,4 @@ class Publisher:
         if self._weights is None or self._is_current(served):
             return
         await client.update(self._weights.tensors, weights_version=self.version, fingerprint=self._weights.fingerprint)
+        self.updates += 1

@@ -23,7 +23,7 @@ from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.errors import CollapsedError, DataError
 from trainer.golden import golden_items
 from trainer.losses import bradley_terry, centering
-from trainer.models import load_reward_model, load_tokenizer, save_model, score_tokens
+from trainer.models import load_reward_model, load_tokenizer, padding_id, save_model, score_tokens
 from trainer.optimisation import autocast, choose_device, clip_weights
 from trainer.runs import (
     EVALUATION_FILE,
@@ -32,6 +32,7 @@ from trainer.runs import (
     Stage,
     fit,
     open_output,
+    rows_digest,
     token_limit,
     train_and_held_out,
     write_json,
@@ -76,6 +77,7 @@ def main(settings: RewardSettings) -> None:
         name="reward",
         model=model,
         lengths=[len(pair) for pair in train],
+        data=rows_digest(*([a for pair in part for a in (pair.chosen, pair.rejected)] for part in (train, held_out))),
         accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
         evaluate=lambda: trainer.evaluate(held_out),
         watch=WATCHED,
@@ -121,7 +123,7 @@ class RewardTrainer:
     def __init__(self, model: Any, tokenizer: Any, settings: RewardSettings) -> None:
         self.settings = settings
         self.device = model.device
-        self.pad_id = int(tokenizer.pad_token_id)
+        self.pad_id = padding_id(tokenizer)
         self.model = model
 
     def accumulate(self, pairs: Sequence[EncodedPreference]) -> dict[str, float]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
 from quartet.client import (
     CallPolicy,
     Completion,
+    DeadlineError,
     FailedCompletion,
     FinishReason,
     ItemFailure,
@@ -128,6 +129,7 @@ class Services:
         """
         call_policy = CallPolicy(deadline_s=addresses.call_deadline_s, patience_s=addresses.ready_timeout_s)
         self._ready_timeout_s = addresses.ready_timeout_s
+        self._call_deadline_s = addresses.call_deadline_s
         self.tokenizer = tokenizer
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         security = addresses.security
@@ -176,8 +178,14 @@ class Services:
         return self._info
 
     async def publish(self, weights: Weights) -> int:
-        """Makes every policy replica serve ``weights``; returns their version. Nothing is sent to one that has them."""
-        return await self._publisher.publish(weights)
+        """Makes every policy replica serve ``weights``; returns their version. Nothing is sent to one that has them.
+
+        Raises:
+            QuartetError: a replica refused them or stayed away.
+            ServicesError: it took longer than a call may.
+        """
+        with self._deadline_explained():
+            return await self._publisher.publish(weights)
 
     async def collect(
         self, tasks: Sequence[PromptTask], settings: SamplingSettings, *, top_p: float = 1.0, top_k: int = 0
@@ -186,8 +194,24 @@ class Services:
 
         Raises:
             QuartetError: a service stayed away or refused the request as a whole.
-            ServicesError: a service answers with other weights than it should.
+            ServicesError: a service answers with other weights than it should, or took longer than a call may.
         """
+        with self._deadline_explained():
+            return await self._collect(tasks, settings, top_p, top_k)
+
+    @contextlib.contextmanager
+    def _deadline_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except DeadlineError as error:
+            raise ServicesError(
+                f"{error}: one call took longer than --call-deadline-s, which is {self._call_deadline_s:g}; raise it, "
+                "or give the service more capacity"
+            ) from error
+
+    async def _collect(
+        self, tasks: Sequence[PromptTask], settings: SamplingSettings, top_p: float, top_k: int
+    ) -> Rollout:
         start_s, start_ns = time.perf_counter(), time.time_ns()
         await self._publisher.ensure()
         judge = _Judge(self, tasks, settings)
@@ -222,27 +246,30 @@ class Services:
     async def _generate(
         self, tasks: Sequence[PromptTask], indices: Sequence[int], sampling: Sampling, judge: _Judge
     ) -> None:
-        """Streams completions to the judge; what a policy service that went away has not finished is asked again."""
+        """Streams completions to the judge; what a policy service that went away, or a call that took too long, has not
+        finished is asked again."""
         missing = dict.fromkeys(indices, _ITEM_TRIES)  # Tries left.
         fruitless = 0
         while missing:
             asked = list(missing)
-            before = len(missing)
             asked_ns = time.time_ns()
+            before, updates = len(missing), self._publisher.updates
+            stale: Completion | None = None
             try:
                 async with contextlib.aclosing(self._stream([tasks[i] for i in asked], sampling)) as stream:
                     async for item in stream:
                         index = asked[item.prompt_index]
                         if isinstance(item, Completion) and not self._is_current(item):
-                            # It came back between two calls, with the weights it was started with.
-                            raise UnavailableError(
-                                "it serves other weights than were published", service="policy service"
-                            )
+                            stale = item
+                            break
                         if isinstance(item, FailedCompletion) and item.failure.retryable and missing[index] > 1:
                             missing[index] -= 1
                             continue
                         del missing[index]
                         judge.put(index, item, asked_ns)
+            except DeadlineError:
+                if len(missing) == before:
+                    raise
             except UnavailableError as error:
                 fruitless = fruitless + 1 if len(missing) == before else 0
                 if fruitless == _FRUITLESS_TRIES:
@@ -252,6 +279,28 @@ class Services:
                     ) from error
                 await self.policy.wait_ready(self._ready_timeout_s)
                 await self._publisher.ensure()
+            if stale is not None:
+                # It came back between two calls, with the weights it was started with. All known replicas were current
+                # before this call, so one of them has been given weights since.
+                await self._publisher.ensure()
+                if self._publisher.updates == updates:
+                    raise ServicesError(self._why_stale(stale))
+
+    def _why_stale(self, completion: Completion) -> str:
+        found, (version, fingerprint) = completion.served_by, self._expected
+        answer = (
+            f"a replica of the policy service answers with weights version {found.weights_version} "
+            f"({found.weights_fingerprint[:12]}...)"
+        )
+        if not self._publisher.fingerprint:
+            return (
+                f"{answer}, the first one that was asked had version {version} ({fingerprint[:12]}...): the replicas "
+                "serve different weights, or one of them was restarted"
+            )
+        return (
+            f"{answer} instead of the published version {version} ({fingerprint[:12]}...), and no --policy-admin "
+            "address leads to it: name the admin address of every replica"
+        )
 
     def _stream(
         self, tasks: Sequence[PromptTask], sampling: Sampling

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import sys
 import time
@@ -11,12 +12,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+import numpy as np
 import torch
 
 from trainer.batching import BatchPlan
-from trainer.checkpoint import Restored, latest_checkpoint, load_checkpoint, read_state, save_checkpoint, stop_on_signal
+from trainer.checkpoint import (
+    Restored,
+    checkpoint_path,
+    latest_checkpoint,
+    load_checkpoint,
+    read_state,
+    save_checkpoint,
+    stop_on_signal,
+)
 from trainer.config import TrainingSettings
 from trainer.data import Row, shared_groups, split_held_out
+from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
 from trainer.files import replace_file, require_folder
 from trainer.models import longest_sequence, set_dropout
@@ -66,8 +77,47 @@ def open_output(
     return restored
 
 
+def rows_digest(*parts: Iterable[EncodedResponse]) -> str:
+    """``ids_digest`` of prompts and responses, and of where the one ends and the other begins."""
+    return ids_digest(*((ids for row in part for ids in ((row.prompt_tokens,), row.ids)) for part in parts))
+
+
+def ids_digest(*parts: Iterable[Sequence[int] | Ids]) -> str:
+    """SHA-256 of token ids: of sequences in their order, training rows in one part and held-out rows in another."""
+    digest = hashlib.sha256()
+    for part in parts:
+        for ids in part:
+            digest.update(np.asarray(ids, dtype="<i4").tobytes())
+            digest.update(b"\xff\xff\xff\xff")  # No token id: ends a sequence.
+        digest.update(b"\xfe\xff\xff\xff")  # Ends a part.
+    return digest.hexdigest()
+
+
+def require_same_data(output: Path, checkpoint: Restored | None, digest: str, flags: str) -> None:
+    """A run goes on with the rows that it began with: its place in them would mean nothing in others.
+
+    Args:
+        output: folder of the run.
+        checkpoint: which it goes on from; None: it begins.
+        digest: ``ids_digest`` of the rows as they are now.
+        flags: that name the files.
+
+    Raises:
+        CheckpointError: the rows are others.
+    """
+    if checkpoint is not None and checkpoint.state.get("data") != digest:
+        raise CheckpointError(
+            f"{checkpoint_path(output, checkpoint.step)} was written with other rows than {flags} holds now, or they "
+            "are cut otherwise: restore the files, or begin another run in another --output"
+        )
+
+
 def write_json(path: Path, content: Any) -> None:
-    """Writes ``content`` whole or not at all."""
+    """Writes ``content`` whole or not at all.
+
+    Raises:
+        OutputError: it can't be written.
+    """
     replace_file(path, json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -113,6 +163,7 @@ class Stage:
     name: str
     model: Any
     lengths: Sequence[int]
+    data: str  # ``ids_digest`` of training and held-out rows.
     accumulate: Callable[[list[int]], dict[str, float]]
     evaluate: Callable[[], dict[str, float]]
     watch: Sequence[str]
@@ -125,8 +176,9 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
     Raises:
         StoppedError: someone asked it to stop; it has saved itself.
         DivergedError: a loss or gradient is not finite.
-        CheckpointError: it can't be saved or continued.
+        CheckpointError: it can't be saved or continued, such as with other rows.
     """
+    require_same_data(settings.output, checkpoint, stage.data, "--data or --eval-data")
     plan = BatchPlan(stage.lengths, settings.batch_size, seed=settings.seed)
     steps = settings.epochs * plan.steps_per_epoch
     steps = min(steps, settings.max_steps) if settings.max_steps else steps
@@ -143,7 +195,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         done = checkpoint.step
 
     def save() -> Path:
-        state = {"settings": settings.decisive}
+        state = {"settings": settings.decisive, "data": stage.data}
         return save_checkpoint(
             settings.output,
             step=done,

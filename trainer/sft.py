@@ -18,7 +18,7 @@ from trainer.config import SftSettings
 from trainer.data import load_demonstrations
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
-from trainer.models import TokenLogprobs, load_policy, load_tokenizer, save_model
+from trainer.models import TokenLogprobs, load_policy, load_tokenizer, padding_id, save_model
 from trainer.optimisation import autocast, choose_device
 from trainer.runs import (
     EVALUATION_FILE,
@@ -27,6 +27,7 @@ from trainer.runs import (
     Stage,
     fit,
     open_output,
+    rows_digest,
     token_limit,
     train_and_held_out,
     write_json,
@@ -62,6 +63,7 @@ def main(settings: SftSettings) -> None:
         name="SFT",
         model=policy,
         lengths=[len(row) for row in train],
+        data=rows_digest(train, held_out),
         accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
         evaluate=lambda: trainer.evaluate(held_out),
         watch=WATCHED,
@@ -86,7 +88,7 @@ class SftTrainer:
     def __init__(self, policy: Any, tokenizer: Any, settings: SftSettings) -> None:
         self.settings = settings
         self.device = policy.device
-        self.pad_id = int(tokenizer.pad_token_id)
+        self.pad_id = padding_id(tokenizer)
         self.policy = policy
         self.logprobs = TokenLogprobs(policy)
 

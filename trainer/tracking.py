@@ -14,10 +14,11 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import BinaryIO, Self
+from typing import Self
 
 from rich.console import Console, RenderableType
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn
@@ -125,7 +126,7 @@ class RunTracker:
 
         Raises:
             TrackingError: a figure is not a finite number (the message names its key), or ``step`` is not above the
-                last one or beyond the run's end. Nothing is written then.
+                last one or beyond the run's end, and nothing is written; or the file can't be written.
         """
         if self._file.closed:
             raise TrackingError(f"step {step} can't be logged: {self._path} is closed")
@@ -135,13 +136,32 @@ class RunTracker:
                 f"and at most total_steps, {self._total_steps}"
             )
         record = _record(step, metrics)
-        # One write a record, flushed: what a kill can tear is at most the last line.
-        self._file.write(_line(record))
-        self._file.flush()
+        # Unbuffered: what a kill or a full disk can tear is at most the last line, which reading leaves out.
+        line = _line(record)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError as error:
+            raise _unwritable(self._path, error) from error
         self._last_step = step
         self._pace.step(step)
         self._figures.update((key, record[key]) for key in self._figures if key in record)
         self._show(step)
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[dict[str, float]]:
+        """Gives a dictionary to fill. When the block ends, by an error or not, its figures are logged as those of their
+        ``step``; nothing is without one.
+
+        Raises:
+            TrackingError: as ``log``.
+        """
+        metrics: dict[str, float] = {}
+        try:
+            yield metrics
+        finally:
+            if "step" in metrics:
+                self.log(int(metrics["step"]), metrics)
 
     def close(self) -> None:
         """Ends the display and closes the log. Calling it again does nothing."""
@@ -181,7 +201,7 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return _parse(path, raw)
 
 
-def _open_log(path: Path, resume_step: int | None) -> BinaryIO:
+def _open_log(path: Path, resume_step: int | None) -> FileIO:
     """Opens the log for appending; what is already in it ends with the step to resume from."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -192,9 +212,16 @@ def _open_log(path: Path, resume_step: int | None) -> BinaryIO:
                     f"{path} already holds a run of {len(records)} records: resume that run, or choose another folder"
                 )
             _replace(path, [record for record in records if record["step"] <= (resume_step or 0)])
-        return path.open("ab")
+        return path.open("ab", buffering=0)
     except OSError as error:
-        raise TrackingError(f"{path} can't be written: {error.strerror}") from error
+        raise _unwritable(path, error) from error
+
+
+def _unwritable(path: Path, error: OSError) -> TrackingError:
+    return TrackingError(
+        f"{path} can't be written: {error.strerror}; make room or mend the cause, then give the same command again "
+        "with --resume"
+    )
 
 
 def _replace(path: Path, records: Iterable[Mapping[str, float]]) -> None:

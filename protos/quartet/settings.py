@@ -37,6 +37,7 @@ UnitFloat = Annotated[float, Field(ge=0, le=1), AfterValidator(_finite)]
 AdamBeta = Annotated[float, Field(ge=0, lt=1), AfterValidator(_finite)]
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
+Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Port = Annotated[int, Field(ge=0, le=65535)]
 
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from quartet.client import RewardClient, ScoreItem, WeightsClient
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import write_metadata
-from tests.conftest import WORDS, LiveService, free_port, train_tokenizer
+from tests.conftest import WORDS, LiveService, free_port, save_stock_tokenizer, train_tokenizer
 from trainer.tracking import read_metrics
 
 TRAIN = [sys.executable, "-m", "trainer"]
@@ -112,7 +112,9 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert done.returncode == 0, done.stderr
     records = read_metrics(tmp_path / "run")
     assert [record["step"] for record in records] == [1, 2, 3, 4]
-    # Row 12: at the first forward pass the ratio is 1, with a live engine's and the trainer's own log-probabilities.
+    # The live engine's log-probabilities are the trainer's own, after every weight update.
+    assert 0 < max(record["rollout/logprob_max_abs_difference"] for record in records) < 1e-4
+    # Row 12: at the first forward pass of an update the ratio to the trainer's own old log-probabilities is 1.
     assert max(record["policy/first_ratio_max_abs_log"] for record in records) < 1e-4
     assert max(abs(record["rollout/importance_weight_mean"] - 1) for record in records) < 1e-4
     assert min(record["rollout/ess"] for record in records) > 0.9999
@@ -147,6 +149,34 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     again = run(ppo(model, prompts, tmp_path / "run", addresses(*services)))
     assert again.returncode == 2
     assert "it already holds a run; go on with it by --resume, or choose another" in again.stderr
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+async def test_a_stock_model_without_a_pad_token_of_its_own_is_trained_and_published(
+    pad, start_service, make_policy, make_reward_model, prompts, tmp_path
+):
+    model, reward_model = make_policy(scale=0.5, with_tokenizer=False), make_reward_model()
+    write_metadata(reward_model, kind="reward", append_eos=True)
+    for folder in (model, reward_model):
+        save_stock_tokenizer(folder, pad)
+    policy = start_service("policy", model, "--engine", "transformers")
+    services = addresses(policy, start_service("reward", reward_model), start_service("reference", model))
+    # The critic starts from the reward model, which takes the policy's tokens.
+    done = run(ppo(model, prompts, tmp_path / "run", services, "--steps", "2", "--max-eval-prompts", "4"))
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(tmp_path / "run")
+    assert [record["episodes"] for record in records] == [16, 32]
+    assert max(record["rollout/logprob_max_abs_difference"] for record in records) < 1e-4
+    exported = tmp_path / "run" / "model"
+    async with WeightsClient(policy.admin_address) as weights:
+        served = await weights.get_info()
+    assert served.weights_fingerprint == safetensors_fingerprint(exported) != safetensors_fingerprint(model)
+    # What was exported is hosted as it is: the same weights of the same tokenizer.
+    hosted = start_service("policy", exported, "--engine", "transformers")
+    async with WeightsClient(hosted.admin_address) as weights:
+        again = await weights.get_info()
+    assert again.weights_fingerprint == served.weights_fingerprint
+    assert again.tokenizer_fingerprint == served.tokenizer_fingerprint
 
 
 @pytest.mark.slow
@@ -211,6 +241,7 @@ async def test_a_run_outlives_the_death_of_reward_and_policy_service(
     assert {record["samples/failed"] for record in records} == {0}
     assert all(record["rollout/ess"] > 0.9999 for record in records)
     assert all(record["policy/first_ratio_max_abs_log"] < 1e-4 for record in records)
+    assert all(0 < record["rollout/logprob_max_abs_difference"] < 1e-4 for record in records)
     assert killed_at < 6
     # The restarted policy got the current weights before it generated anything for the run.
     events = [json.loads(line) for line in policy.log.read_text().splitlines() if line.startswith("{")]
@@ -246,6 +277,12 @@ def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     assert "checkpoint-00000" in other.stderr
     assert "was written with other models behind the services (reward: was " in other.stderr
     assert "normalisation: was {'mean': 0.0, 'std': 1.0, 'count': 10}, is None" in other.stderr
+    rows = prompts.read_text()
+    prompts.write_text(rows.replace("hello", "thanks"))
+    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
+    prompts.write_text(rows)
+    assert other.returncode == 2
+    assert "was written with other rows than --prompts or --eval-prompts holds now" in other.stderr
     resumed = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     for file in ("policy.safetensors", "critic.safetensors"):
@@ -342,6 +379,15 @@ def test_prompts_that_leave_no_room_are_named(start_three, folders, tmp_path):
         (["--minibatches", "17"], "--minibatches is 17, a rollout has 16 responses: at most as many"),
         (["--kl", "adaptive", "--kl-horizon", "3"], "--kl-horizon is 3: it must be above .2 times the 16 responses"),
         (["--clip-range", "1"], "--clip-range is '1': Input should be less than 1"),
+        (["--seed", "99999999999999999999"], "--seed is '99999999999999999999': Input should be less than 92233720368"),
+        (
+            ["--prompts-per-step", "2", "--max-new-tokens", "3"],
+            "together at most 6 response tokens, a rollout needs at",
+        ),
+        (
+            ["--policy", "127.0.0.1:1,127.0.0.1:2"],
+            "--policy names 2 replicas and --policy-admin 1: every replica needs",
+        ),
         (["--policy", "foo"], "--policy is 'foo': address 'foo' must be host:port"),
     ],
 )

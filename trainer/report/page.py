@@ -16,7 +16,6 @@ from typing import Any
 import jinja2
 from markupsafe import Markup, escape
 
-from trainer.errors import TrainerError
 from trainer.files import replace_file
 from trainer.report.alarms import Alarm, find_alarms
 from trainer.report.data import Evaluation, Run, Sample, Supervised, flat, read_run
@@ -94,12 +93,9 @@ def write_report(run_dir: Path, *, kl_budget: float = KL_BUDGET) -> ReportFiles:
     )
     files = ReportFiles(page=run_dir / PAGE_FILE, figures=run_dir / FIGURES_FILE)
     figures = json.dumps(_figures(report), allow_nan=False, ensure_ascii=False, indent=1)
-    try:
-        # Whole or not at all: somebody may be reading the report of a run that goes on.
-        replace_file(files.figures, figures + "\n")
-        replace_file(files.page, _render(report))
-    except OSError as error:
-        raise TrainerError(f"the report can't be written to {run_dir}: {error.strerror}") from error
+    # Whole or not at all: somebody may be reading the report of a run that goes on.
+    replace_file(files.figures, figures + "\n")
+    replace_file(files.page, _render(report))
     return files
 
 

@@ -6,7 +6,10 @@ import contextlib
 import json
 import os
 import random
+import re
 import signal
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -18,6 +21,7 @@ from trainer import checkpoint
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint, stop_on_signal
 from trainer.errors import CheckpointError
 from trainer.files import replace_file, replace_folder
+from trainer.tracking import read_metrics
 
 
 def make(seed: int = 0) -> tuple[nn.Module, torch.optim.Optimizer]:
@@ -72,6 +76,70 @@ def test_a_write_that_breaks_off_leaves_the_older_one(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"checkpoint-000002 can't be written: .*No space left"):
         save_checkpoint(tmp_path, step=2, modules={"m": model}, optimisers={"o": optimiser}, state={})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+# In a process of its own, since its files are to be cut for good: as on a disk that is full.
+_ON_A_FULL_DISK = """
+import resource, sys
+from pathlib import Path
+import torch
+from transformers import LlamaForCausalLM
+from tests.conftest import llama_config, train_tokenizer
+from trainer.checkpoint import save_checkpoint
+from trainer.errors import TrainerError
+from trainer.models import save_model
+from trainer.runs import write_json
+from trainer.tracking import RunTracker
+
+folder, what, limit = Path(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+model, tokenizer = torch.nn.Linear(64, 64), train_tokenizer()
+policy = LlamaForCausalLM(llama_config())
+optimiser = torch.optim.AdamW(model.parameters())
+model(torch.zeros(1, 64)).sum().backward()
+optimiser.step()
+
+def save(step):
+    save_checkpoint(folder, step=step, modules={"m": model}, optimisers={"o": optimiser}, state={})
+
+save(1)
+write_json(folder / "file.json", [1])
+tracker = RunTracker(folder, 9, (), "test")
+tracker.log(1, {"loss": 1.0})
+do = {
+    "checkpoint": lambda: save(2),
+    "json": lambda: write_json(folder / "file.json", list(range(2000))),
+    "log": lambda: tracker.log(2, {f"figure/{i}": float(i) for i in range(500)}),
+    "model": lambda: save_model(policy, tokenizer, folder / "model"),
+}[what]
+resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+try:
+    with tracker:
+        do()
+except TrainerError as error:
+    print(type(error).__name__, error)
+"""
+
+
+@pytest.mark.parametrize(
+    ("what", "limit", "named"),
+    [
+        ("checkpoint", 4000, "CheckpointError .*checkpoint-000002"),  # The module's file breaks off,
+        ("checkpoint", 20000, "CheckpointError .*checkpoint-000002"),  # the optimiser's,
+        ("json", 4000, r"OutputError .*file\.json"),
+        ("log", 4000, r"TrackingError .*metrics\.jsonl"),
+        ("model", 4000, "OutputError .*model"),
+        ("model", 100_000, "OutputError .*model"),
+    ],
+)
+def test_a_full_disk_is_one_clear_message_and_leaves_what_was_there(what, limit, named, tmp_path):
+    command = [sys.executable, "-c", _ON_A_FULL_DISK, str(tmp_path), what, str(limit)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stderr
+    assert re.match(rf"{named} can't be written: .+; make room or mend the cause, .* --resume", done.stdout)
+    assert latest_checkpoint(tmp_path) == tmp_path / "checkpoint-000001"
+    assert json.loads((tmp_path / "file.json").read_text()) == [1]
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["checkpoint-000001", "file.json", "metrics.jsonl"]
 
 
 def test_another_model_is_refused(tmp_path):

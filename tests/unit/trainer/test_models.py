@@ -5,18 +5,23 @@ Shapes: B sequences, S tokens.
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from safetensors import safe_open
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    AutoTokenizer,
     GPT2Config,
     GPT2ForSequenceClassification,
     GPT2LMHeadModel,
 )
 
-from tests.conftest import llama_config, train_tokenizer
+from quartet.fingerprint import safetensors_fingerprint, tokenizer_fingerprint
+from tests.conftest import llama_config, save_stock_tokenizer, train_tokenizer
+from trainer.batching import pad_right
 from trainer.errors import ModelError
 from trainer.models import (
     Critic,
@@ -26,10 +31,12 @@ from trainer.models import (
     load_reward_model,
     load_tokenizer,
     longest_sequence,
+    padding_id,
     save_model,
     score_tokens,
     set_dropout,
 )
+from trainer.publishing import Weights
 
 IDS = [5, 9, 33, 7, 120, 1]
 
@@ -138,16 +145,64 @@ def test_scores_stand_at_the_last_real_token_on_either_side_padded(make_reward_m
             assert score_tokens(model, *padded(left, right)).tolist() == pytest.approx([expected], abs=1e-5)
 
 
-def test_a_pad_token_is_never_the_end_token(make_policy):
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_a_model_without_a_pad_token_of_its_own_is_trained_and_saved_in_the_shape_and_tokens_it_has(
+    pad, make_policy, tmp_path
+):
+    folder = make_policy(seed=1, with_tokenizer=False)
+    save_stock_tokenizer(folder, pad)
+    if pad:
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps(config | {"pad_token_id": 1}))
+    tokenizer = load_tokenizer(folder)
+    assert tokenizer.pad_token == pad
+    served = tokenizer_fingerprint(AutoTokenizer.from_pretrained(folder))
+    assert tokenizer_fingerprint(tokenizer) == served
+    assert padding_id(tokenizer) == 0 != tokenizer.eos_token_id
+    policy = load_policy(folder, tokenizer)
+    assert Weights.of(export_tensors(policy)).fingerprint == safetensors_fingerprint(folder)
+    # The end token within a sequence, as in chats, learns like any other.
+    ids_BS = torch.tensor([[5, 1, 7, 9]])
+    mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
+    TokenLogprobs(policy)(ids_BS, mask_BS, ids_BS == 9)[0].sum().backward()
+    assert policy.get_input_embeddings().weight.grad[1].abs().max() > 0
+    save_model(policy, tokenizer, tmp_path / "saved")
+    assert tokenizer_fingerprint(AutoTokenizer.from_pretrained(tmp_path / "saved")) == served
+    assert safetensors_fingerprint(tmp_path / "saved") == safetensors_fingerprint(folder)
+
+
+@pytest.mark.parametrize("pad", [None, "<eos>"])
+def test_the_end_token_is_scored_where_it_is_the_pad_token_too(pad, make_policy, tmp_path):
+    folder = make_policy(seed=2, with_tokenizer=False)
+    save_stock_tokenizer(folder, pad)
+    tokenizer = load_tokenizer(folder)
+    model = load_reward_model(folder, tokenizer, new_head_seed=3)
+    save_model(model, tokenizer, tmp_path / "saved")
+    ended, other = [*IDS[:-1], tokenizer.eos_token_id], [9, 8]
+    direct = AutoModelForSequenceClassification.from_pretrained(tmp_path / "saved").eval()
+    with torch.no_grad():
+        ids_BS, mask_BS = pad_right([ended, other], padding_id(tokenizer), torch.device("cpu"))
+        found = score_tokens(model, ids_BS, mask_BS).tolist()
+        expected = [direct(torch.tensor([ids])).logits[0, 0].item() for ids in (ended, other)]
+        without_end = direct(torch.tensor([ended[:-1]])).logits[0, 0].item()
+        critic = Critic.from_reward_model(tmp_path / "saved", tokenizer, head="reward")
+        value = critic(ids_BS, mask_BS)[0, len(ended) - 1].item()
+    assert found == pytest.approx(expected, abs=1e-5)
+    assert value == pytest.approx(found[0], abs=1e-5)
+    assert abs(found[0] - without_end) > 1e-2
+    # Transformers would look for the last token that is no pad: it refuses a batch rather than score another one.
+    with pytest.raises(ValueError, match="no padding token"):
+        direct(ids_BS)
+
+
+def test_a_pad_token_beyond_the_embeddings_does_not_make_them_grow(make_policy):
     folder = make_policy(seed=1)
     tokenizer = load_tokenizer(folder)
-    tokenizer.pad_token = tokenizer.eos_token
-    tokenizer.save_pretrained(folder)
-    loaded = load_tokenizer(folder)
-    assert loaded.pad_token_id != loaded.eos_token_id
-    policy = load_policy(folder, loaded)
-    assert policy.get_input_embeddings().weight.shape[0] >= len(loaded)
-    assert policy.config.pad_token_id == loaded.pad_token_id
+    tokenizer.add_special_tokens({"pad_token": "<new-pad>"})
+    assert tokenizer.pad_token_id == 300
+    policy = load_policy(folder, tokenizer)
+    assert policy.get_input_embeddings().weight.shape[0] == 300
+    assert policy.config.pad_token_id is None
 
 
 def test_the_critic_starts_at_zero_or_from_the_reward_model(make_reward_model, make_policy):

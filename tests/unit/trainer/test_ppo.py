@@ -5,10 +5,12 @@ Shapes: N samples, T response tokens.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import itertools
 import math
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -18,15 +20,16 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
+from quartet.client import NotReadyError
 from tests.conftest import llama_config
-from trainer.errors import TrainerError
+from trainer.checkpoint import StopRequest
+from trainer.errors import DivergedError, RolloutError, ServicesError, TrainerError
 from trainer.experience import make_experience
 from trainer.models import Critic, disable_dropout
-from trainer.ppo import Learner, explained_variance, score_metrics, time_metrics
+from trainer.ppo import Learner, explained_variance, score_metrics, time_metrics, train
 from trainer.ppo_config import PPOSettings
 from trainer.rollout import Rollout, Sample
-
-PAD = 0
+from trainer.tracking import read_metrics
 
 
 def settings(**changes: Any) -> PPOSettings:
@@ -50,7 +53,7 @@ def make_learner(options: PPOSettings, *, seed: int = 0, normalisation: Any = No
     run = SimpleNamespace(
         settings=options,
         device=torch.device("cpu"),
-        tokenizer=SimpleNamespace(pad_token_id=PAD),
+        tokenizer=SimpleNamespace(eos_token_id=1),
         normalisation=normalisation,
         policy=policy,
         critic=critic,
@@ -242,7 +245,6 @@ def test_the_time_of_a_step_adds_up() -> None:
     assert found["time/other_s"] == pytest.approx(0.25)
     assert found["time/rpc_s"] == pytest.approx(0.75)
     assert found["throughput/generated_tokens_per_s"] == rollout.generated_tokens / 2.0
-    assert found["samples/failed"] == 1
 
 
 def test_ppo_reaches_the_closed_form_optimum() -> None:
@@ -306,6 +308,151 @@ def test_the_interval_of_the_reward_is_over_prompts() -> None:
     means = np.array([0.015, 1.015, 2.015])
     assert found["reward/score_mean"] == pytest.approx(1.015, abs=1e-6)
     assert found["reward/score_ci95"] == pytest.approx(4.302653 * means.std(ddof=1) / 3**0.5, rel=1e-5)
+
+
+def rollout_of(*samples: Sample) -> Rollout:
+    return Rollout(samples=samples, failures=(), weights_version=0, duration_s=1.0, service_work_s=1.0)
+
+
+def test_a_rollout_of_fewer_than_8_tokens_is_refused_with_advice_and_nothing_is_learned() -> None:
+    learner = make_learner(settings())
+    before = copy.deepcopy(learner.policy.state_dict())
+    short = Sample(
+        index=0, prompt_ids=(5, 6), response_ids=(1,), logprobs=(-1.0,), ref_logprobs=(-1.2,), score=0.1, finished=True
+    )
+    with pytest.raises(RolloutError, match=r"the 7 responses .* have 7 tokens together, .*--prompts-per-step"):
+        learner.step(rollout_of(*[short] * 7), 0)
+    assert all(value.equal(before[name]) for name, value in learner.policy.state_dict().items())
+    assert math.isfinite(learner.step(rollout_of(*[short] * 8), 0)["policy/loss"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"logprobs": (-1.0, math.nan)}, "the policy service gave the log-probability nan for a response of 2 tokens"),
+        ({"ref_logprobs": (-math.inf, -1.0)}, "the reference service gave the log-probability -inf"),
+        ({"score": math.nan}, "the reward service gave the score nan"),
+    ],
+)
+def test_a_number_of_a_service_that_is_none_is_named(changes: dict[str, Any], message: str) -> None:
+    whole = {
+        "index": 0, "prompt_ids": (5,), "response_ids": (7, 1), "logprobs": (-1.0, -1.0),
+        "ref_logprobs": (-1.0, -1.0), "score": 0.5, "finished": True,
+    }  # fmt: skip
+    samples = [Sample(**whole)] * 5 + [Sample(**(whole | changes))]
+    with pytest.raises(RolloutError, match=message):
+        make_learner(settings()).step(rollout_of(*samples), 0)
+
+
+def test_a_policy_that_holds_nan_has_diverged() -> None:
+    learner = make_learner(settings())
+    with torch.no_grad():
+        learner.policy.lm_head.weight[7] = math.nan
+    with pytest.raises(DivergedError, match=r"step 4 are not finite: training diverged; lower --learning-rate"):
+        learner.step(rollout_of(*make_samples()), 3)
+
+
+@pytest.mark.parametrize("correction", ["decoupled", "bypass"])
+def test_the_largest_difference_between_engine_and_trainer_is_a_figure_of_the_step(correction: str) -> None:
+    learner = make_learner(settings(correction=correction))
+    samples = make_samples()
+    experience = make_experience(samples, learner.device)
+    own_NT = learner.evaluate(experience).logprobs_NT
+    exact = [
+        Sample(**(vars(sample) | {"logprobs": tuple(row[: len(sample.response_ids)].tolist())}))
+        for sample, row in zip(samples, own_NT, strict=True)
+    ]
+    off = Sample(**(vars(exact[3]) | {"logprobs": (*exact[3].logprobs[:-1], exact[3].logprobs[-1] - 0.25)}))
+    for given, expected in ((exact, 0.0), ([*exact[:3], off, *exact[4:]], 0.25)):
+        experience = make_experience(given, learner.device)
+        _, metrics = learner.shape(experience, learner.evaluate(experience))
+        assert metrics["rollout/logprob_max_abs_difference"] == pytest.approx(expected, abs=1e-6)
+
+
+class ScriptedRun:
+    """What ``train`` needs of a run, without services; publishing fails at the step ``fail_at``."""
+
+    def __init__(self, output: Path, *, fail_at: int | None = None, resumed_step: int | None = None) -> None:
+        learner = make_learner(settings())
+        self.settings = settings(steps=4, output=str(output))
+        self.device, self.normalisation = learner.device, None
+        self.tokenizer = SimpleNamespace(eos_token_id=1)
+        self.policy, self.critic = learner.policy, learner.critic
+        self.step, self.resumed_step = resumed_step or 0, resumed_step
+        self.fail_at = fail_at
+        self.saved: list[int] = []
+
+    def restore(self, trained: Any) -> None: ...
+
+    def evaluate_before(self) -> None: ...
+
+    def evaluate_after(self) -> None: ...
+
+    def evaluate_between(self) -> dict[str, float]:
+        return {"eval/score_mean": 1.0}
+
+    def as_step(self) -> Any:
+        return contextlib.nullcontext()
+
+    def collect(self) -> Rollout:
+        return rollout_of(*make_samples(8))
+
+    def advance(self, rollout: Rollout) -> dict[str, float]:
+        self.step += 1
+        return {"step": self.step, "episodes": 8 * self.step}
+
+    def publish(self, weights: Any) -> None:
+        if self.step == self.fail_at:
+            raise NotReadyError("gone", service="policy weights service")
+
+    def save(self, trained: Any) -> float:
+        self.saved.append(self.step)
+        return 0.0
+
+    def save_when_due(self, trained: Any) -> float:
+        return 0.0
+
+    def interrupted(self, error: Exception, trained: Any) -> ServicesError:
+        self.save(trained)
+        return ServicesError(str(error))
+
+
+def test_a_step_whose_publication_fails_is_in_the_log_as_it_is_in_the_checkpoint(tmp_path: Path) -> None:
+    broken = ScriptedRun(tmp_path, fail_at=2)
+    with pytest.raises(ServicesError, match="policy weights service: gone"):
+        train(broken, StopRequest())  # type: ignore[arg-type]
+    assert broken.saved == [2]
+    train(ScriptedRun(tmp_path, resumed_step=2), StopRequest())  # type: ignore[arg-type]
+    records = read_metrics(tmp_path)
+    assert [record["step"] for record in records] == [1, 2, 3, 4]
+    assert [record["episodes"] for record in records] == [8, 16, 24, 32]
+    assert all("policy/loss" in record for record in records)
+    # How long it took is not known of the second.
+    assert ["time/publish_s" in record for record in records] == [True, False, True, True]
+
+
+def test_a_rollout_that_can_not_be_learned_from_ends_the_run_saved_and_not_logged(tmp_path: Path) -> None:
+    run = ScriptedRun(tmp_path)
+    rollouts = [run.collect(), rollout_of(*make_samples(1))]
+    run.collect = lambda: rollouts.pop(0)  # type: ignore[method-assign]
+    with pytest.raises(ServicesError, match="have 1 tokens together"):
+        train(run, StopRequest())  # type: ignore[arg-type]
+    assert run.saved == [1]
+    assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts_per_step": 7, "max_new_tokens": 1}, "at most 7 response tokens, a rollout needs at least 8"),
+        ({"policy": "127.0.0.1:1,127.0.0.1:2"}, "--policy names 2 replicas and --policy-admin 1"),
+        ({"seed": 2**63}, "less than 9223372036854775808"),
+    ],
+)
+def test_settings_that_can_not_work_are_refused(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+    settings(seed=2**63 - 1, prompts_per_step=8, max_new_tokens=1, policy="dns:///policy:50051")
 
 
 def test_one_sample_has_no_interval_and_is_refused() -> None:

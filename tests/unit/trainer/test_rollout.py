@@ -51,6 +51,8 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
         self.busy: dict[int, int] = {}
         self.answers: dict[int, list[int]] = {}
         self.requests: list[policy_pb2.GenerateRequest] = []
+        self.stall_after: int | None = None
+        """So many completions of a call are finished, then nothing happens."""
 
     async def GetModelInfo(self, request: Any, context: Any) -> policy_pb2.GetModelInfoResponse:
         return policy_pb2.GetModelInfoResponse(model=self.model)
@@ -61,6 +63,8 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
         self.requests.append(request)
         on_answer = self.script.pop(0) if self.script else None
         for index, first in enumerate(first_ids):
+            if index == self.stall_after:
+                await asyncio.sleep(60.0)
             if on_answer is not None:
                 try:
                     on_answer(index)
@@ -190,13 +194,14 @@ async def serve(*servicers: Any) -> AsyncIterator[str]:
 
 @contextlib.asynccontextmanager
 async def scripted(
-    tokenizer: Any, *, reward_tokenizer: str | None = None
+    tokenizer: Any, *, reward_tokenizer: str | None = None, **waiting: float
 ) -> AsyncIterator[tuple[ScriptedPolicy, ScriptedReward, ScriptedReference, Services]]:
     fingerprint = tokenizer_fingerprint(tokenizer)
     policy, reference = ScriptedPolicy(fingerprint), ScriptedReference(fingerprint)
     reward = ScriptedReward(reward_tokenizer or fingerprint)
     async with serve(policy, reward, reference) as address:
-        where = ServiceAddresses(policy=address, reward=address, reference=address, ready_timeout_s=5.0)
+        waiting = {"ready_timeout_s": 5.0} | waiting
+        where = ServiceAddresses(policy=address, reward=address, reference=address, **waiting)
         async with Services(where, tokenizer, policy_admin=(address,)) as services:
             await services.connect()
             yield policy, reward, reference, services
@@ -386,6 +391,41 @@ async def test_a_service_that_dies_again_and_again_ends_the_wait(tokenizer):
         with pytest.raises(NotReadyError, match="policy service: went away 5 times in a row without finishing"):
             await services.collect(tasks(2, 3), SAMPLING)
     assert len(policy.asked) == 5
+
+
+@pytest.mark.parametrize(("answered", "message"), [(3, None), (0, r"--call-deadline-s, which is 1; raise it")])
+async def test_a_call_that_takes_too_long_is_asked_for_the_rest_as_long_as_it_finishes_something(
+    answered, message, tokenizer
+):
+    async with scripted(tokenizer, call_deadline_s=1.0) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+        policy.stall_after = answered
+        if message is None:
+            rollout = await services.collect(tasks(*range(2, 10)), SAMPLING)
+            assert [sample.score for sample in rollout.samples] == [float(first) for first in range(2, 10)]
+            assert policy.asked == [[*range(2, 10)], [*range(5, 10)], [8, 9]]
+        else:
+            with pytest.raises(ServicesError, match=message):
+                await services.collect(tasks(2, 3), SAMPLING)
+            assert policy.asked == [[2, 3]]
+
+
+async def test_a_replica_that_no_admin_address_leads_to_is_named_instead_of_throwing_its_work_away(tokenizer):
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    replicas = [ScriptedPolicy(fingerprint) for _ in range(2)]
+    async with contextlib.AsyncExitStack() as stack:
+        addresses = [await stack.enter_async_context(serve(replica)) for replica in replicas]
+        judges = await stack.enter_async_context(serve(ScriptedReward(fingerprint), ScriptedReference(fingerprint)))
+        where = ServiceAddresses(policy=",".join(addresses), reward=judges, reference=judges, ready_timeout_s=5.0)
+        services = await stack.enter_async_context(Services(where, tokenizer, policy_admin=addresses[:1]))
+        await services.connect()
+        await services.publish(WEIGHTS)
+        with pytest.raises(ServicesError, match=r"version 0 \(start.* version 1 .* no --policy-admin address"):
+            await services.collect(tasks(*range(2, 12)), SAMPLING)
+        only = await stack.enter_async_context(Services(where, tokenizer))
+        await only.connect()
+        with pytest.raises(ServicesError, match="the replicas serve different weights, or one of them was restarted"):
+            await only.collect(tasks(*range(2, 12)), SAMPLING)
 
 
 async def test_a_reward_model_that_was_exchanged_stops_the_run(tokenizer):

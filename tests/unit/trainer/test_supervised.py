@@ -27,8 +27,8 @@ from tests.conftest import WORDS
 from trainer.__main__ import main
 from trainer.config import RewardSettings, SftSettings
 from trainer.data import load_demonstrations, load_preferences
-from trainer.encoding import Encoder
-from trainer.errors import CollapsedError
+from trainer.encoding import EncodedResponse, Encoder
+from trainer.errors import CheckpointError, CollapsedError
 from trainer.models import load_policy, load_reward_model, load_tokenizer
 from trainer.reward_model import (
     RewardTrainer,
@@ -38,6 +38,7 @@ from trainer.reward_model import (
     refuse_collapsed,
 )
 from trainer.reward_model import main as train_reward
+from trainer.runs import rows_digest
 from trainer.sft import SftTrainer
 from trainer.sft import main as train_sft
 from trainer.tracking import read_metrics
@@ -126,6 +127,49 @@ def test_sft_learns_and_its_model_ends_by_itself(make_policy, rows, tmp_path, ca
     assert sum(tokenizer.eos_token_id in answer for answer in answers) >= 14
     assert len(read_metrics(tmp_path / "run")) == 8 * math.ceil(228 / 16)
     assert "held-out perplexity: before" in capsys.readouterr().out
+
+
+def test_the_digest_of_rows_tells_their_ids_their_order_their_ends_and_where_responses_begin():
+    def row(ids: list[int], prompt_tokens: int = 1) -> EncodedResponse:
+        return EncodedResponse(ids=np.array(ids, dtype=np.int32), prompt_tokens=prompt_tokens, truncated=False)
+
+    first, second, third = row([5, 6]), row([7]), row([8])
+    digests = [
+        rows_digest([first, second], [third]),
+        rows_digest([second, first], [third]),
+        rows_digest([first, second, third], []),
+        rows_digest([first], [second, third]),
+        rows_digest([row([5, 6], 2), second], [third]),
+        rows_digest([row([5]), row([6, 7])], [third]),
+        rows_digest([row([5, 6]), row([9])], [third]),
+    ]
+    assert len(set(digests)) == len(digests)
+    assert digests[0] == rows_digest([row([5, 6]), row([7])], [row([8])])
+
+
+@pytest.mark.parametrize("stage", ["sft", "reward"])
+def test_a_run_does_not_go_on_with_other_rows_under_the_same_name(
+    stage, make_policy, make_reward_model, rows, tmp_path
+):
+    name, make, train, model = {
+        "sft": ("demonstrations", sft_settings, train_sft, make_policy(seed=4)),
+        "reward": ("preferences", reward_settings, train_reward, make_reward_model(seed=4)),
+    }[stage]
+    copies = {}
+    for file in ("data", "held_out"):
+        copies[file] = tmp_path / f"{file}.jsonl"
+        copies[file].write_text(Path(rows[name]).read_text())
+    own = {name: str(copies["data"])}
+    changes = {"eval_data": (str(copies["held_out"]),), "max_steps": 2, "save_every": 1}
+    train(make(model, own, tmp_path / "run", **changes))
+    for file in copies.values():
+        before = file.read_text()
+        lines = before.splitlines(keepends=True)
+        file.write_text("".join(lines[1:]))
+        with pytest.raises(CheckpointError, match="checkpoint-000002 was written with other rows than --data"):
+            train(make(model, own, tmp_path / "run", **changes, resume=True))
+        file.write_text(before)
+    train(make(model, own, tmp_path / "run", **changes, resume=True))
 
 
 def test_a_killed_sft_run_resumes_to_the_same_bits_and_refuses_other_settings(make_policy, rows, tmp_path):
