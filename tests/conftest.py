@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import hypothesis
 import pytest
 
 from quartet.client import Security
@@ -22,6 +23,10 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Services and tests share the cores: threads without work sleep at once, as quartet-local has them do. Before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
+
+# How long an example takes is the machine's matter, and no fact about the code.
+hypothesis.settings.register_profile("quartet", deadline=None)
+hypothesis.settings.load_profile("quartet")
 
 WORDS = (
     "hello thanks please sorry help order refund broken phone screen router delay the a is my your we can not do it "
