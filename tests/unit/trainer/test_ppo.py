@@ -20,14 +20,15 @@ import torch
 from torch import nn
 from transformers import LlamaForCausalLM
 
-from quartet.client import NotReadyError
+from quartet.client import NotReadyError, UnavailableError
 from tests.conftest import llama_config
 from trainer.checkpoint import StopRequest
-from trainer.errors import DivergedError, RolloutError, ServicesError, TrainerError
+from trainer.errors import CheckpointError, DivergedError, RolloutError, ServicesError, TrainerError
 from trainer.experience import make_experience
 from trainer.models import Critic, disable_dropout
 from trainer.ppo import Learner, explained_variance, score_metrics, time_metrics, train
 from trainer.ppo_config import PPOSettings
+from trainer.ppo_run import PPORun
 from trainer.rollout import Rollout, Sample
 from trainer.tracking import read_metrics
 
@@ -439,6 +440,24 @@ def test_a_rollout_that_can_not_be_learned_from_ends_the_run_saved_and_not_logge
         train(run, StopRequest())  # type: ignore[arg-type]
     assert run.saved == [1]
     assert [record["step"] for record in read_metrics(tmp_path)] == [1]
+
+
+def test_only_errors_that_pass_are_waited_out_and_a_disk_that_is_full_hides_none_of_them() -> None:
+    def save(trained: Any) -> float:
+        raise CheckpointError("checkpoint-000003 can't be written: No space left")
+
+    run = SimpleNamespace(step=0, settings=settings(steps=9), save=save, _stream=SimpleNamespace(position=0))
+    gone = str(PPORun.interrupted(run, UnavailableError("gone"), None))  # type: ignore[arg-type]
+    assert gone == (
+        "gone\nstopped after step 0 of 9. When the services are well, give the same command again with --resume"
+    )
+    run.step = 3
+    refused = str(PPORun.interrupted(run, ServicesError("it is refused"), None))  # type: ignore[arg-type]
+    assert refused == (
+        "it is refused\nstopped after step 3 of 9; checkpoint-000003 can't be written: No space left. When that is "
+        "mended, give the same command again with --resume"
+    )
+    assert run._stream.position == 3 * 64  # Prompts drawn for the broken step are drawn again.
 
 
 @pytest.mark.parametrize(
