@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import jinja2
 from pydantic import Field
@@ -14,6 +16,14 @@ from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveInt
 from services.runtime.batcher import BatchLimits
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.telemetry import ServiceMetrics
+
+# Most items of a request, unless told otherwise.
+MAX_REQUEST_ITEMS = 16_384
+# Replies of fewer items take less time than to hand them to a thread and back may.
+_SHORT_REPLY = 256
+
+Made = TypeVar("Made")
 
 _OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 
@@ -32,6 +42,9 @@ class ForwardSettings(ServiceSettings):
     )
     max_held_mib: PositiveInt = Field(
         256, description="most MiB of requests in hand; a request that would exceed it is refused before any work"
+    )
+    max_request_items: PositiveInt = Field(
+        MAX_REQUEST_ITEMS, description="most items of a request; a longer one is refused before any work"
     )
     max_wait_s: NonNegativeFloat = Field(
         2.0, description="seconds after which the oldest item waiting begins every second batch, out of turn"
@@ -90,10 +103,16 @@ def chat_text(tokenizer: Any, messages: Iterable[common_pb2.ChatMessage]) -> str
     return text
 
 
-def require_items(count: int) -> None:
-    """Refuses an empty batch."""
+def require_items(count: int, most: int) -> None:
+    """Refuses an empty list, and one of more than ``most`` items: an item costs us hundreds of bytes, its sender two."""
     if count == 0:
         raise InvalidArgumentError("items is empty: send at least one", field="items")
+    if count > most:
+        raise InvalidArgumentError(
+            f"items has {count} items, a request may have {most} (max_request_items); split it",
+            field="items",
+            refused_as="too_large",
+        )
 
 
 def require_same_tokenizer(sent: str, ours: str) -> None:
@@ -110,6 +129,17 @@ def require_same_tokenizer(sent: str, ours: str) -> None:
             "the token ids mean something else here; send text instead",
             field="tokenizer_fingerprint",
         )
+
+
+async def make_reply(make: Callable[[], Made], *, items: int) -> Made:
+    """What ``make`` gives for so many items, without holding up the event loop, and with it every health check."""
+    return make() if items <= _SHORT_REPLY else await asyncio.to_thread(make)
+
+
+def count_items(metrics: ServiceMetrics, statuses: Iterable[common_pb2.ItemStatus]) -> None:
+    """Counts the items of a reply by status."""
+    for code, count in Counter(status.code for status in statuses).items():
+        metrics.items.labels(common_pb2.ItemStatusCode.Name(code)).inc(count)
 
 
 class WorkClock:

@@ -26,7 +26,7 @@ async def serve(settings: ReferenceSettings) -> int:
     from services.reference.servicer import HostedReference, ReferenceServicer
 
     metrics = ServiceMetrics("reference")
-    servicer = ReferenceServicer(metrics)
+    servicer = ReferenceServicer(metrics, max_request_items=settings.max_request_items)
     listener = Listener(
         name="the reference service",
         port=settings.port,

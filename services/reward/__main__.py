@@ -30,7 +30,7 @@ async def serve(settings: RewardSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     metrics = ServiceMetrics("reward")
     watch = ScoreWatch(metrics, window=settings.drift_window, every=settings.drift_every, alpha=settings.drift_alpha)
-    servicer = RewardServicer(metrics, watch)
+    servicer = RewardServicer(metrics, watch, max_request_items=settings.max_request_items)
     admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, metrics))
     listener = Listener(
         name="the reward service",

@@ -306,6 +306,35 @@ async def test_a_request_without_items_is_refused(house):
     assert await house.refusal([]) == (grpc.StatusCode.INVALID_ARGUMENT, "items")
 
 
+async def test_a_request_of_more_items_than_are_taken_is_refused_before_any_of_them_is_looked_at(house):
+    assert house.servicer.max_request_items == 16_384
+    empty = reward_pb2.ScoreItem()
+    assert await house.refusal([empty] * 16_385) == (grpc.StatusCode.INVALID_ARGUMENT, "items")
+    assert house.metric("refused_total", reason="too_large") == 1
+    house.servicer.max_request_items = 3
+    for call in (
+        house.stub.Score(reward_pb2.ScoreRequest(items=[empty] * 4)),
+        house.stub.Compare(reward_pb2.CompareRequest(items=[reward_pb2.Comparison()] * 4)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        message = "items has 4 items, a request may have 3 (max_request_items); split it"
+        assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, message)
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 0
+    assert len((await house.score([empty] * 3)).results) == 3
+
+
+async def test_the_longest_request_is_answered_in_order_and_its_items_counted(house):
+    items = [of_ids([n % 300], [n // 300]) for n in range(16_384)]
+    items[77] = of_ids([5], [])
+    results = (await house.score(items)).results
+    assert [r.status.code for r in results] == [INVALID if n == 77 else OK for n in range(16_384)]
+    scores = [exact([n % 300, n // 300]) for n in range(16_384) if n != 77]
+    assert [r.score for r in results if r.status.code == OK] == scores
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_OK") == 16_383
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 1
+
+
 # Truncation -------------------------------------------------------------------------------------------------------
 
 
