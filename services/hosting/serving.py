@@ -104,7 +104,7 @@ def chat_text(tokenizer: Any, messages: Iterable[common_pb2.ChatMessage]) -> str
 
 
 def require_items(count: int, most: int) -> None:
-    """Refuses an empty list, and one of more than ``most`` items: an item costs us hundreds of bytes, its sender two."""
+    """Refuses an empty list, and one of more than ``most`` items: an item of two bytes costs us hundreds."""
     if count == 0:
         raise InvalidArgumentError("items is empty: send at least one", field="items")
     if count > most:
