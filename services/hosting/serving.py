@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
@@ -16,6 +17,7 @@ from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveInt
 from services.runtime.batcher import BatchLimits
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.server import ServiceRuntime
 from services.runtime.telemetry import ServiceMetrics
 
 # Most items of a request, unless told otherwise.
@@ -140,6 +142,17 @@ def count_items(metrics: ServiceMetrics, statuses: Iterable[common_pb2.ItemStatu
     """Counts the items of a reply by status."""
     for code, count in Counter(status.code for status in statuses).items():
         metrics.items.labels(common_pb2.ItemStatusCode.Name(code)).inc(count)
+
+
+def ending(runtime: ServiceRuntime) -> Callable[[str], None]:
+    """What ends the service when its model is dead, from any thread: a supervisor starts it anew, its port is free."""
+    loop = asyncio.get_running_loop()
+
+    def end(reason: str) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: the service has ended.
+            loop.call_soon_threadsafe(runtime.stop, reason)
+
+    return end
 
 
 class WorkClock:
