@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jinja2
@@ -24,6 +26,8 @@ from services.runtime.telemetry import ServiceMetrics
 MAX_REQUEST_ITEMS = 16_384
 # Replies of fewer items take less time than to hand them to a thread and back may.
 _SHORT_REPLY = 256
+# Sizes of requests up to, in bytes, and the threads that read them. A MiB of text may take a second.
+_READERS = ((2**18, 4), (2**22, 2), (math.inf, 1))
 
 Made = TypeVar("Made")
 
@@ -142,6 +146,21 @@ def count_items(metrics: ServiceMetrics, statuses: Iterable[common_pb2.ItemStatu
     """Counts the items of a reply by status."""
     for code, count in Counter(status.code for status in statuses).items():
         metrics.items.labels(common_pb2.ItemStatusCode.Name(code)).inc(count)
+
+
+class Readers:
+    """Threads in which requests are read: made into tokens, and checked. Tokenising holds no lock of the interpreter.
+
+    Large requests have threads of their own, and so do very large ones: they don't hold up the small.
+    """
+
+    def __init__(self) -> None:
+        self._pools = [(most, ThreadPoolExecutor(threads, "read")) for most, threads in _READERS]
+
+    async def read(self, work: Callable[[], Made], *, size_bytes: int) -> Made:
+        """What ``work`` gives, for a request of ``size_bytes``."""
+        pool = next(pool for most, pool in self._pools if size_bytes <= most)
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
 def ending(runtime: ServiceRuntime) -> Callable[[str], None]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -34,6 +33,7 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
     def __init__(self, metrics: ServiceMetrics, *, max_request_items: int = serving.MAX_REQUEST_ITEMS) -> None:
         self.metrics = metrics
         self.max_request_items = max_request_items
+        self.readers = serving.Readers()
         self.hosted: HostedReference | None = None
 
     def _hosted(self) -> HostedReference:
@@ -61,9 +61,10 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
             raise InvalidArgumentError(
                 f"temperature is {temperature}, must be a finite number greater than 0", field="temperature"
             )
-        # In a thread: a large request would hold up the event loop, and with it every health check.
-        prepared = await asyncio.to_thread(
-            lambda: [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items]
+        # Not on the event loop: a large request would hold it up, and with it every health check.
+        prepared = await self.readers.read(
+            lambda: [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items],
+            size_bytes=hold.size_bytes,
         )
         ready = [item for item in prepared if isinstance(item, ReferenceItem)]
         clock = serving.WorkClock()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,6 +47,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     ) -> None:
         self.metrics = metrics
         self.max_request_items = max_request_items
+        self.readers = serving.Readers()
         self.watch = watch or ScoreWatch(metrics)
         self.hosted: HostedReward | None = None
 
@@ -85,8 +85,9 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             )
         weights = _weights(hosted, request.head_weights, normalise=request.normalise)
         cut = choose_cut(hosted, request.truncation)
-        # Tokenising holds no lock of the interpreter, so it may run beside the event loop.
-        prepared = await asyncio.to_thread(lambda: [prepare(hosted, item, cut) for item in request.items])
+        prepared = await self.readers.read(
+            lambda: [prepare(hosted, item, cut) for item in request.items], size_bytes=hold.size_bytes
+        )
         ready = [item for item in prepared if isinstance(item, Prepared)]
         answers, work = await self._submit(hosted, [(item,) for item in ready], context, hold)
         marks = iter(answers)
@@ -126,7 +127,9 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
                 both.append(found)
             return both[0], both[1]
 
-        prepared = await asyncio.to_thread(lambda: [prepare_pair(pair) for pair in request.items])
+        prepared = await self.readers.read(
+            lambda: [prepare_pair(pair) for pair in request.items], size_bytes=hold.size_bytes
+        )
         ready = [pair for pair in prepared if not isinstance(pair, str)]
         answers, work = await self._submit(hosted, ready, context, hold)
         marks = iter(answers)
