@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import math
 import time
-from collections.abc import Iterable
-from typing import Any
+from collections import Counter
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
 
 import jinja2
 from pydantic import Field
@@ -14,6 +19,17 @@ from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveInt
 from services.runtime.batcher import BatchLimits
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
+from services.runtime.server import ServiceRuntime
+from services.runtime.telemetry import ServiceMetrics
+
+# Most items of a request, unless told otherwise.
+MAX_REQUEST_ITEMS = 16_384
+# Replies of fewer items take less time than to hand them to a thread and back may.
+_SHORT_REPLY = 256
+# Sizes of requests up to, in bytes, and the threads that read them. A MiB of text may take a second.
+_READERS = ((2**18, 4), (2**22, 2), (math.inf, 1))
+
+Made = TypeVar("Made")
 
 _OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 
@@ -32,6 +48,9 @@ class ForwardSettings(ServiceSettings):
     )
     max_held_mib: PositiveInt = Field(
         256, description="most MiB of requests in hand; a request that would exceed it is refused before any work"
+    )
+    max_request_items: PositiveInt = Field(
+        MAX_REQUEST_ITEMS, description="most items of a request; a longer one is refused before any work"
     )
     max_wait_s: NonNegativeFloat = Field(
         2.0, description="seconds after which the oldest item waiting begins every second batch, out of turn"
@@ -90,10 +109,16 @@ def chat_text(tokenizer: Any, messages: Iterable[common_pb2.ChatMessage]) -> str
     return text
 
 
-def require_items(count: int) -> None:
-    """Refuses an empty batch."""
+def require_items(count: int, most: int) -> None:
+    """Refuses an empty list, and one of more than ``most`` items: an item of two bytes costs us hundreds."""
     if count == 0:
         raise InvalidArgumentError("items is empty: send at least one", field="items")
+    if count > most:
+        raise InvalidArgumentError(
+            f"items has {count} items, a request may have {most} (max_request_items); split it",
+            field="items",
+            refused_as="too_large",
+        )
 
 
 def require_same_tokenizer(sent: str, ours: str) -> None:
@@ -110,6 +135,43 @@ def require_same_tokenizer(sent: str, ours: str) -> None:
             "the token ids mean something else here; send text instead",
             field="tokenizer_fingerprint",
         )
+
+
+async def make_reply(make: Callable[[], Made], *, items: int) -> Made:
+    """What ``make`` gives for so many items, without holding up the event loop, and with it every health check."""
+    return make() if items <= _SHORT_REPLY else await asyncio.to_thread(make)
+
+
+def count_items(metrics: ServiceMetrics, statuses: Iterable[common_pb2.ItemStatus]) -> None:
+    """Counts the items of a reply by status."""
+    for code, count in Counter(status.code for status in statuses).items():
+        metrics.items.labels(common_pb2.ItemStatusCode.Name(code)).inc(count)
+
+
+class Readers:
+    """Threads in which requests are read: made into tokens, and checked. Tokenising holds no lock of the interpreter.
+
+    Large requests have threads of their own, and so do very large ones: they don't hold up the small.
+    """
+
+    def __init__(self) -> None:
+        self._pools = [(most, ThreadPoolExecutor(threads, "read")) for most, threads in _READERS]
+
+    async def read(self, work: Callable[[], Made], *, size_bytes: int) -> Made:
+        """What ``work`` gives, for a request of ``size_bytes``."""
+        pool = next(pool for most, pool in self._pools if size_bytes <= most)
+        return await asyncio.get_running_loop().run_in_executor(pool, work)
+
+
+def ending(runtime: ServiceRuntime) -> Callable[[str], None]:
+    """What ends the service when its model is dead, from any thread: a supervisor starts it anew, its port is free."""
+    loop = asyncio.get_running_loop()
+
+    def end(reason: str) -> None:
+        with contextlib.suppress(RuntimeError):  # The loop is closed: the service has ended.
+            loop.call_soon_threadsafe(runtime.stop, reason)
+
+    return end
 
 
 class WorkClock:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from quartet.model_folder import find_model
 from quartet.reference.v1 import reference_pb2_grpc
+from services.hosting import serving
 from services.reference.config import ReferenceSettings
 from services.runtime.batcher import Batcher
 from services.runtime.server import Listener, ServiceRuntime, run_service
@@ -26,7 +28,7 @@ async def serve(settings: ReferenceSettings) -> int:
     from services.reference.servicer import HostedReference, ReferenceServicer
 
     metrics = ServiceMetrics("reference")
-    servicer = ReferenceServicer(metrics)
+    servicer = ReferenceServicer(metrics, max_request_items=settings.max_request_items)
     listener = Listener(
         name="the reference service",
         port=settings.port,
@@ -34,7 +36,7 @@ async def serve(settings: ReferenceSettings) -> int:
         add=lambda server: reference_pb2_grpc.add_ReferenceServiceServicer_to_server(servicer, server),
     )
 
-    def load() -> HostedReference:
+    def load(on_death: Callable[[str], None]) -> HostedReference:
         import torch
 
         from services.hosting import model as hosting_model
@@ -70,13 +72,13 @@ async def serve(settings: ReferenceSettings) -> int:
                 eos_token_ids=hosting_model.end_tokens(folder, reference.model.config, tokenizer),
                 deterministic=settings.deterministic,
             ),
-            batcher=Batcher(reference.logprobs, limits=limits, metrics=metrics),
+            batcher=Batcher(reference.logprobs, limits=limits, metrics=metrics, on_death=on_death),
         )
 
     async with ServiceRuntime(name="reference", settings=settings, metrics=metrics) as runtime:
         await runtime.bind(listener)
         runtime.serve_metrics()
-        hosted = servicer.hosted = await asyncio.to_thread(load)
+        hosted = servicer.hosted = await asyncio.to_thread(load, serving.ending(runtime))
         code = await runtime.run()
     await asyncio.to_thread(hosted.batcher.close)
     return code

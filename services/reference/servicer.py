@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -31,8 +30,10 @@ class HostedReference:
 class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
     """Log-probabilities of batches; every item has a status of its own. ``hosted`` is None until a model is loaded."""
 
-    def __init__(self, metrics: ServiceMetrics) -> None:
+    def __init__(self, metrics: ServiceMetrics, *, max_request_items: int = serving.MAX_REQUEST_ITEMS) -> None:
         self.metrics = metrics
+        self.max_request_items = max_request_items
+        self.readers = serving.Readers()
         self.hosted: HostedReference | None = None
 
     def _hosted(self) -> HostedReference:
@@ -47,22 +48,23 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
 
     async def LogProbs(self, request: reference_pb2.LogProbsRequest, context: Any) -> reference_pb2.LogProbsResponse:
         hosted = self._hosted()
+        serving.require_items(len(request.items), self.max_request_items)
         with hosted.batcher.hold(request.ByteSize()) as hold:
             return await self._logprobs(hosted, request, context, hold)
 
     async def _logprobs(
         self, hosted: HostedReference, request: reference_pb2.LogProbsRequest, context: Any, hold: Hold
     ) -> reference_pb2.LogProbsResponse:
-        serving.require_items(len(request.items))
         serving.require_same_tokenizer(request.tokenizer_fingerprint, hosted.model.served_by.tokenizer_fingerprint)
         temperature = request.temperature if request.HasField("temperature") else 1.0
         if not (math.isfinite(temperature) and temperature > 0):
             raise InvalidArgumentError(
                 f"temperature is {temperature}, must be a finite number greater than 0", field="temperature"
             )
-        # In a thread: a large request would hold up the event loop, and with it every health check.
-        prepared = await asyncio.to_thread(
-            lambda: [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items]
+        # Not on the event loop: a large request would hold it up, and with it every health check.
+        prepared = await self.readers.read(
+            lambda: [_prepare(hosted, item, temperature, request.return_entropy) for item in request.items],
+            size_bytes=hold.size_bytes,
         )
         ready = [item for item in prepared if isinstance(item, ReferenceItem)]
         clock = serving.WorkClock()
@@ -76,14 +78,17 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
             )
         )
         work = clock.stop()
-        results = [
-            _result(next(answers))
-            if isinstance(item, ReferenceItem)
-            else reference_pb2.LogProbsResult(status=serving.invalid(item))
-            for item in prepared
-        ]
-        for result in results:
-            self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
+        # Long by its tokens as well: a number each.
+        results = await serving.make_reply(
+            lambda: [
+                _result(next(answers))
+                if isinstance(item, ReferenceItem)
+                else reference_pb2.LogProbsResult(status=serving.invalid(item))
+                for item in prepared
+            ],
+            items=max(len(prepared), sum(len(item.token_ids) for item in ready) // 64),
+        )
+        serving.count_items(self.metrics, (result.status for result in results))
         tokens = sum(len(item.token_ids) for item in ready)
         self.metrics.tokens.labels("reference").inc(tokens)
         calls.note(items=len(results), tokens=tokens, weights_version=hosted.model.served_by.weights_version)

@@ -6,6 +6,7 @@ import asyncio
 import os
 
 from quartet.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
+from services.hosting import serving
 from services.reward.admin_servicer import RewardAdminServicer
 from services.reward.checking import check
 from services.reward.config import RewardSettings
@@ -30,8 +31,8 @@ async def serve(settings: RewardSettings) -> int:
     """Binds, loads, warms up, and serves until told to stop."""
     metrics = ServiceMetrics("reward")
     watch = ScoreWatch(metrics, window=settings.drift_window, every=settings.drift_every, alpha=settings.drift_alpha)
-    servicer = RewardServicer(metrics, watch)
-    admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, metrics))
+    servicer = RewardServicer(metrics, watch, max_request_items=settings.max_request_items)
+    admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, metrics, end))
     listener = Listener(
         name="the reward service",
         port=settings.port,
@@ -48,7 +49,8 @@ async def serve(settings: RewardSettings) -> int:
     async with ServiceRuntime(name="reward", settings=settings, metrics=metrics) as runtime:
         await runtime.bind(listener, admin_listener)
         runtime.serve_metrics()
-        servicer.host(await asyncio.to_thread(load, settings, metrics))
+        end = serving.ending(runtime)
+        servicer.host(await asyncio.to_thread(load, settings, metrics, end))
         runtime.at_drain.append(admin.give_up)
         code = await runtime.run()
     await admin.close()

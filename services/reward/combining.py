@@ -11,6 +11,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+# Characters of what was sent that a message repeats: it travels in headers, which are few kilobytes.
+_MOST_QUOTED = 100
+
 
 class Reduction(StrEnum):
     """How the scores of an ensemble's members become one."""
@@ -150,7 +153,8 @@ class Combination:
         for name, weight in overrides.items():
             if name not in known:
                 names = ", ".join(map(repr, known)) or "none: its score is the one output of the model"
-                raise WeightsRefusedError(f"head_weights names {name!r}, which there is not; there is {names}")
+                shown = name if len(name) <= _MOST_QUOTED else name[:_MOST_QUOTED] + "..."
+                raise WeightsRefusedError(f"head_weights names {shown!r}, which there is not; there is {names}")
             if not math.isfinite(weight):
                 raise WeightsRefusedError(f"head_weights gives {name!r} the weight {weight}, must be a finite number")
         changed = [head.name for head in self.heads if overrides.get(head.name, head.weight) != head.weight]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -47,8 +47,10 @@ class _Model:
         return Trained(truncation=self.metadata.truncation, max_tokens=self.metadata.max_tokens)
 
 
-def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
-    """Loads and checks what ``settings`` name, and scores once to warm it up.
+def load(
+    settings: RewardSettings, metrics: ServiceMetrics, on_death: Callable[[str], None] = lambda reason: None
+) -> HostedReward:
+    """Loads and checks what ``settings`` name, and scores once to warm it up. ``on_death``: of its Batcher.
 
     Raises:
         StartError, ModelFolderError: it cannot be hosted; the message says why.
@@ -77,7 +79,7 @@ def load(settings: RewardSettings, metrics: ServiceMetrics) -> HostedReward:
         watch_gpu(metrics, panel.device)
     # Last: it has a thread, and the metrics look at it from now on.
     limits = settings.batch_limits(panel.device, padded=panel.padded)
-    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=limits, metrics=metrics))
+    return HostedReward(**vars(loaded), batcher=Batcher(panel, limits=limits, metrics=metrics, on_death=on_death))
 
 
 def _load_models(settings: RewardSettings) -> list[_Model]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 from quartet.reward.v1 import reward_pb2
@@ -126,7 +127,7 @@ def _prepare(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prep
     else:
         if not item.response_text and item.response_unfinished:
             raise ItemRefusedError("response_text is empty and unfinished: there is nothing to score")
-        encoded = _encode(hosted, item)
+        encoded = _encode(hosted, item, cut)
     count = len(encoded.token_ids)
     if not count:
         raise ItemRefusedError("prompt and response have no tokens: there is nothing to score")
@@ -134,11 +135,7 @@ def _prepare(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prep
         raise ItemRefusedError(reason)
     if truncated := count > cut.limit:
         if cut.side == "refuse":
-            takes = "takes" if cut.limit == hosted.panel.max_sequence_tokens else "was trained with at most"
-            raise ItemRefusedError(
-                f"prompt and response have {count} tokens, the model {takes} {cut.limit}; "
-                "shorten them, or ask for truncation LEFT"
-            )
+            raise ItemRefusedError(_too_long(hosted, f"{count} tokens", cut))
         tokens = encoded.cut(cut)
     else:
         tokens = ScorerItem(encoded.token_ids, encoded.segments)
@@ -146,15 +143,27 @@ def _prepare(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> Prep
     return Prepared(Candidate(tokens, exchange), truncated=truncated)
 
 
-def _encode(hosted: LoadedReward, item: reward_pb2.ScoreItem) -> _Encoded:
+def _too_long(hosted: LoadedReward, size: str, cut: Cut) -> str:
+    takes = "takes" if cut.limit == hosted.panel.max_sequence_tokens else "was trained with at most"
+    return f"prompt and response have {size}, the model {takes} {cut.limit}; shorten them, or ask for truncation LEFT"
+
+
+def _encode(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> _Encoded:
     """
     Raises:
-        ItemRefusedError: the chat template refuses the messages.
+        ItemRefusedError: the chat template refuses the messages, or they are longer than so many tokens can be.
     """
     is_chat = item.prompt.WhichOneof("content") == "messages"
     prompt = serving.chat_text(hosted.tokenizer, item.prompt.messages.messages) if is_chat else item.prompt.text
-    response = _plain_ids(hosted, item.response_text)
     assert hosted.encoding is not None
+    most = hosted.encoding.characters_per_token
+    if cut.side == "refuse" and most is not None:
+        # A second's work for each MiB, and hundreds of MiB, for a text that can't fit.
+        least = sum(math.ceil(len(text) / most) for text in (prompt, item.response_text))
+        if least > cut.limit:
+            size = f"{len(prompt) + len(item.response_text)} characters, which are {least} tokens or more"
+            raise ItemRefusedError(_too_long(hosted, size, cut))
+    response = _plain_ids(hosted, item.response_text)
     if hosted.encoding.pair:
         pair = hosted.tokenizer(prompt, item.response_text, return_special_tokens_mask=True)
         mask = pair["special_tokens_mask"]

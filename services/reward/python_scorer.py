@@ -94,11 +94,11 @@ class PythonScorer:
             values = list(values)
             if len(values) != len(exchanges):
                 raise ValueError(f"it returned {len(values)} scores for {len(exchanges)} pairs")
-        except Exception as error:  # Whatever the user's code may raise: one bad batch must not end a service.
+        except BaseException as error:  # Also cancellation and sys.exit: one bad batch must not end a service.
             log.error("scorer_failed", scorer=self.spec, items=len(exchanges), exc_info=error)
             message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARACTERS]
             return [ItemError(f"the scorer {self.spec} failed: {message}", retryable=True)] * len(exchanges)
-        return [self._attributes(value) for value in values]
+        return [self._checked(value) for value in values]
 
     def close(self) -> None:
         """Ends the event loop of an ``async`` function."""
@@ -112,6 +112,13 @@ class PythonScorer:
         # One loop for all batches, so that connections which the function keeps stay usable.
         self._runner = self._runner or asyncio.Runner()
         return self._runner.run(wait())
+
+    def _checked(self, value: object) -> Mapping[str, float] | ItemError:
+        try:
+            return self._attributes(value)
+        except BaseException as error:  # A number or a dict of the user's may do anything when it is read.
+            log.error("scorer_failed", scorer=self.spec, items=1, exc_info=error)
+            return self._refuse(f"gave what can't be read, a {type(value).__name__}: {type(error).__name__}")
 
     def _attributes(self, value: object) -> Mapping[str, float] | ItemError:
         if value is None:

@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from quartet.model_folder import METADATA_FILE
 from services.hosting.model import Hosting, longest_sequence, pad_right
 from services.hosting.packed import HiddenStates, prepack
+from services.hosting.token_length import characters_per_token
 from services.reward.combining import Head
 from services.reward.metadata import read_reward_metadata
 from services.runtime.errors import StartError
@@ -58,11 +59,13 @@ class Encoding:
 
     ``pair``: prompt and response as a sentence pair with special tokens (encoders such as BERT and DeBERTa).
     Otherwise both are encoded apart, without special tokens, and joined. ``end_token_id`` is appended to a finished
-    response unless it is None.
+    response unless it is None. ``characters_per_token``: most characters of a text that become one token, None where
+    nothing is known of it.
     """
 
     pair: bool
     end_token_id: int | None
+    characters_per_token: int | None = None
 
 
 class TransformersScorer:
@@ -129,13 +132,17 @@ class TransformersScorer:
         metadata = read_reward_metadata(folder)
         pair = not self.is_decoder if metadata.pair is None else metadata.pair
         if pair or not metadata.append_eos:
-            return Encoding(pair=pair, end_token_id=None)
+            return Encoding(pair=pair, end_token_id=None, characters_per_token=characters_per_token(tokenizer))
         if tokenizer.eos_token_id is None:
             raise StartError(
                 f"model {str(folder)!r}: its tokenizer has no end token to append to responses; give it one, or set "
                 f'"append_eos": false in {METADATA_FILE} if the model was trained without'
             )
-        return Encoding(pair=False, end_token_id=int(tokenizer.eos_token_id))
+        return Encoding(
+            pair=False,
+            end_token_id=int(tokenizer.eos_token_id),
+            characters_per_token=characters_per_token(tokenizer),
+        )
 
     @torch.inference_mode()
     def score(self, items: Sequence[ScorerItem]) -> list[list[float]]:

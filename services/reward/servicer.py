@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -39,8 +38,16 @@ _REDUCTIONS = {
 class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
     """Scores batches; every item has a status of its own. ``hosted`` is None until a model is loaded."""
 
-    def __init__(self, metrics: ServiceMetrics, watch: ScoreWatch | None = None) -> None:
+    def __init__(
+        self,
+        metrics: ServiceMetrics,
+        watch: ScoreWatch | None = None,
+        *,
+        max_request_items: int = serving.MAX_REQUEST_ITEMS,
+    ) -> None:
         self.metrics = metrics
+        self.max_request_items = max_request_items
+        self.readers = serving.Readers()
         self.watch = watch or ScoreWatch(metrics)
         self.hosted: HostedReward | None = None
 
@@ -64,13 +71,13 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
 
     async def Score(self, request: reward_pb2.ScoreRequest, context: Any) -> reward_pb2.ScoreResponse:
         hosted = self._hosted()
+        serving.require_items(len(request.items), self.max_request_items)
         with hosted.batcher.hold(request.ByteSize()) as hold:
             return await self._score(hosted, request, context, hold)
 
     async def _score(
         self, hosted: HostedReward, request: reward_pb2.ScoreRequest, context: Any, hold: Hold
     ) -> reward_pb2.ScoreResponse:
-        serving.require_items(len(request.items))
         _require_readable(hosted, [item.prompt for item in request.items], request.tokenizer_fingerprint)
         if request.normalise and not hosted.combination.can_normalise:
             raise FailedPreconditionError(
@@ -78,17 +85,21 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             )
         weights = _weights(hosted, request.head_weights, normalise=request.normalise)
         cut = choose_cut(hosted, request.truncation)
-        # Tokenising holds no lock of the interpreter, so it may run beside the event loop.
-        prepared = await asyncio.to_thread(lambda: [prepare(hosted, item, cut) for item in request.items])
+        prepared = await self.readers.read(
+            lambda: [prepare(hosted, item, cut) for item in request.items], size_bytes=hold.size_bytes
+        )
         ready = [item for item in prepared if isinstance(item, Prepared)]
         answers, work = await self._submit(hosted, [(item,) for item in ready], context, hold)
         marks = iter(answers)
-        results = [
-            _result(hosted, item, next(marks)[0], weights, normalise=request.normalise)
-            if isinstance(item, Prepared)
-            else reward_pb2.ScoreResult(status=serving.invalid(item))
-            for item in prepared
-        ]
+        results = await serving.make_reply(
+            lambda: [
+                _result(hosted, item, next(marks)[0], weights, normalise=request.normalise)
+                if isinstance(item, Prepared)
+                else reward_pb2.ScoreResult(status=serving.invalid(item))
+                for item in prepared
+            ],
+            items=len(prepared),
+        )
         self._count(hosted, results, ready)
         if not request.head_weights:  # Scores of other weights are of another distribution.
             self._watch(hosted, results)
@@ -96,13 +107,13 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
 
     async def Compare(self, request: reward_pb2.CompareRequest, context: Any) -> reward_pb2.CompareResponse:
         hosted = self._hosted()
+        serving.require_items(len(request.items), self.max_request_items)
         with hosted.batcher.hold(request.ByteSize()) as hold:
             return await self._compare(hosted, request, context, hold)
 
     async def _compare(
         self, hosted: HostedReward, request: reward_pb2.CompareRequest, context: Any, hold: Hold
     ) -> reward_pb2.CompareResponse:
-        serving.require_items(len(request.items))
         _require_readable(hosted, [pair.prompt for pair in request.items], request.tokenizer_fingerprint)
         weights = _weights(hosted, request.head_weights)
         cut = choose_cut(hosted, request.truncation)
@@ -116,16 +127,21 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
                 both.append(found)
             return both[0], both[1]
 
-        prepared = await asyncio.to_thread(lambda: [prepare_pair(pair) for pair in request.items])
+        prepared = await self.readers.read(
+            lambda: [prepare_pair(pair) for pair in request.items], size_bytes=hold.size_bytes
+        )
         ready = [pair for pair in prepared if not isinstance(pair, str)]
         answers, work = await self._submit(hosted, ready, context, hold)
         marks = iter(answers)
-        results = [
-            reward_pb2.CompareResult(status=serving.invalid(pair))
-            if isinstance(pair, str)
-            else _comparison(hosted, pair, next(marks), weights)
-            for pair in prepared
-        ]
+        results = await serving.make_reply(
+            lambda: [
+                reward_pb2.CompareResult(status=serving.invalid(pair))
+                if isinstance(pair, str)
+                else _comparison(hosted, pair, next(marks), weights)
+                for pair in prepared
+            ],
+            items=len(prepared),
+        )
         self._count(hosted, results, [item for pair in ready for item in pair])
         return reward_pb2.CompareResponse(results=results, served_by=hosted.model.served_by, work=work)
 
@@ -164,8 +180,7 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         results: Sequence[reward_pb2.ScoreResult | reward_pb2.CompareResult],
         scored: Iterable[Prepared],
     ) -> None:
-        for result in results:
-            self.metrics.items.labels(common_pb2.ItemStatusCode.Name(result.status.code)).inc()
+        serving.count_items(self.metrics, (result.status for result in results))
         tokens = sum(item.count for item in scored)
         self.metrics.tokens.labels("scored").inc(tokens)
         calls.note(items=len(results), tokens=tokens, weights_version=hosted.model.served_by.weights_version)

@@ -32,6 +32,9 @@ log = structlog.get_logger()
 # How soon it is seen that a model which is being replaced has answered its last request: nobody waits for it.
 _DRAIN_POLL_S = 0.05
 _MOST_LOGGED_IDS = 32
+# So many batches on end that fail, none of them left whole in between, are no bad items: the model is broken for good,
+# as after an error of the GPU that every later call repeats.
+MOST_FAILURES = 16
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -83,6 +86,10 @@ class Batcher(Generic[Item, Result]):
 
     ``process`` takes a list of items and returns a result or an ItemError for each, in order. If it raises, every item
     of the batch is answered with a retryable ItemError and the cause is logged: one bad batch must not end a service.
+
+    ``on_death`` is called from the thread, once and with the reason, when the model will answer no more: something else
+    than an Exception has ended the thread, or MOST_FAILURES batches on end have failed. Who goes on regardless refuses
+    or fails whatever comes.
     """
 
     def __init__(
@@ -91,8 +98,11 @@ class Batcher(Generic[Item, Result]):
         *,
         limits: BatchLimits,
         metrics: ServiceMetrics,
+        on_death: Callable[[str], None] = lambda reason: None,
     ) -> None:
         self._process = process
+        self._on_death = on_death
+        self._failures = 0  # On end.
         self._metrics = metrics
         self.admission = Admission(
             max_queued_tokens=limits.max_queued_tokens, max_held_bytes=limits.max_held_bytes, metrics=metrics
@@ -211,15 +221,18 @@ class Batcher(Generic[Item, Result]):
             while (batch := self._next_batch()) is not None:
                 if batch:
                     self._answer(batch, self._results(batch))
-        finally:
+                    if self._failures == MOST_FAILURES:
+                        self._failures += 1  # Said once.
+                        self._on_death(f"{MOST_FAILURES} model batches on end have failed")
+        except BaseException as error:
             # Whatever ends the thread, nobody is left waiting for it.
             with self._changed:
                 self._closed = True
                 left = list(self._unanswered)
-            if left:
-                log.error("model_thread_ended", calls=len(left), exc_info=True)
-                error = UnavailableError("the model has stopped; try again later")
-                self._settle([(request, error) for request in left])
+            log.error("model_thread_ended", calls=len(left), exc_info=error)
+            stopped = UnavailableError("the model has stopped; try again later")
+            self._settle([(request, stopped) for request in left])
+            self._on_death(f"the model's thread was ended by {type(error).__name__}")
 
     def _next_batch(self) -> list[Entry[_Request[Item, Result]]] | None:
         """Waits for work and takes it from the line; None at the end. Empty when all of it had expired."""
@@ -258,7 +271,9 @@ class Batcher(Generic[Item, Result]):
             log.error("batch_failed", items=len(batch), request_ids=_request_ids(batch), exc_info=error)
             span.fail(type(error).__name__)
             results = [ItemError(f"the model failed: {type(error).__name__}", retryable=True)] * len(batch)
+            self._failures += 1
         else:
+            self._failures = 0
             self.admission.served(tokens, time.monotonic() - start_s)
         batch_spans.end_batch(batch, span)
         self._metrics.batch_seconds.observe(time.monotonic() - start_s)

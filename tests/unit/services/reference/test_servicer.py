@@ -120,6 +120,21 @@ async def test_results_stand_in_the_order_of_the_items_whatever_the_batches(hous
     assert house.metric("tokens_total", kind="reference") == 5 + 12 + 2 + 12 + 7 + 3 + 9 + 4 + 11
 
 
+async def test_a_request_of_more_items_than_are_taken_is_refused_before_any_of_them_is_looked_at(house):
+    code, said, wrong_field = await house.refusal([item([])] * 16_385)
+    assert (code, wrong_field) == (grpc.StatusCode.INVALID_ARGUMENT, "items")
+    assert said == "items has 16385 items, a request may have 16384 (max_request_items); split it"
+    assert house.metric("refused_total", reason="too_large") == 1
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 0
+
+
+async def test_the_longest_request_is_answered_in_order(house):
+    asked = [item([n % 300, n // 300]) for n in range(16_384)]
+    results = (await house.logprobs(asked)).results
+    expected = [exact(ReferenceItem([n % 300, n // 300], 1, 1.0, False)).logprobs for n in range(16_384)]
+    assert [list(result.logprobs) for result in results] == expected
+
+
 @pytest.mark.parametrize(("asked", "told"), [(None, 1.0), (0.5, 0.5), (2.0, 2.0), (2.0**-60, 2.0**-60)])
 async def test_the_model_is_told_the_temperature_and_whether_entropies_are_wanted(house, asked, told):
     fields = {} if asked is None else {"temperature": asked}

@@ -85,6 +85,55 @@ def test_an_exception_is_of_the_whole_batch_and_may_pass():
     assert PythonScorer(SPEC, broken_too).score(PAIRS) == [expected] * 3
 
 
+@pytest.mark.parametrize("end", [asyncio.CancelledError("judge"), SystemExit("judge"), KeyboardInterrupt("judge")])
+def test_a_rule_that_exits_or_is_cancelled_fails_like_any_other_and_scores_the_next_batch(end):
+    calls = 0
+
+    def rule(pairs: list[tuple[Any, str]]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            raise end
+        return [1.0] * len(pairs)
+
+    async def rule_too(pairs: list[tuple[Any, str]]) -> list[float]:
+        return rule(pairs)
+
+    expected = ItemError(f"the scorer {SPEC} failed: {type(end).__name__}: judge", retryable=True)
+    for function in (rule, rule_too):
+        calls = 0
+        scorer = PythonScorer(SPEC, function)
+        assert scorer.score(PAIRS) == [expected] * 3
+        assert scorer.score(PAIRS) == [{"score": 1.0}] * 3
+        scorer.close()
+
+
+def test_a_rule_whose_own_task_is_cancelled_fails_and_scores_the_next_batch():
+    calls = 0
+
+    async def rule(pairs: list[tuple[Any, str]]) -> list[float]:
+        nonlocal calls
+        calls += 1
+        task = asyncio.current_task()
+        assert task is not None
+        if calls == 1:
+            task.cancel()
+        await asyncio.sleep(0)
+        return [1.0] * len(pairs)
+
+    scorer = PythonScorer(SPEC, rule)
+    first = scorer.score(PAIRS)
+    assert all(isinstance(x, ItemError) and x.retryable and "CancelledError" in x.reason for x in first)
+    assert scorer.score(PAIRS) == [{"score": 1.0}] * 3
+    scorer.close()
+
+
+def test_a_number_that_cannot_be_read_is_refused_alone():
+    first, large, last = scorer(1.0, 10**400, 2).score(PAIRS)
+    assert (first, last) == ({"score": 1.0}, {"score": 2.0})
+    assert large == ItemError(f"the scorer {SPEC} gave what can't be read, a int: OverflowError", retryable=False)
+
+
 @pytest.mark.parametrize(
     ("values", "problem"),
     [([1.0], "it returned 1 scores for 3 pairs"), ([1.0] * 4, "it returned 4 scores for 3 pairs"), (None, "TypeError")],

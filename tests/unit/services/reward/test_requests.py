@@ -132,6 +132,10 @@ async def test_weights_that_cannot_be_used_refuse_the_request_with_their_field(s
     stub = await serve_reward([scorer], combination=Combination(heads=HEADS, members=members))
     for weights, message in (
         ({"kindness": 1.0}, "head_weights names 'kindness', which there is not; there is 'sum', 'last'"),
+        (
+            {"x" * 1_000_000: 1.0},
+            f"head_weights names '{'x' * 100}...', which there is not; there is 'sum', 'last'",
+        ),
         ({"sum": math.nan}, "head_weights gives 'sum' the weight nan, must be a finite number"),
     ):
         expected = (grpc.StatusCode.INVALID_ARGUMENT, "head_weights", message)

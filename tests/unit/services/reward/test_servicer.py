@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import math
+import threading
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -17,6 +19,7 @@ from quartet.common.v1 import common_pb2
 from quartet.fingerprint import tokenizer_fingerprint
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.hosting.model import Hosting
+from services.hosting.token_length import characters_per_token
 from services.reward.combining import Combination, Member, Statistics
 from services.reward.panel import Panel
 from services.reward.scorer import Encoding, ScorerItem, TransformersScorer
@@ -306,6 +309,35 @@ async def test_a_request_without_items_is_refused(house):
     assert await house.refusal([]) == (grpc.StatusCode.INVALID_ARGUMENT, "items")
 
 
+async def test_a_request_of_more_items_than_are_taken_is_refused_before_any_of_them_is_looked_at(house):
+    assert house.servicer.max_request_items == 16_384
+    empty = reward_pb2.ScoreItem()
+    assert await house.refusal([empty] * 16_385) == (grpc.StatusCode.INVALID_ARGUMENT, "items")
+    assert house.metric("refused_total", reason="too_large") == 1
+    house.servicer.max_request_items = 3
+    for call in (
+        house.stub.Score(reward_pb2.ScoreRequest(items=[empty] * 4)),
+        house.stub.Compare(reward_pb2.CompareRequest(items=[reward_pb2.Comparison()] * 4)),
+    ):
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await call
+        message = "items has 4 items, a request may have 3 (max_request_items); split it"
+        assert (refused.value.code(), refused.value.details()) == (grpc.StatusCode.INVALID_ARGUMENT, message)
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 0
+    assert len((await house.score([empty] * 3)).results) == 3
+
+
+async def test_the_longest_request_is_answered_in_order_and_its_items_counted(house):
+    items = [of_ids([n % 300], [n // 300]) for n in range(16_384)]
+    items[77] = of_ids([5], [])
+    results = (await house.score(items)).results
+    assert [r.status.code for r in results] == [INVALID if n == 77 else OK for n in range(16_384)]
+    scores = [exact([n % 300, n // 300]) for n in range(16_384) if n != 77]
+    assert [r.score for r in results if r.status.code == OK] == scores
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_OK") == 16_383
+    assert house.metric("items_total", status="ITEM_STATUS_CODE_INVALID") == 1
+
+
 # Truncation -------------------------------------------------------------------------------------------------------
 
 
@@ -325,6 +357,49 @@ async def test_truncation_drops_tokens_on_the_left_as_few_as_needed_and_says_so(
     assert len(text) > LONGEST
     kept = [ids[:LONGEST], ids[1 : LONGEST + 1], ids[20 - LONGEST : 20], text[-LONGEST:]]
     assert [r.score for r in results] == [exact(k) for k in kept]
+
+
+async def test_text_that_cannot_fit_is_refused_by_its_characters_and_never_tokenised(house, tokenizer):
+    read: list[str] = []
+
+    def note(text: str, **options: Any) -> Any:
+        read.append(text)
+        return tokenizer(text, **options)
+
+    longest = characters_per_token(tokenizer)
+    assert longest == max(len(tokenizer.decode([token])) for token in range(300)) == len("<bos>")
+    house.change(tokenizer=note, encoding=Encoding(pair=False, end_token_id=1, characters_per_token=longest))
+    fits = "<bos>" * (LONGEST - 1)
+    results = (await house.score([of_text(fits, ""), of_text(fits + "!" * 5, "!"), of_text("", "a" * 10**6)])).results
+    assert (results[0].status.code, results[0].token_count) == (OK, LONGEST)
+    assert [r.status.reason for r in results[1:]] == [
+        f"prompt and response have {size} characters, which are {least} tokens or more, the model takes 12; "
+        "shorten them, or ask for truncation LEFT"
+        for size, least in ((61, 13), (10**6, 200_000))
+    ]
+    assert read == [fits]
+    # What is to be cut has to be read.
+    (cut,) = (await house.score([of_text(fits * 2, "!")], truncation=reward_pb2.TRUNCATION_POLICY_LEFT)).results
+    assert (cut.status.code, cut.token_count, cut.truncated) == (OK, LONGEST, True)
+
+
+async def test_large_texts_do_not_hold_up_small_ones(house, tokenizer):
+    """Of those that are read, each size has threads of its own."""
+    release = threading.Event()
+
+    def slow(text: str, **options: Any) -> Any:
+        if len(text) > 1000:
+            assert release.wait(20)
+        return tokenizer(text[:50], **options)
+
+    house.change(tokenizer=slow)
+    large = [asyncio.create_task(house.score([of_text("a" * size, "b")])) for size in [2**19] * 40]
+    await asyncio.sleep(0.2)
+    (small,) = (await asyncio.wait_for(house.score([of_text("hello", " thanks")]), 10)).results
+    assert small.status.code == OK
+    assert not any(task.done() for task in large)
+    release.set()
+    assert {reply.results[0].status.code for reply in await asyncio.gather(*large)} == {INVALID}
 
 
 @pytest.mark.parametrize("policy", [reward_pb2.TRUNCATION_POLICY_UNSPECIFIED, reward_pb2.TRUNCATION_POLICY_REFUSE])

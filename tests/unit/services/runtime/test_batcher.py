@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.runtime.batcher import Batcher, BatchLimits, ItemError
+from services.runtime.batcher import MOST_FAILURES, Batcher, BatchLimits, ItemError
 from services.runtime.errors import DeadlineExceededError, InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
@@ -306,15 +306,16 @@ async def test_what_had_expired_on_arrival_is_refused_at_once():
     assert model.batches == []
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-async def test_whatever_ends_the_model_thread_everybody_is_answered():
+@pytest.mark.parametrize("end", [SystemExit("a library called exit"), asyncio.CancelledError(), KeyboardInterrupt()])
+async def test_whatever_ends_the_model_thread_everybody_is_answered_and_its_death_is_told(end):
     model = Model()
+    told: list[str] = []
 
     def process(items: list[tuple[str, int]]) -> Sequence[str | ItemError]:
         model.process(items)
-        raise SystemExit("a library called exit")
+        raise end
 
-    batcher = Batcher(process, limits=limits(), metrics=ServiceMetrics("test"))
+    batcher = Batcher(process, limits=limits(), metrics=ServiceMetrics("test"), on_death=told.append)
     plugged = await plug(batcher, model)
     waiting = asyncio.create_task(batcher.submit([("waiting", 1)], [1]))
     await asyncio.sleep(0.01)
@@ -325,6 +326,39 @@ async def test_whatever_ends_the_model_thread_everybody_is_answered():
         await batcher.submit([("late", 1)], [1])
     assert batcher.admission.queued_tokens == 0
     await asyncio.to_thread(batcher.close)
+    assert told == [f"the model's thread was ended by {type(end).__name__}"]
+
+
+async def test_a_model_that_fails_batch_after_batch_is_dead_and_one_that_does_now_and_then_is_not():
+    broken: list[bool] = []
+    told: list[str] = []
+
+    def process(items: list[str]) -> list[str | ItemError]:
+        if broken and broken.pop():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+        return list(items)
+
+    batcher = Batcher(process, limits=limits(), metrics=ServiceMetrics("test"), on_death=told.append)
+    failed = [ItemError("the model failed: RuntimeError", retryable=True)]
+    for failures in (MOST_FAILURES - 1, MOST_FAILURES - 1):
+        broken += [True] * failures
+        assert [await batcher.submit(["a"], [1]) for _ in range(failures)] == [failed] * failures
+        assert await batcher.submit(["a"], [1]) == ["a"]
+        assert told == []
+    broken += [True] * (MOST_FAILURES + 3)
+    for _ in range(MOST_FAILURES + 3):
+        assert await batcher.submit(["a"], [1]) == failed
+    await asyncio.to_thread(batcher.close)
+    assert told == [f"{MOST_FAILURES} model batches on end have failed"]
+
+
+async def test_a_batcher_that_is_closed_has_not_died():
+    told: list[str] = []
+    model = Model()
+    batcher = Batcher(model.process, limits=limits(), metrics=ServiceMetrics("test"), on_death=told.append)
+    assert await batcher.submit([("a", 1)], [1]) == ["a:1"]
+    await asyncio.to_thread(batcher.close)
+    assert told == []
 
 
 async def test_answers_for_an_event_loop_that_is_gone_hurt_nobody():

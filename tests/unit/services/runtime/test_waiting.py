@@ -245,6 +245,94 @@ def test_callers_share_batches_evenly():
     assert count == {"a": 80, "b": 80, "c": 80}
 
 
+def bulk_and_crowd(draw: random.Random, *, padded: bool, one_connection: bool = False) -> WaitingLine[str]:
+    """A list of ten thousand, and 64 callers with one item each, which are four or five batches together."""
+    line = WaitingLine[str](max_batch_tokens=4096, max_batch_items=256, max_wait_s=2.0, padded=padded)
+    add(line, "bulk", [draw.randint(50, 400) for _ in range(10_000)], caller="bulk")
+    for number in range(64):
+        add(line, "small", [draw.randint(50, 400)], caller="bulk" if one_connection else f"{number}", at=0.01)
+    return line
+
+
+@pytest.mark.parametrize("one_connection", [False, True])
+@pytest.mark.parametrize("padded", [False, True])
+@settings(max_examples=15, deadline=None)
+@given(seed=st.integers(0, 10**6))
+def test_a_crowd_of_small_calls_beside_a_list_of_ten_thousand_is_served_in_about_ten_batches(
+    padded, one_connection, seed
+):
+    line = bulk_and_crowd(random.Random(seed), padded=padded, one_connection=one_connection)
+    left, batches, bulk = 64, 0, 0
+    while left:
+        batch = take(line, at=0.5 * batches)  # The list grows old meanwhile, and begins every second batch.
+        left -= sum(name == "small" for name, _ in batch)
+        bulk += sum(name == "bulk" for name, _ in batch)
+        batches += 1
+    assert batches <= (13 if padded else 7)
+    assert bulk >= 10  # Its first batch, and what room was left.
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_asking_one_by_one_gets_no_more_than_a_list_does_nor_less(padded):
+    draw = random.Random(0)
+    line = WaitingLine[str](max_batch_tokens=4096, max_batch_items=256, max_wait_s=NEVER_OLD_S, padded=padded)
+    add(line, "bulk", [draw.randint(50, 400) for _ in range(10_000)], caller="bulk")
+    for caller in range(60):
+        add(line, f"{caller}", [draw.randint(50, 400)], caller=f"{caller}")
+    tokens: Counter[str] = Counter()
+    for _ in range(800):
+        batch = line.take(0.0)
+        for entry in batch:
+            tokens[entry.call.payload] += entry.tokens
+        for entry in batch:
+            if entry.call.payload != "bulk":  # Answered, it asks for the next one.
+                add(line, entry.call.payload, [draw.randint(50, 400)], caller=entry.call.payload)
+    share = tokens.total() / 61
+    # Padded batches are filled with whatever is nearest in length, where nobody next fits.
+    assert 0.5 * share < tokens["bulk"] < (8 if padded else 3) * share
+    small = [tokens[f"{caller}"] for caller in range(60)]
+    assert 0.7 * share < min(small) <= max(small) < 1.2 * share
+
+
+def test_callers_share_tokens_evenly_whatever_the_lengths_of_their_items():
+    line = WaitingLine[str](max_batch_tokens=1000, max_batch_items=100, max_wait_s=NEVER_OLD_S, padded=False)
+    for caller, length in (("short", 10), ("middle", 130), ("long", 900)):
+        add(line, caller, [length] * (60_000 // length), caller=caller)
+    tokens: Counter[str] = Counter()
+    for _ in range(90):
+        for entry in line.take(0.0):
+            tokens[entry.call.payload] += entry.tokens
+    assert max(tokens.values()) - min(tokens.values()) <= 2000
+
+
+def test_what_begins_alike_stays_together_among_many_callers():
+    """Four answers to each prompt stand side by side in a list."""
+    draw = random.Random(0)
+    line = WaitingLine[str](max_batch_tokens=4096, max_batch_items=256, max_wait_s=2.0, padded=False)
+    for caller in range(8):
+        for number in range(16):
+            lengths = [draw.randint(50, 400) for _ in range(64)]
+            add(line, f"{caller}.{number}", lengths, caller=f"{caller}")
+    pieces = 0
+    batches = 0
+    while batch := take(line, at=0.3 * batches):
+        pieces += len({(name, index // 4) for name, index in batch})
+        batches += 1
+    assert batches <= 460  # Full ones: as many as the tokens need.
+    assert pieces <= 1.45 * 8 * 16 * 16  # Of 2,048 groups; each end of a batch or a turn may cut one.
+
+
+def test_callers_that_come_and_go_are_not_remembered_for_ever():
+    line = make_line(items=1)
+    add(line, "bulk", [10] * 10_000, caller="bulk")
+    take(line)
+    for number in range(9000):
+        add(line, f"{number}", [1], caller=f"{number}")
+        assert take(line) == [(f"{number}", 0)]
+    assert len(line._left) <= 4096
+    assert len(line._callers) == 1
+
+
 def test_an_old_item_goes_though_newcomers_never_end():
     line = make_line(items=1, max_wait_s=5.0)
     add(line, "old", [100] * 3, at=0.0)
