@@ -1,57 +1,93 @@
-"""How much text a token may stand for: what is plainly too long is refused by its characters, without being tokenised.
+"""How many characters of a text one token can stand for, where the tokenizer's parts allow to say it.
 
-A bound holds for byte-level BPE alone, where every byte of the text is in one token or another. Other tokenizers drop
-spaces, or make one unknown token of a word of any length.
+A text of more characters than that times the tokens that fit can't fit, and need not be tokenised to see it. What a
+tokenizer does is told by its parts: a normaliser that deletes, a pre-tokenizer that drops spaces, or an unknown token
+for stretches of any length let a short list of tokens stand for a text without bound. So only parts are taken here that
+are known to keep every character, and others give no bound.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
-from tokenizers.pre_tokenizers import ByteLevel
-
-# Characters of which NFC may make one: no character's full canonical decomposition is longer.
-_NFC_SHRINKS = 4
+# At most four code points of a text become one by composition: U+1F82 and a few more decompose into so many.
+_MOST_COMPOSED = 4
+_BYTES = 256
 
 
 def characters_per_token(tokenizer: Any) -> int | None:
-    """Most characters of a text that become one token; None where there is no such bound, or none that we can prove."""
+    """Most characters of a text that become one token; None where there is no such bound, or none that is known."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
+    # One with code of its own may do anything to a text before it comes to the parts.
     if backend is None or not type(tokenizer).__module__.startswith("transformers."):
         return None
     parts = json.loads(backend.to_str())
-    shrinks = _shrinks(parts["normalizer"])
-    if shrinks is None or not _is_byte_level(parts["pre_tokenizer"]) or not _covers_bytes(parts["model"]):
+    added = parts["added_tokens"]
+    shrinks = _shrinking(parts["normalizer"])
+    # An added token that strips takes the spaces beside it along, however many.
+    strips = any(token["lstrip"] or token["rstrip"] for token in added)
+    if not shrinks or strips or not _keeps_all(parts["pre_tokenizer"]) or not _knows_all(parts):
         return None
-    if any(token["lstrip"] or token["rstrip"] for token in parts["added_tokens"]):
-        return None  # It takes all the spaces beside it.
-    # In the alphabet of a byte-level BPE a character is a byte, and no character of a text is less.
-    longest = max(map(len, parts["model"]["vocab"]))
-    added = max((len(token["content"]) for token in parts["added_tokens"]), default=0)
-    return shrinks * max(longest, added)
+    longest = max(map(len, (*parts["model"]["vocab"], *(token["content"] for token in added))))
+    return shrinks * longest
 
 
-def _shrinks(normalizer: Mapping[str, Any] | None) -> int | None:
+def _shrinking(normalizer: dict[str, Any] | None) -> int:
+    """Most characters that a normaliser makes one of; 0: unknown."""
     if normalizer is None:
         return 1
-    return _NFC_SHRINKS if normalizer["type"] == "NFC" else None
+    match normalizer["type"]:
+        case "Sequence":
+            product = 1
+            for part in normalizer["normalizers"]:
+                product *= _shrinking(part)
+            return product
+        case "NFC" | "NFKC":
+            return _MOST_COMPOSED
+        case "NFD" | "NFKD" | "Prepend":
+            return 1
+        case "Replace" if len(normalizer["pattern"].get("String", "")) == 1 and normalizer["content"]:
+            return 1
+        case _:
+            return 0
 
 
-def _is_byte_level(pre_tokenizer: Mapping[str, Any] | None) -> bool:
-    """Whether all of the text goes on to the model, as bytes."""
+def _keeps_all(pre_tokenizer: dict[str, Any] | None) -> bool:
+    """Whether all that a pre-tokenizer is given is in its pieces."""
+    if pre_tokenizer is None:
+        return True
+    match pre_tokenizer["type"]:
+        case "Sequence":
+            return all(map(_keeps_all, pre_tokenizer["pretokenizers"]))
+        case "Split" | "Punctuation":
+            return bool(pre_tokenizer["behavior"] != "Removed")
+        case "ByteLevel" | "Digits" | "Metaspace":
+            return True
+        case _:
+            return False
+
+
+def _knows_all(parts: dict[str, Any]) -> bool:
+    """Whether a byte-pair model has a token for every byte, so that nothing is unknown to it or left out."""
+    model = parts["model"]
+    if model["type"] != "BPE":
+        return False
+    vocab = model["vocab"]
+    if model.get("byte_fallback"):
+        return all(f"<0x{byte:02X}>" in vocab for byte in range(_BYTES))
+    return _any_part(parts["pre_tokenizer"], lambda part: part["type"] == "ByteLevel") and _byte_letters() <= set(vocab)
+
+
+def _any_part(pre_tokenizer: dict[str, Any] | None, is_so: Callable[[dict[str, Any]], bool]) -> bool:
     if pre_tokenizer is None:
         return False
-    steps = pre_tokenizer["pretokenizers"] if pre_tokenizer["type"] == "Sequence" else [pre_tokenizer]
-    *before, last = steps
-    keeps = all(
-        step["type"] == "Digits" or (step["type"] == "Split" and step["behavior"] != "Removed") for step in before
-    )
-    return keeps and last["type"] == "ByteLevel"
+    return is_so(pre_tokenizer) or any(_any_part(part, is_so) for part in pre_tokenizer.get("pretokenizers", ()))
 
 
-def _covers_bytes(model: Mapping[str, Any]) -> bool:
-    """Whether every byte has a token: what has none is dropped."""
-    plain = model["type"] == "BPE" and not model["continuing_subword_prefix"] and not model["end_of_word_suffix"]
-    return plain and model["vocab"].keys() >= set(ByteLevel.alphabet())
+def _byte_letters() -> set[str]:
+    """The characters that stand for bytes."""
+    from tokenizers.pre_tokenizers import ByteLevel
+
+    return set(ByteLevel.alphabet())

@@ -35,12 +35,12 @@ async def serve(settings: PolicySettings) -> int:
     # Before anything heavy is imported, so that a wrong folder is refused at once.
     folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     from services.hosting import model as hosting_model
+    from services.hosting.token_length import characters_per_token
     from services.policy.adapters import AdapterRegistry
     from services.policy.adapters_servicer import AdapterServicer
     from services.policy.hosted import HostedPolicy
     from services.policy.servicer import PolicyServicer
     from services.policy.staging import read_layout, staging_parent
-    from services.policy.token_length import most_characters_of_a_token
     from services.policy.watched_engine import watched
     from services.policy.weights_servicer import WeightsServicer
 
@@ -98,7 +98,7 @@ async def serve(settings: PolicySettings) -> int:
                 tokenizer=tokenizer,
                 model=model,
                 layout=layout,
-                most_characters=most_characters_of_a_token(tokenizer),
+                characters_per_token=characters_per_token(tokenizer),
                 adapters=AdapterRegistry(max_adapters=settings.max_adapters, max_rank=settings.max_lora_rank),
             )
             watch = asyncio.create_task(_watch(engine, runtime))

@@ -199,7 +199,7 @@ def prompt_ids(hosted: HostedPolicy, prompt: common_pb2.Prompt, sampling: Sampli
             except serving.ItemRefusedError as error:
                 return str(error)
         # Tokenising what is far too long would take a minute of a processor.
-        if hosted.most_characters and len(text) > room * hosted.most_characters:
+        if hosted.characters_per_token and len(text) > room * hosted.characters_per_token:
             return _too_long(f"{len(text)} characters, more than {room} tokens", sampling, hosted)
         token_ids = list(hosted.tokenizer(text, add_special_tokens=False).input_ids)
     if not token_ids:

@@ -15,12 +15,12 @@ from services.policy.staging import Layout
 class HostedPolicy:
     """``model.served_by`` changes with every weight update, ``adapters`` when one is loaded or unloaded.
 
-    ``most_characters``: see ``most_characters_of_a_token``.
+    ``characters_per_token``: of its tokenizer; None where text has to be read to know.
     """
 
     engine: Engine
     tokenizer: Any
     model: common_pb2.ModelInfo
     layout: Layout
-    most_characters: int = 0
+    characters_per_token: int | None = None
     adapters: AdapterRegistry = field(default_factory=AdapterRegistry)

@@ -14,9 +14,9 @@ from quartet.client.errors import translate
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import derive_seed
 from quartet.policy.v1 import policy_pb2
+from services.hosting.token_length import characters_per_token
 from services.policy.budget import Budget, BudgetLimits
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask
-from services.policy.token_length import most_characters_of_a_token
 from tests.unit.services.policy.scripted_engine import at_once, generated, until
 from tests.unit.services.policy.served import MOST, House, hold, params
 
@@ -134,8 +134,8 @@ async def test_each_refused_prompt_says_why_and_the_others_are_generated(house):
 
 
 async def test_text_that_cannot_fit_is_refused_unread_and_what_may_fit_is_read(house, tokenizer, monkeypatch):
-    longest = most_characters_of_a_token(tokenizer)
-    house.servicer.hosted = replace(house.servicer.hosted, most_characters=longest)
+    longest = characters_per_token(tokenizer)
+    house.servicer.hosted = replace(house.servicer.hosted, characters_per_token=longest)
     read: list[int] = []
     encode = type(tokenizer).__call__
     monkeypatch.setattr(type(tokenizer), "__call__", lambda self, t, **o: read.append(len(t)) or encode(self, t, **o))
