@@ -5,16 +5,20 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
 
 from quartet.client import (
+    CallPolicy,
     Completion,
     DamagedError,
+    DeadlineError,
     FailedCompletion,
     InFlightPolicy,
     InvalidInputError,
@@ -112,21 +116,57 @@ async def test_a_kept_request_continues_with_the_new_weights(service, make_polic
         assert completion.logprobs[before:] == pytest.approx(new[before:], abs=TOLERANCE)
 
 
+def running(service):
+    text = urllib.request.urlopen(f"http://{service.metrics_address}/metrics", timeout=5).read().decode()
+    return float(re.findall(r"^quartet_policy_engine_running (\S+)$", text, flags=re.MULTILINE)[0])
+
+
+async def until_all_run(service, count):
+    """Until so many completions are in the engine: before, an update would come before they have begun."""
+    while running(service) < count:  # noqa: ASYNC110  # It is in another process.
+        await asyncio.sleep(0.02)
+    await asyncio.sleep(0.1)
+
+
 async def test_finish_lets_requests_end_with_the_old_weights_and_abort_cuts_them(service, make_policy, fingerprint):
     async with PolicyClient(service.address) as client, WeightsClient(service.admin_address) as weights:
         version = (await weights.get_info()).weights_version
         folder = make_policy(seed=21, tied=service.tied)
         long = Sampling(max_new_tokens=120, min_new_tokens=120, seed=1)
         for step, (mode, reason) in enumerate(((InFlightPolicy.FINISH, "length"), (InFlightPolicy.ABORT, "aborted"))):
+            tensors = wire_tensors(folder)
             task = asyncio.create_task(collect(client, PROMPTS * 8, long, tokenizer_fingerprint=fingerprint))
-            await asyncio.sleep(0.05)
-            await weights.update(wire_tensors(folder), weights_version=version + 1 + step, in_flight=mode)
+            await until_all_run(service, 64)
+            await weights.update(tensors, weights_version=version + 1 + step, in_flight=mode)
             found = await task
             assert {c.finish_reason for c in found} == {reason}
             for completion in found:
                 assert {v for v, _ in completion.version_spans} <= {version + step}
                 assert sum(count for _, count in completion.version_spans) == len(completion.token_ids)
                 assert (len(completion.token_ids) < 120) == (reason == "aborted")
+
+
+async def test_an_update_that_cannot_wait_for_the_end_of_requests_leaves_the_old_weights_serving(
+    service, make_policy, fingerprint
+):
+    async with PolicyClient(service.address) as client, WeightsClient(service.admin_address) as weights:
+        version = (await weights.get_info()).weights_version
+        tensors = wire_tensors(make_policy(seed=23, tied=service.tied))
+        long = Sampling(max_new_tokens=120, min_new_tokens=120, seed=1)
+        task = asyncio.create_task(collect(client, PROMPTS * 8, long, n=16, tokenizer_fingerprint=fingerprint))
+        await until_all_run(service, 256)
+        hasty = CallPolicy(deadline_s=1.0)
+        async with WeightsClient(service.admin_address, policy=hasty) as in_a_hurry:
+            with pytest.raises(DeadlineError):
+                await in_a_hurry.update(tensors, weights_version=version + 1, in_flight=InFlightPolicy.FINISH)
+        late = await collect(client, PROMPTS[:1], Sampling(max_new_tokens=4), tokenizer_fingerprint=fingerprint)
+        for completion in (*(await task), *late):
+            assert {v for v, _ in completion.version_spans} == {version}
+            assert completion.finish_reason != "aborted"
+        assert (await weights.get_info()).weights_version == version
+        await weights.update(tensors, weights_version=version + 1, in_flight=InFlightPolicy.FINISH)
+        (new,) = await collect(client, PROMPTS[:1], Sampling(max_new_tokens=4), tokenizer_fingerprint=fingerprint)
+        assert {v for v, _ in new.version_spans} == {version + 1}
 
 
 async def test_a_broken_or_damaged_update_leaves_the_old_weights_serving(service, make_policy, fingerprint, tmp_path):
