@@ -366,8 +366,8 @@ async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
 def _judges(info: ServiceInfo, normalisation: Normalisation | None) -> dict[str, object]:
     """What decides the rewards besides the settings, as JSON values: it must be the same when a run goes on."""
     return {
-        "reward": info.reward.served_by.weights_fingerprint,
-        "reference": info.reference.served_by.weights_fingerprint,
+        "reward": info.reward.served_by.result_fingerprint,
+        "reference": info.reference.served_by.result_fingerprint,
         "normalisation": None if normalisation is None else asdict(normalisation),
     }
 

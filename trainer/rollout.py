@@ -403,7 +403,7 @@ class _Judge:
             # Token ids fit: prompts were cut to the shortest model's length. How long text is, the service alone knows.
             truncation=Truncation.REFUSE if takes_tokens else self._truncation,
         )
-        require_same_weights("reward", scores.served_by, services.info.reward.served_by)
+        require_same_judge("reward", scores.served_by, services.info.reward.served_by)
         self.work.append(within_call(scores.work, asked_ns, time.time_ns()))
         return [result if isinstance(result, ItemFailure) else result.score for result in scores.results]
 
@@ -427,7 +427,7 @@ class _Judge:
         batch = await services.reference.logprobs(
             sequences, tokenizer_fingerprint=services.tokenizer_fingerprint, temperature=self._temperature
         )
-        require_same_weights("reference", batch.served_by, services.info.reference.served_by)
+        require_same_judge("reference", batch.served_by, services.info.reference.served_by)
         self.work.append(within_call(batch.work, asked_ns, time.time_ns()))
         return [result if isinstance(result, ItemFailure) else result.logprobs for result in batch.results]
 
@@ -471,17 +471,17 @@ def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:
     return _first(error) if isinstance(error, BaseExceptionGroup) else error
 
 
-def require_same_weights(name: str, answered: ServedBy, expected: ServedBy) -> None:
+def require_same_judge(name: str, answered: ServedBy, expected: ServedBy) -> None:
     """The reward and the reference model are frozen for a run.
 
     Raises:
         ServicesError: another model answers under the same address.
     """
-    if answered.weights_fingerprint != expected.weights_fingerprint:
+    if answered.result_fingerprint != expected.result_fingerprint:
         raise ServicesError(
-            f"the {name} service now serves {answered.model_id!r} with weights {answered.weights_fingerprint[:12]}..., "
-            f"at the start of the run it was {expected.model_id!r} with {expected.weights_fingerprint[:12]}...: "
-            "figures of the two can't be compared; start it with the former model and resume the run"
+            f"the {name} service now serves {answered.model_id!r} ({answered.result_fingerprint[:12]}...), "
+            f"at the start of the run it was {expected.model_id!r} ({expected.result_fingerprint[:12]}...): figures of "
+            "the two can't be compared; start it with the former model and settings and resume the run"
         )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -66,7 +67,7 @@ def load(
         panel=panel,
         encoding=first.encoding if first is not None else None,
         tokenizer=first.tokenizer if first is not None else None,
-        model=_describe(settings, models, rule),
+        model=_describe(settings, models, rule, combination),
         combination=combination,
         trained=first.trained if first is not None and len({model.trained for model in models}) == 1 else Trained(),
         member_infos=tuple(model.info for model in models),
@@ -190,15 +191,21 @@ def _baseline(models: Sequence[_Model], rule: PythonScorer | None) -> Baseline |
     return models[0].metadata.baseline
 
 
-def _describe(settings: RewardSettings, models: Sequence[_Model], rule: PythonScorer | None) -> common_pb2.ModelInfo:
+def _describe(
+    settings: RewardSettings, models: Sequence[_Model], rule: PythonScorer | None, combination: Combination
+) -> common_pb2.ModelInfo:
     """What answers, as one: of an ensemble what holds for all members."""
+    scoring = _scoring_fingerprint(models, rule, combination)
     if not models:
         assert rule is not None
-        served_by = common_pb2.ServedBy(model_id=rule.spec, weights_fingerprint=rule.fingerprint)
+        served_by = common_pb2.ServedBy(
+            model_id=rule.spec, weights_fingerprint=rule.fingerprint, scoring_fingerprint=scoring
+        )
         return common_pb2.ModelInfo(served_by=served_by, engine="python", deterministic=settings.deterministic)
     info = common_pb2.ModelInfo()
     info.CopyFrom(models[0].info)
     info.served_by.model_id = settings.model
+    info.served_by.scoring_fingerprint = scoring
     info.vocab_size = min(model.info.vocab_size for model in models)
     info.max_sequence_tokens = min(model.info.max_sequence_tokens for model in models)
     if len(models) > 1:
@@ -207,6 +214,27 @@ def _describe(settings: RewardSettings, models: Sequence[_Model], rule: PythonSc
     if rule is not None:
         info.engine += " and python"
     return info
+
+
+def _scoring_fingerprint(models: Sequence[_Model], rule: PythonScorer | None, combination: Combination) -> str:
+    """Of everything that decides a raw score: two services that tell the same one score alike."""
+    first = models[0] if models else None
+    decides = {
+        "weights": [model.info.served_by.weights_fingerprint for model in models],
+        "tokenizer": first.info.served_by.tokenizer_fingerprint if first else "",
+        "chat template": first.tokenizer.chat_template if first else None,
+        "encoding": [first.encoding.pair, first.encoding.end_token_id] if first else None,
+        "rule": rule.fingerprint if rule else "",
+        "addends": [[head.name, head.weight] for head in combination.addends],
+    }
+    if combination.is_ensemble:  # Members with statistics are normalised before they are combined.
+        scales = [member.statistics for member in combination.members]
+        decides["ensemble"] = [
+            combination.reduction,
+            combination.penalty,
+            [scale and [scale.mean, scale.std] for scale in scales],
+        ]
+    return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
 
 
 def _check_golden(settings: RewardSettings, loaded: LoadedReward, model: _Model) -> str:

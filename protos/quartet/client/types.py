@@ -15,12 +15,21 @@ PromptLike = str | Messages | Sequence[int]
 
 @dataclass(frozen=True, kw_only=True)
 class ServedBy:
-    """Who answered: model, monotonic version of its weights, content fingerprints of weights and tokenizer."""
+    """Who answered: model, monotonic version of its weights, content fingerprints of weights and tokenizer.
+
+    ``scoring_fingerprint``: of a reward service, of everything that decides a raw score; empty elsewhere.
+    """
 
     model_id: str
     weights_version: int
     weights_fingerprint: str
     tokenizer_fingerprint: str
+    scoring_fingerprint: str = ""
+
+    @property
+    def result_fingerprint(self) -> str:
+        """Of everything that decides a result, besides the request: results of two that differ can't be compared."""
+        return self.scoring_fingerprint or self.weights_fingerprint
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +67,7 @@ def served_by(message: common_pb2.ServedBy) -> ServedBy:
         weights_version=message.weights_version,
         weights_fingerprint=message.weights_fingerprint,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
+        scoring_fingerprint=message.scoring_fingerprint,
     )
 
 

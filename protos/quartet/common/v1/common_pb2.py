@@ -24,15 +24,15 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equartet/common/v1/common.proto\x12\x11quartet.common.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"@\n\x0c\x43hatMessages\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.quartet.common.v1.ChatMessage\"\x8a\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1b.quartet.common.v1.TokenIdsH\x00\x12\x33\n\x08messages\x18\x03 \x01(\x0b\x32\x1f.quartet.common.v1.ChatMessagesH\x00\x42\t\n\x07\x63ontent\"M\n\nItemStatus\x12/\n\x04\x63ode\x18\x01 \x01(\x0e\x32!.quartet.common.v1.ItemStatusCode\x12\x0e\n\x06reason\x18\x02 \x01(\t\"q\n\x08ServedBy\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x17\n\x0fweights_version\x18\x02 \x01(\x03\x12\x1b\n\x13weights_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\":\n\x0cWorkInterval\x12\x15\n\rstart_unix_ns\x18\x01 \x01(\x03\x12\x13\n\x0b\x65nd_unix_ns\x18\x02 \x01(\x03\"\xb9\x01\n\tModelInfo\x12.\n\tserved_by\x18\x01 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x15\n\reos_token_ids\x18\x06 \x03(\x05\x12\x15\n\rdeterministic\x18\x07 \x01(\x08*\x89\x01\n\x0eItemStatusCode\x12 \n\x1cITEM_STATUS_CODE_UNSPECIFIED\x10\x00\x12\x17\n\x13ITEM_STATUS_CODE_OK\x10\x01\x12\x1c\n\x18ITEM_STATUS_CODE_INVALID\x10\x02\x12\x1e\n\x1aITEM_STATUS_CODE_RETRYABLE\x10\x03\x62\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1equartet/common/v1/common.proto\x12\x11quartet.common.v1\"\x17\n\x08TokenIds\x12\x0b\n\x03ids\x18\x01 \x03(\x05\",\n\x0b\x43hatMessage\x12\x0c\n\x04role\x18\x01 \x01(\t\x12\x0f\n\x07\x63ontent\x18\x02 \x01(\t\"@\n\x0c\x43hatMessages\x12\x30\n\x08messages\x18\x01 \x03(\x0b\x32\x1e.quartet.common.v1.ChatMessage\"\x8a\x01\n\x06Prompt\x12\x0e\n\x04text\x18\x01 \x01(\tH\x00\x12\x30\n\ttoken_ids\x18\x02 \x01(\x0b\x32\x1b.quartet.common.v1.TokenIdsH\x00\x12\x33\n\x08messages\x18\x03 \x01(\x0b\x32\x1f.quartet.common.v1.ChatMessagesH\x00\x42\t\n\x07\x63ontent\"M\n\nItemStatus\x12/\n\x04\x63ode\x18\x01 \x01(\x0e\x32!.quartet.common.v1.ItemStatusCode\x12\x0e\n\x06reason\x18\x02 \x01(\t\"\x8e\x01\n\x08ServedBy\x12\x10\n\x08model_id\x18\x01 \x01(\t\x12\x17\n\x0fweights_version\x18\x02 \x01(\x03\x12\x1b\n\x13weights_fingerprint\x18\x03 \x01(\t\x12\x1d\n\x15tokenizer_fingerprint\x18\x04 \x01(\t\x12\x1b\n\x13scoring_fingerprint\x18\x05 \x01(\t\":\n\x0cWorkInterval\x12\x15\n\rstart_unix_ns\x18\x01 \x01(\x03\x12\x13\n\x0b\x65nd_unix_ns\x18\x02 \x01(\x03\"\xb9\x01\n\tModelInfo\x12.\n\tserved_by\x18\x01 \x01(\x0b\x32\x1b.quartet.common.v1.ServedBy\x12\x0e\n\x06\x65ngine\x18\x02 \x01(\t\x12\r\n\x05\x64type\x18\x03 \x01(\t\x12\x1b\n\x13max_sequence_tokens\x18\x04 \x01(\x05\x12\x12\n\nvocab_size\x18\x05 \x01(\x05\x12\x15\n\reos_token_ids\x18\x06 \x03(\x05\x12\x15\n\rdeterministic\x18\x07 \x01(\x08*\x89\x01\n\x0eItemStatusCode\x12 \n\x1cITEM_STATUS_CODE_UNSPECIFIED\x10\x00\x12\x17\n\x13ITEM_STATUS_CODE_OK\x10\x01\x12\x1c\n\x18ITEM_STATUS_CODE_INVALID\x10\x02\x12\x1e\n\x1aITEM_STATUS_CODE_RETRYABLE\x10\x03\x62\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
 _builder.BuildTopDescriptorsAndMessages(DESCRIPTOR, 'quartet.common.v1.common_pb2', _globals)
 if not _descriptor._USE_C_DESCRIPTORS:
   DESCRIPTOR._loaded_options = None
-  _globals['_ITEMSTATUSCODE']._serialized_start=774
-  _globals['_ITEMSTATUSCODE']._serialized_end=911
+  _globals['_ITEMSTATUSCODE']._serialized_start=804
+  _globals['_ITEMSTATUSCODE']._serialized_end=941
   _globals['_TOKENIDS']._serialized_start=53
   _globals['_TOKENIDS']._serialized_end=76
   _globals['_CHATMESSAGE']._serialized_start=78
@@ -43,10 +43,10 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_PROMPT']._serialized_end=329
   _globals['_ITEMSTATUS']._serialized_start=331
   _globals['_ITEMSTATUS']._serialized_end=408
-  _globals['_SERVEDBY']._serialized_start=410
-  _globals['_SERVEDBY']._serialized_end=523
-  _globals['_WORKINTERVAL']._serialized_start=525
-  _globals['_WORKINTERVAL']._serialized_end=583
-  _globals['_MODELINFO']._serialized_start=586
-  _globals['_MODELINFO']._serialized_end=771
+  _globals['_SERVEDBY']._serialized_start=411
+  _globals['_SERVEDBY']._serialized_end=553
+  _globals['_WORKINTERVAL']._serialized_start=555
+  _globals['_WORKINTERVAL']._serialized_end=613
+  _globals['_MODELINFO']._serialized_start=616
+  _globals['_MODELINFO']._serialized_end=801
 # @@protoc_insertion_point(module_scope)

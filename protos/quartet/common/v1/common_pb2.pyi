@@ -57,16 +57,18 @@ class ItemStatus(_message.Message):
     def __init__(self, code: _Optional[_Union[ItemStatusCode, str]] = ..., reason: _Optional[str] = ...) -> None: ...
 
 class ServedBy(_message.Message):
-    __slots__ = ("model_id", "weights_version", "weights_fingerprint", "tokenizer_fingerprint")
+    __slots__ = ("model_id", "weights_version", "weights_fingerprint", "tokenizer_fingerprint", "scoring_fingerprint")
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_VERSION_FIELD_NUMBER: _ClassVar[int]
     WEIGHTS_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     TOKENIZER_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
+    SCORING_FINGERPRINT_FIELD_NUMBER: _ClassVar[int]
     model_id: str
     weights_version: int
     weights_fingerprint: str
     tokenizer_fingerprint: str
-    def __init__(self, model_id: _Optional[str] = ..., weights_version: _Optional[int] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ...) -> None: ...
+    scoring_fingerprint: str
+    def __init__(self, model_id: _Optional[str] = ..., weights_version: _Optional[int] = ..., weights_fingerprint: _Optional[str] = ..., tokenizer_fingerprint: _Optional[str] = ..., scoring_fingerprint: _Optional[str] = ...) -> None: ...
 
 class WorkInterval(_message.Message):
     __slots__ = ("start_unix_ns", "end_unix_ns")

@@ -8,8 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import random
+import re
 import shutil
 import statistics
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -211,6 +213,7 @@ def rules(tmp_path, monkeypatch) -> Path:
     """A module of scorers in the working directory."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "loading_rules", raising=False)
     (tmp_path / "loading_rules.py").write_text(
         "def length(pairs):\n    return [len(response) for _, response in pairs]\n"
         "def parts(pairs):\n    return [{'safety': 1.0, 'brevity': -len(r)} for _, r in pairs]\n"
@@ -413,3 +416,32 @@ def test_the_members_of_an_ensemble_check_their_own(trained, hosts, tmp_path):
     other_weights(second)
     with pytest.raises(StartError, match=r"model '.*second' is not served as it was trained"):
         hosts(folder)
+
+
+def test_the_scoring_fingerprint_is_of_everything_that_decides_a_score(rules, make_reward_model, hosts, tmp_path):
+    def fingerprint(model: Any, **changes: Any) -> str:
+        return hosts(model, **changes).model.served_by.scoring_fingerprint
+
+    folder = copy(make_reward_model(seed=4), tmp_path / "model")
+    plain = fingerprint(folder)
+    found = {
+        "plain": plain,
+        "weights": fingerprint(copy(make_reward_model(seed=5), tmp_path / "other")),
+        "rule": fingerprint(folder, scorer="loading_rules:length"),
+        "rule's weight": fingerprint(folder, scorer="loading_rules:length", scorer_weight=0.5),
+    }
+    source = rules / "loading_rules.py"
+    source.write_text(source.read_text() + "\n# Another rule, for all that is known.\n")
+    found["rule's source"] = fingerprint(folder, scorer="loading_rules:length")
+    write_metadata(folder, kind="reward", append_eos=False)
+    found["end token"] = fingerprint(folder)
+    write_metadata(folder, kind="reward", append_eos=True)
+    assert fingerprint(folder) == plain
+    write_metadata(folder, kind="reward", append_eos=True, calibration={"temperature": 2.0})
+    assert fingerprint(folder) == plain  # Of preferences, not of scores.
+    members = ensemble(tmp_path, folder, tmp_path / "other")
+    found["ensemble"] = fingerprint(members)
+    found["reduction"] = fingerprint(members, ensemble_reduction="uncertainty")
+    found["lambda"] = fingerprint(members, ensemble_reduction="uncertainty", ensemble_lambda=0.3)
+    assert len({*found.values()}) == len(found)
+    assert all(re.fullmatch("[0-9a-f]{64}", value) for value in found.values())
