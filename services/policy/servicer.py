@@ -88,7 +88,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                 ours = hosted.model.served_by.tokenizer_fingerprint
                 serving.require_same_tokenizer(request.tokenizer_fingerprint, ours)
             indices = asked.wanted(request, total)
-            run = self._run_of(hosted, request, n, calls.identity_of(context))
+            run = self._run_of(hosted, request, n, context)
             async with contextlib.aclosing(run.follow(request, sampling, stop_strings, indices, held)) as replies:
                 async for reply in replies:
                     if reply.HasField("status"):
@@ -97,13 +97,11 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                         calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
                     yield reply
 
-    def _run_of(
-        self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int, caller: calls.Identity
-    ) -> GenerationRun:
+    def _run_of(self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int, context: Any) -> GenerationRun:
         """The work of an earlier call with this request id of the same caller, or new work."""
-        name = RequestName(caller, request.request_id)
         if not request.request_id or not self._kept.limits.count:
             return GenerationRun(self, hosted, n)
+        name = RequestName(calls.identity_of(context), request.request_id)
         content = asked.content_of(request)
         run = self._kept.find(name, content)
         if run is not None and run.failed:
