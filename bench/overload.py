@@ -29,7 +29,7 @@ import psutil  # type: ignore[import-untyped]
 from bench.models import make_models
 from bench.turns import free_port
 from quartet.client import PolicyClient, ReferenceClient, RewardClient
-from quartet.client.channel import pushback_s
+from quartet.client.errors import pushback_s
 
 Name = Literal["policy", "reward", "reference"]
 _ITEMS, _PROMPT, _RESPONSE = 4, 112, 16

@@ -22,6 +22,7 @@ from quartet.client import (
     ItemFailure,
     ModelInfo,
     NotReadyError,
+    OverloadedError,
     PolicyClient,
     ReferenceClient,
     RewardClient,
@@ -48,6 +49,8 @@ T = TypeVar("T")
 _ITEM_TRIES = 3
 # So often in a row may the policy service go away without having finished a single completion.
 _FRUITLESS_TRIES = 5
+# Least pause before a policy service that has no room is asked again.
+_PAUSE_S = 0.2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,6 +253,7 @@ class Services:
         finished is asked again."""
         missing = dict.fromkeys(indices, _ITEM_TRIES)  # Tries left.
         fruitless = 0
+        progress_s = time.monotonic()
         while missing:
             asked = list(missing)
             asked_ns = time.time_ns()
@@ -270,6 +274,13 @@ class Services:
             except DeadlineError:
                 if len(missing) == before:
                     raise
+            except OverloadedError as error:
+                # It has others to serve, too: come back when it says, for as long as it might take to be ready.
+                if len(missing) < before:
+                    progress_s = time.monotonic()
+                if time.monotonic() - progress_s > self._ready_timeout_s:
+                    raise
+                await asyncio.sleep(max(_PAUSE_S, error.retry_after_s))
             except UnavailableError as error:
                 fruitless = fruitless + 1 if len(missing) == before else 0
                 if fruitless == _FRUITLESS_TRIES:

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForSequenceClassification
 
 from quartet.client import InvalidInputError, ItemFailure, PreconditionError, RewardClient, Score, ScoreItem, Truncation
-from quartet.client.channel import pushback_s
+from quartet.client.errors import pushback_s
 from quartet.fingerprint import safetensors_fingerprint, tokenizer_fingerprint
 from quartet.model_folder import write_metadata
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc

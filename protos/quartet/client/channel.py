@@ -200,7 +200,7 @@ class ServiceClient:
                     return await method(request, timeout=self.policy.deadline_s, metadata=metadata)
                 except grpc.aio.AioRpcError as error:
                     typed = translate(error, self.name, request_id)
-                    pause_s = max(backoff_s * random.uniform(0.8, 1.2), pushback_s(error))
+                    pause_s = max(backoff_s * random.uniform(0.8, 1.2), typed.retry_after_s)
                     waited_s = time.monotonic() - start
                     if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
                         span.set({"rpc.grpc.status_code": error.code().value[0]})
@@ -233,16 +233,6 @@ class ServiceClient:
             except grpc.aio.AioRpcError as error:
                 span.set({"rpc.grpc.status_code": error.code().value[0]})
                 raise translate(error, self.name, request_id) from error
-
-
-def pushback_s(error: grpc.aio.AioRpcError) -> float:
-    """How long the service asked to wait before the next try, 0 when it did not say."""
-    metadata: Any = error.trailing_metadata() or ()
-    for key, value in metadata:
-        if key == "grpc-retry-pushback-ms":
-            with contextlib.suppress(ValueError):
-                return max(0.0, int(value) / 1000)
-    return 0.0
 
 
 def new_request_id() -> str:

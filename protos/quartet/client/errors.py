@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from typing import Any
 
 import grpc
 from google.rpc import error_details_pb2
@@ -13,6 +15,7 @@ class QuartetError(Exception):
     """A call failed. ``service``: what was called, ``code``: the gRPC status, ``field``: the bad field if named.
 
     ``request_id``: under which the service's log tells of the call; empty where it was not made.
+    ``retry_after_s``: after which the service asked to be called again; 0 where it did not.
     """
 
     def __init__(
@@ -23,6 +26,7 @@ class QuartetError(Exception):
         code: grpc.StatusCode | None = None,
         field: str = "",
         request_id: str = "",
+        retry_after_s: float = 0.0,
     ) -> None:
         text = f"{service}: {message}" if service else message
         super().__init__(f"{text} (request id {request_id})" if request_id and request_id not in message else text)
@@ -31,6 +35,7 @@ class QuartetError(Exception):
         self.code = code
         self.field = field
         self.request_id = request_id
+        self.retry_after_s = retry_after_s
 
 
 class InvalidInputError(QuartetError):
@@ -115,4 +120,21 @@ def translate(error: grpc.aio.AioRpcError, service: str, request_id: str = "") -
         message += "; send less at a time, or raise --max-message-mib of the service and max_message_mib of CallPolicy"
     if error.code() is grpc.StatusCode.CANCELLED and message == "CANCELLED":
         message = "the service ended the call without an answer: it is stopping"
-    return kind(message, service=service, code=error.code(), field=field, request_id=request_id)
+    return kind(
+        message,
+        service=service,
+        code=error.code(),
+        field=field,
+        request_id=request_id,
+        retry_after_s=pushback_s(error),
+    )
+
+
+def pushback_s(error: grpc.aio.AioRpcError) -> float:
+    """How long the service asked to wait before the next try, 0 when it did not say."""
+    metadata: Any = error.trailing_metadata() or ()
+    for key, value in metadata:
+        if key == "grpc-retry-pushback-ms":
+            with contextlib.suppress(ValueError):
+                return max(0.0, int(value) / 1000)
+    return 0.0

@@ -15,7 +15,7 @@ from typing import TypeVar
 import grpc
 
 from quartet.client import types
-from quartet.client.channel import ServiceClient, new_request_id, pushback_s
+from quartet.client.channel import ServiceClient, new_request_id
 from quartet.client.errors import InvalidInputError, ServiceFailedError, UnavailableError
 from quartet.client.types import ItemFailure, ModelInfo, PromptLike, ServedBy, WorkInterval
 from quartet.fingerprint import TensorDigest, weights_fingerprint
@@ -251,9 +251,7 @@ class PolicyClient(ServiceClient):
                         call.cancel()
                 break
             except UnavailableError as error:
-                pause_s = backoff_s * random.uniform(0.8, 1.2)
-                if isinstance(error.__cause__, grpc.aio.AioRpcError):
-                    pause_s = max(pause_s, pushback_s(error.__cause__))
+                pause_s = max(backoff_s * random.uniform(0.8, 1.2), error.retry_after_s)
                 if begun or time.monotonic() - start_s + pause_s > patience_s:
                     raise
                 await asyncio.sleep(pause_s)

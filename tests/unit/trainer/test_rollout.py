@@ -16,7 +16,7 @@ from grpc_health.v1._async import HealthServicer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quartet.client import Completion, NotReadyError
+from quartet.client import Completion, NotReadyError, OverloadedError
 from quartet.client.policy import UPDATE_ACCEPTED, FinishReason
 from quartet.client.types import ServedBy, WorkInterval
 from quartet.common.v1 import common_pb2
@@ -70,6 +70,9 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
                     on_answer(index)
                 except ConnectionError:
                     await context.abort(grpc.StatusCode.UNAVAILABLE, "gone")
+                except BlockingIOError:
+                    pushback = (("grpc-retry-pushback-ms", "10"),)
+                    await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", trailing_metadata=pushback)
             reply = policy_pb2.GenerateResponse(prompt_index=index, status=OK, served_by=self.model.served_by)
             if self.busy.get(first, 0) > 0:
                 self.busy[first] -= 1
@@ -391,6 +394,25 @@ async def test_a_service_that_dies_again_and_again_ends_the_wait(tokenizer):
         with pytest.raises(NotReadyError, match="policy service: went away 5 times in a row without finishing"):
             await services.collect(tasks(2, 3), SAMPLING)
     assert len(policy.asked) == 5
+
+
+async def test_a_policy_service_that_has_no_room_is_asked_again_as_long_as_it_may_take_to_be_ready(tokenizer):
+    def full(index: int) -> None:
+        raise BlockingIOError
+
+    async with scripted(tokenizer) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+        policy.script = [full] * 8
+        rollout = await services.collect(tasks(2, 3), SAMPLING)
+        assert [sample.score for sample in rollout.samples] == [2.0, 3.0]
+        assert policy.asked == [[2, 3]] * 9
+    async with scripted(tokenizer, ready_timeout_s=1.0) as (policy, _, _, services):
+        await services.publish(WEIGHTS)
+        policy.script = [full] * 50
+        with pytest.raises(OverloadedError, match="policy service: full") as refused:
+            await services.collect(tasks(2, 3), SAMPLING)
+        assert refused.value.retry_after_s == 0.01
+        assert 2 <= len(policy.asked) < 50
 
 
 @pytest.mark.parametrize(("answered", "message"), [(3, None), (0, r"--call-deadline-s, which is 1; raise it")])

@@ -9,8 +9,7 @@ from dataclasses import replace
 import grpc
 import pytest
 
-from quartet.client.channel import pushback_s
-from quartet.client.errors import translate
+from quartet.client.errors import pushback_s, translate
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import derive_seed
 from quartet.policy.v1 import policy_pb2

@@ -18,7 +18,7 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from structlog.testing import capture_logs
 
 from quartet.client import CallPolicy, CredentialsError, OverloadedError, RewardClient, ScoreItem, Security
-from quartet.client.channel import pushback_s
+from quartet.client.errors import pushback_s
 from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.runtime import errors

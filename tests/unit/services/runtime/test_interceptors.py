@@ -26,7 +26,7 @@ from quartet.client import (
     ServiceFailedError,
     UnavailableError,
 )
-from quartet.client.channel import pushback_s
+from quartet.client.errors import pushback_s
 from quartet.common.v1 import common_pb2
 from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
