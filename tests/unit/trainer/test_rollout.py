@@ -450,11 +450,12 @@ async def test_a_replica_that_no_admin_address_leads_to_is_named_instead_of_thro
             await only.collect(tasks(*range(2, 12)), SAMPLING)
 
 
-async def test_a_reward_model_that_was_exchanged_stops_the_run(tokenizer):
+@pytest.mark.parametrize("what", ["weights_fingerprint", "scoring_fingerprint"])
+async def test_a_reward_model_that_was_exchanged_or_scores_otherwise_stops_the_run(tokenizer, what):
     async with scripted(tokenizer) as (_, reward, _, services):
         await services.publish(WEIGHTS)
-        reward.model.served_by.weights_fingerprint = "another"
-        with pytest.raises(ServicesError, match="the reward service now serves 'r' with weights another"):
+        setattr(reward.model.served_by, what, "another")
+        with pytest.raises(ServicesError, match=r"the reward service now serves 'r' \(another"):
             await services.collect(tasks(2), SAMPLING)
 
 
