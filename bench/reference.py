@@ -117,10 +117,10 @@ def lines(load: Load, sides: list[Side]) -> list[str]:
     """The table."""
     count = load.sequences * (load.tokens - 1)
     errors = _errors(sides)
-    found = [f"{'':<20}{'tokens/s':>10}{'seconds':>10}{'MiB above model':>17}{'largest difference':>20}"]
+    found = [f"{'':<20}{'tokens/s':>10}{'seconds':>10}{'peak MiB':>10}{'above model':>13}{'largest difference':>20}"]
     found += [
         f"{side.name:<20}{count / _seconds(side):>10,.0f}{_seconds(side):>10.2f}"
-        f"{_memory(side):>17,.0f}{errors[side.name]:>20.1e}"
+        f"{side.model_mib + _memory(side):>10,.0f}{_memory(side):>13,.0f}{errors[side.name]:>20.1e}"
         for side in sides
     ]
     return found
@@ -331,8 +331,8 @@ def main() -> None:
     load = Load(**options)
     sides = measure(load)
     print("\n".join(lines(load, sides)))
-    turns = {side.name: [[turn.seconds, turn.peak_mib] for turn in side.turns] for side in sides}
-    conclude("reference", verdicts(sides), {"seconds_and_mib_above_model": turns})
+    turns = {side.name: [[turn.seconds, side.model_mib, turn.peak_mib] for turn in side.turns] for side in sides}
+    conclude("reference", verdicts(sides), {"seconds_and_mib_of_model_and_above": turns})
 
 
 if __name__ == "__main__":
