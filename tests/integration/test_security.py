@@ -27,8 +27,8 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 from quartet.client import (
     CallPolicy,
     CredentialsError,
+    InvalidInputError,
     NotReadyError,
-    OverloadedError,
     PolicyClient,
     QuartetError,
     RewardClient,
@@ -274,7 +274,7 @@ async def test_client_authorities_are_rotated_as_well(fort, tmp_path):
 
 async def test_an_oversized_message_is_refused_and_the_connection_serves_on(fort):
     async with fort.client() as client:
-        with pytest.raises(OverloadedError, match="larger than max") as refused:
+        with pytest.raises(InvalidInputError, match="larger than max") as refused:
             await client.score([ScoreItem(prompt="hello", response="x" * (2 * 1024 * 1024))])
         assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert len((await client.score([ITEM])).results) == 1
