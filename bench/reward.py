@@ -41,6 +41,8 @@ from bench.turns import Side, compiles, end_at_once, serve_turns, set_threads, s
 
 SCORER = "own scorer"
 NAIVE = ("one by one", "padded batches")
+_ONCE = (*NAIVE, "pipeline")
+"""Far slower than the others, and without anything to warm up: one turn each."""
 TARGETS = {"alone": 0.95, "shared": 1.3}
 """Of the best peer's texts/s, by load."""
 NAIVE_TARGET = 2.0
@@ -138,6 +140,8 @@ def measure(texts: Path | None, count: int, rounds: int) -> tuple[dict[str, list
             with start_sides(commands) as sides:
                 for number in range(-1, rounds):
                     for side in sides if number % 2 == 0 else reversed(sides):
+                        if side.name in _ONCE and number != 0:
+                            continue
                         turn = side.turn()
                         if number < 0:
                             side.turns.clear()
