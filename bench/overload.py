@@ -27,6 +27,7 @@ import grpc
 import psutil  # type: ignore[import-untyped]
 
 from bench.models import make_models
+from bench.outcome import Verdict, conclude
 from bench.turns import free_port
 from quartet.client import PolicyClient, ReferenceClient, RewardClient
 from quartet.client.errors import pushback_s
@@ -212,21 +213,27 @@ async def _capacity(name: Name, address: str, seconds: float) -> float:
 
 
 async def _closed_loop(ask: Callable[[], Awaitable[object]], seconds: float) -> float:
-    """Requests a second by callers who wait: over ``seconds`` and some rounds, the first fifth not counted."""
+    """Requests a second by callers who wait: over ``seconds`` and some rounds, the first fifth not counted.
+
+    They begin one after another, as requests come that nobody has arranged: all at once, they would stay in step, and a
+    policy would generate for them in batches that begin and end together, as for no others.
+    """
+    alone_s = await _timed(ask)
     begin_s = time.perf_counter() + 0.2 * seconds
     end_s = time.perf_counter() + seconds
     answered, last_s = 0, begin_s
     enough = False
 
-    async def caller() -> None:
+    async def caller(place: int) -> None:
         nonlocal answered, last_s, enough
+        await asyncio.sleep(min(alone_s, 1.0) * place / _CALLERS)
         while not enough:
             await ask()
             if (now_s := time.perf_counter()) >= begin_s:
                 answered, last_s = answered + 1, now_s
                 enough = now_s >= end_s and answered >= 4 * _CALLERS
 
-    await asyncio.gather(*(caller() for _ in range(_CALLERS)))
+    await asyncio.gather(*map(caller, range(_CALLERS)))
     return answered / (last_s - begin_s)
 
 
@@ -314,13 +321,13 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=20.0, help="how long the load lasts")
     parser.add_argument("--services", nargs="+", choices=typing.get_args(Name), default=typing.get_args(Name))
     options = parser.parse_args()
-    all_held = True
+    verdicts: list[Verdict] = []
     for name in options.services:
-        print(f"\n{name} service", flush=True)
-        for held, text in measure(name, seconds=options.seconds).verdicts():
-            print(f"{'PASS' if held else 'MISS'}  {text}", flush=True)
-            all_held &= held
-    sys.exit(0 if all_held else 1)
+        print(f"measuring the {name} service", flush=True)
+        verdicts += [
+            Verdict(held, f"{name}: {text}") for held, text in measure(name, seconds=options.seconds).verdicts()
+        ]
+    conclude("overload", verdicts, {})
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -109,7 +110,8 @@ async def test_who_reads_slowly_gets_more_at_a_time_and_the_service_keeps_no_que
         prompts=[common_pb2.Prompt(text="hello")], sampling=params(), stream_tokens=True
     )
     # The servicer itself, as a connection whose buffers are full reads it.
-    reading = house.servicer.Generate(request, None)
+    nobody = SimpleNamespace(peer_identities=lambda: None, invocation_metadata=lambda: ())
+    reading = house.servicer.Generate(request, nobody)
     first = await anext(reading)
     await until(lambda: house.engine.running == 0)
     rest, last = [reply async for reply in reading]
