@@ -100,6 +100,25 @@ def watch_gpu(metrics: ServiceMetrics, device_type: str) -> None:
         )
 
 
+# Of glibc's malloc.h, and the largest values that any version takes.
+_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
+_MOST_TRIM, _MMAP = 2**31 - 1, (2**30, 2**25)
+
+
+def keep_freed() -> None:
+    """Has the allocator keep what is freed, for what comes next. For a process that computes on a processor.
+
+    Every batch takes and frees the same tensors. Given back to the system, their pages would be asked for and zeroed
+    anew in every layer: a sixth of the time of a forward pass on two cores. And all threads share one arena, for those
+    of other threads than the first give back whatever they can. ``release`` gives everything back all the same.
+    """
+    with contextlib.suppress(OSError, AttributeError):  # Not glibc.
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(_M_ARENA_MAX, 1)
+        mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM)
+        any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP)
+
+
 def release() -> None:
     """Gives the memory of a model that nobody refers to back to the system.
 

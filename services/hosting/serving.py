@@ -163,6 +163,19 @@ class Readers:
         return await asyncio.get_running_loop().run_in_executor(pool, work)
 
 
+async def in_own_thread(work: Callable[..., Made], *arguments: Any) -> Made:
+    """What ``work`` gives, in a thread that ends with it: so is a model loaded and warmed up.
+
+    OpenMP gives each thread that computes a team, which stays as long as the thread, and lets teams wait for their next
+    work the less readily the more of them there are: one left behind by a pool's thread slows the model's own for good.
+    """
+    pool = ThreadPoolExecutor(1, "load")
+    try:
+        return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)
+    finally:
+        pool.shutdown(wait=False)
+
+
 def ending(runtime: ServiceRuntime) -> Callable[[str], None]:
     """What ends the service when its model is dead, from any thread: a supervisor starts it anew, its port is free."""
     loop = asyncio.get_running_loop()

@@ -78,7 +78,7 @@ async def serve(settings: ReferenceSettings) -> int:
     async with ServiceRuntime(name="reference", settings=settings, metrics=metrics) as runtime:
         await runtime.bind(listener)
         runtime.serve_metrics()
-        hosted = servicer.hosted = await asyncio.to_thread(load, serving.ending(runtime))
+        hosted = servicer.hosted = await serving.in_own_thread(load, serving.ending(runtime))
         code = await runtime.run()
     await asyncio.to_thread(hosted.batcher.close)
     return code

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 
 from quartet.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
@@ -50,7 +49,7 @@ async def serve(settings: RewardSettings) -> int:
         await runtime.bind(listener, admin_listener)
         runtime.serve_metrics()
         end = serving.ending(runtime)
-        servicer.host(await asyncio.to_thread(load, settings, metrics, end))
+        servicer.host(await serving.in_own_thread(load, settings, metrics, end))
         runtime.at_drain.append(admin.give_up)
         code = await runtime.run()
     await admin.close()

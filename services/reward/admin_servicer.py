@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import structlog
@@ -18,7 +17,7 @@ import structlog
 from quartet.common.v1 import common_pb2
 from quartet.model_folder import ModelFolderError, find_model
 from quartet.reward.v1 import admin_pb2, admin_pb2_grpc
-from services.hosting import memory
+from services.hosting import memory, serving
 from services.hosting.model import choose_hosting
 from services.reward.config import RewardSettings
 from services.reward.metadata import ensemble_members
@@ -50,7 +49,6 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
         self.sources = SwapSources.of(settings)
         self._load = load
         # Not asyncio's: a loop that ends waits for the threads of that one, and loading can't be interrupted.
-        self._loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="swap")
         self._ending = asyncio.Event()
         self._swapping = False
         self._loading: asyncio.Future[HostedReward] | None = None
@@ -80,9 +78,7 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
             await self._unless_ending(self._retiring)
         start_s = time.monotonic()
         log.info("swap_begun", model=model[:200], revision=revision[:200])
-        loading = self._loading = asyncio.get_running_loop().run_in_executor(
-            self._loader, self._load_beside, model, revision
-        )
+        loading = self._loading = asyncio.ensure_future(serving.in_own_thread(self._load_beside, model, revision))
         waited = False
         try:
             await self._unless_ending(loading, progress=lambda: log.info("swap_loading", seconds=_since(start_s)))
@@ -193,7 +189,6 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
             await self._retiring
         if self.reward.hosted is not None:
             await asyncio.to_thread(self.reward.hosted.close)
-        self._loader.shutdown(wait=False)
 
     async def GetDrift(self, request: admin_pb2.GetDriftRequest, context: Any) -> admin_pb2.GetDriftResponse:
         hosted = self.reward.hosted
