@@ -135,8 +135,8 @@ def measure(name: Name, *, seconds: float = 10.0, factor: float = 5.0, flags: Se
         with _running(name, model, *flags) as (_, address):
             capacity = asyncio.run(_capacity(name, address, seconds / 3))
         queued = max(2 * _TOKENS, int(capacity * _TOKENS * _WAITING_S))
-        # What the policy is generating counts as well, and at capacity it generates for all callers.
-        queued += _CALLERS * _TOKENS if name == "policy" else 0
+        # What the policy is generating counts as well, and what waits while its capacity is measured.
+        queued += _callers(name) * _TOKENS if name == "policy" else 0
         with _running(name, model, *flags, "--max-queued-tokens", str(queued)) as (process, address):
             return asyncio.run(_measure(name, address, process, queued, seconds, factor))
 
@@ -148,7 +148,7 @@ def _running(name: Name, model: Path, *flags: str) -> Iterator[tuple[psutil.Proc
     command = ["-m", f"services.{name}", "--model", str(model), "--port", str(port), "--threads", "1"]
     command += ["--metrics-port", str(free_port()), "--log-level", "error", *flags]
     command += [] if name == "reference" else ["--admin-port", "0"]
-    # As many slots as capacity is measured with, so that overload is no larger batch.
+    # No more slots than callers can fill while capacity is measured, so that overload is no larger batch.
     command += ["--max-concurrent", str(_CALLERS * _ITEMS)] if name == "policy" else []
     process = subprocess.Popen([sys.executable, *command], stdout=sys.stderr)
     try:
@@ -207,12 +207,17 @@ def _asker(name: Name, channel: grpc.aio.Channel, fingerprint: str) -> Callable[
     return lambda: reference.LogProbs(known)
 
 
+def _callers(name: Name) -> int:
+    """While capacity is measured. Twice as many as the policy has slots for: one is filled at once when it is free."""
+    return 2 * _CALLERS if name == "policy" else _CALLERS
+
+
 async def _capacity(name: Name, address: str, seconds: float) -> float:
     async with _ask(name, address) as ask:
-        return await _closed_loop(ask, seconds)
+        return await _closed_loop(ask, seconds, _callers(name))
 
 
-async def _closed_loop(ask: Callable[[], Awaitable[object]], seconds: float) -> float:
+async def _closed_loop(ask: Callable[[], Awaitable[object]], seconds: float, callers: int) -> float:
     """Requests a second by callers who wait: over ``seconds`` and some rounds, the first fifth not counted.
 
     They begin one after another, as requests come that nobody has arranged: all at once, they would stay in step, and a
@@ -226,14 +231,14 @@ async def _closed_loop(ask: Callable[[], Awaitable[object]], seconds: float) -> 
 
     async def caller(place: int) -> None:
         nonlocal answered, last_s, enough
-        await asyncio.sleep(min(alone_s, 1.0) * place / _CALLERS)
+        await asyncio.sleep(min(alone_s, 1.0) * place / callers)
         while not enough:
             await ask()
             if (now_s := time.perf_counter()) >= begin_s:
                 answered, last_s = answered + 1, now_s
-                enough = now_s >= end_s and answered >= 4 * _CALLERS
+                enough = now_s >= end_s and answered >= 4 * callers
 
-    await asyncio.gather(*map(caller, range(_CALLERS)))
+    await asyncio.gather(*map(caller, range(callers)))
     return answered / (last_s - begin_s)
 
 
@@ -242,11 +247,11 @@ async def _measure(
 ) -> Found:
     found = Found()
     async with _ask(name, address) as ask:
-        await _closed_loop(ask, seconds / 5)
+        await _closed_loop(ask, seconds / 5, _callers(name))
         found.calm_s = statistics.median([await _timed(ask) for _ in range(20)])
         processes = [process, *process.children(recursive=True)]  # vLLM runs in one of its own.
         async with _peak(processes) as before:
-            found.capacity = await _closed_loop(ask, seconds / 2)
+            found.capacity = await _closed_loop(ask, seconds / 2, _callers(name))
         found.queue_s = queued / _TOKENS / found.capacity
         found.offered = factor * found.capacity
         async with _peak(processes) as during:
