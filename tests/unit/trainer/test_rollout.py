@@ -28,7 +28,7 @@ from trainer.errors import ServicesError
 from trainer.experience import make_experience
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Weights
-from trainer.rollout import PromptTask, Services, covered_s, cut_at_stop, prompt_seed, within_call
+from trainer.rollout import PromptTask, Services, cut_at_stop, prompt_seed
 
 OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 END = 1
@@ -503,29 +503,6 @@ async def test_the_work_of_a_service_counts_whatever_its_clock_says(clock_ahead_
         reward.works_s, reward.clock_ahead_s = 0.3, clock_ahead_s
         rollout = await services.collect(tasks(2), SAMPLING)
     assert 0.29 <= rollout.service_work_s <= rollout.duration_s
-
-
-def test_work_is_placed_within_its_call_and_never_grows():
-    def placed(start: int, end: int) -> tuple[int, int]:
-        found = within_call(WorkInterval(start_unix_ns=start, end_unix_ns=end), 100, 200)
-        return found.start_unix_ns, found.end_unix_ns
-
-    assert placed(110, 150) == (110, 150)
-    assert placed(100, 200) == (100, 200)
-    assert placed(5110, 5150) == (130, 170)  # In the middle.
-    assert placed(190, 230) == (130, 170)
-    assert placed(0, 500) == (100, 200)
-    assert placed(0, 0) == (150, 150)
-    assert placed(9, 3) == (150, 150)  # A clock that was set back.
-
-
-def test_covered_time_is_the_union_of_the_intervals_inside_the_window():
-    def interval(start: float, end: float) -> WorkInterval:
-        return WorkInterval(start_unix_ns=int(start * 1e9), end_unix_ns=int(end * 1e9))
-
-    intervals = [interval(3, 5), interval(0, 2), interval(1, 2.5), interval(3.5, 4), interval(9, 12)]
-    assert covered_s(intervals, int(0.5e9), int(10e9)) == pytest.approx(2.0 + 2.0 + 1.0)
-    assert covered_s([], 0, 10) == 0.0
 
 
 @given(response=st.lists(st.integers(0, 4), min_size=1, max_size=7), stops=st.sets(st.integers(0, 4), max_size=2))
