@@ -19,7 +19,7 @@ import time
 import typing
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -75,7 +75,7 @@ class Found:
     recovery_s: float = 0.0
     growth_mib: float = 0.0
 
-    def verdicts(self, targets: Targets = Targets()) -> list[tuple[bool, str]]:
+    def verdicts(self, targets: Targets = Targets()) -> list[Verdict]:
         """Whether each target was held, and the figures."""
         slack = targets.slack
         # The full queue, and as much again for the batches in hand and for turns that others had first.
@@ -85,36 +85,36 @@ class Found:
         percent = targets.refused_percent
         p99_served, refused_s = percentile(self.served_s, 99), percentile(self.refused_s, percent)
         return [
-            (
+            Verdict(
                 self.served >= targets.served * self.capacity,
                 f"served {self.served:.1f} requests/s of {self.offered:.0f} offered, capacity {self.capacity:.1f}: "
                 f"{self.served / self.capacity:.2f}, target at least {targets.served}",
             ),
-            (
+            Verdict(
                 set(self.codes) <= {"OK", "RESOURCE_EXHAUSTED"},
                 f"answers: {', '.join(f'{code} {count}' for code, count in self.codes.most_common())}",
             ),
-            (
+            Verdict(
                 refused_s <= targets.refused_s,
                 f"refused in {1000 * percentile(self.refused_s, 50):.0f} ms (p50), {1000 * refused_s:.0f} ms "
                 f"(p{percent}), target at most {1000 * targets.refused_s:.0f}",
             ),
-            (
+            Verdict(
                 bool(self.pushbacks_s) and min(self.pushbacks_s) > 0 and max(self.pushbacks_s) <= pushback_bound_s,
                 f"told to come back after {min(self.pushbacks_s, default=0):.2f} to "
                 f"{max(self.pushbacks_s, default=0):.2f} s; the full queue takes {self.queue_s:.2f} s, target "
                 f"at most {pushback_bound_s:.2f}",
             ),
-            (
+            Verdict(
                 p99_served <= served_bound_s,
                 f"served in {percentile(self.served_s, 50):.2f} s (p50), {p99_served:.2f} s (p99), target at most "
                 f"{served_bound_s:.2f}",
             ),
-            (
+            Verdict(
                 self.growth_mib <= targets.growth_mib,
                 f"memory grew by {self.growth_mib:.0f} MiB, target at most {targets.growth_mib:.0f}",
             ),
-            (
+            Verdict(
                 self.recovery_s <= recovery_bound_s,
                 f"answered as before ({1000 * self.calm_s:.0f} ms) {self.recovery_s:.2f} s after the load ended, "
                 f"target at most {recovery_bound_s:.1f}",
@@ -327,12 +327,13 @@ def main() -> None:
     parser.add_argument("--services", nargs="+", choices=typing.get_args(Name), default=typing.get_args(Name))
     options = parser.parse_args()
     verdicts: list[Verdict] = []
+    figures: dict[str, Any] = {}
     for name in options.services:
         print(f"measuring the {name} service", flush=True)
-        verdicts += [
-            Verdict(held, f"{name}: {text}") for held, text in measure(name, seconds=options.seconds).verdicts()
-        ]
-    conclude("overload", verdicts, {})
+        found = measure(name, seconds=options.seconds)
+        figures[name] = asdict(found)
+        verdicts += [Verdict(verdict.held, f"{name}: {verdict.text}") for verdict in found.verdicts()]
+    conclude("overload", verdicts, figures)
 
 
 if __name__ == "__main__":

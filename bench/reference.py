@@ -165,54 +165,43 @@ def _errors(sides: list[Side]) -> dict[str, float]:
 
 
 def _full_logits(model: Path, ids: list[list[int]]) -> None:
-    _transformers(model, ids, lambda logits_BSV: logits_BSV.log_softmax(-1))
+    def logprobs(policy: Any, ids_BS: Any) -> Any:
+        return policy(input_ids=ids_BS).logits[:, :-1].log_softmax(-1).gather(2, ids_BS[:, 1:, None])
+
+    _transformers(model, ids, logprobs)
 
 
 def _selective(model: Path, ids: list[list[int]]) -> None:
     import torch
 
-    def normalise(logits_BSV: Any) -> Any:
-        normalisers = torch.stack([logits_SV.logsumexp(-1) for logits_SV in logits_BSV])
-        return _Lazy(logits_BSV, normalisers)
+    def logprobs(policy: Any, ids_BS: Any) -> Any:
+        logits_BSV = policy(input_ids=ids_BS).logits[:, :-1]
+        normalisers_BS = torch.stack([logits_SV.logsumexp(-1) for logits_SV in logits_BSV])
+        return logits_BSV.gather(2, ids_BS[:, 1:, None])[..., 0] - normalisers_BS
 
-    _transformers(model, ids, normalise)
-
-
-@dataclass(frozen=True)
-class _Lazy:
-    """Logits less their normaliser at the places that are gathered, and nowhere else."""
-
-    logits_BSV: Any
-    normalisers_BS: Any
-
-    def gather(self, dim: int, index_BS1: Any) -> Any:
-        return self.logits_BSV.gather(dim, index_BS1) - self.normalisers_BS[..., None]
-
-
-def _transformers(model: Path, ids: list[list[int]], normalise: Callable[[Any], Any]) -> None:
-    import torch
-    from transformers import AutoModelForCausalLM
-
-    set_threads()
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
-
-    @torch.inference_mode()
-    def work() -> tuple[float, list[float]]:
-        start_s = time.perf_counter()
-        found: list[float] = []
-        for first in range(0, len(ids), _BATCH):
-            ids_BS = torch.tensor(ids[first : first + _BATCH])
-            table = normalise(policy(input_ids=ids_BS).logits[:, :-1])
-            found += table.gather(2, ids_BS[:, 1:, None]).flatten().tolist()
-            del table
-        return time.perf_counter() - start_s, found[:: len(found) // 500]
-
-    serve_turns(work)
+    _transformers(model, ids, logprobs)
 
 
 def _chunks(model: Path, ids: list[list[int]]) -> None:
     import torch
     from torch.nn import functional as F
+
+    def logprobs(policy: Any, ids_BS: Any) -> Any:
+        hidden_ND = policy.model(input_ids=ids_BS).last_hidden_state[:, :-1].flatten(0, 1)
+        targets_N = ids_BS[:, 1:].flatten()
+        found = []
+        for start in range(0, len(targets_N), _CHUNK):
+            hidden_CD, targets_C = hidden_ND[start : start + _CHUNK], targets_N[start : start + _CHUNK]
+            logits_CV = F.linear(hidden_CD, policy.lm_head.weight)
+            found.append(logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1))
+        return torch.cat(found)
+
+    _transformers(model, ids, logprobs)
+
+
+def _transformers(model: Path, ids: list[list[int]], logprobs: Callable[[Any, Any], Any]) -> None:
+    """``logprobs``: of a batch of sequences by the model, in order."""
+    import torch
     from transformers import AutoModelForCausalLM
 
     set_threads()
@@ -223,13 +212,7 @@ def _chunks(model: Path, ids: list[list[int]]) -> None:
         start_s = time.perf_counter()
         found: list[float] = []
         for first in range(0, len(ids), _BATCH):
-            ids_BS = torch.tensor(ids[first : first + _BATCH])
-            hidden_ND = policy.model(input_ids=ids_BS).last_hidden_state[:, :-1].flatten(0, 1)
-            targets_N = ids_BS[:, 1:].flatten()
-            for start in range(0, len(targets_N), _CHUNK):
-                hidden_CD, targets_C = hidden_ND[start : start + _CHUNK], targets_N[start : start + _CHUNK]
-                logits_CV = F.linear(hidden_CD, policy.lm_head.weight)
-                found += (logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1)).tolist()
+            found += logprobs(policy, torch.tensor(ids[first : first + _BATCH])).flatten().tolist()
         return time.perf_counter() - start_s, found[:: len(found) // 500]
 
     serve_turns(work)

@@ -78,9 +78,9 @@ def test_five_times_the_load_is_served_as_capacity_allows_and_the_rest_told_to_c
         found = overload.measure(name, seconds=6.0, flags=FLAGS[name])
         assert set(found.codes) == {"OK", "RESOURCE_EXHAUSTED"}
         seen.append(found.verdicts(TARGETS[name]))
-        if all(held for held, _ in seen[-1]):
+        if all(verdict.held for verdict in seen[-1]):
             return
-    pytest.fail("\n".join(f"{held} {text}" for verdicts in seen for held, text in verdicts))
+    pytest.fail("\n".join(str(verdict) for verdicts in seen for verdict in verdicts))
 
 
 # Races
