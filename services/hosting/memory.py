@@ -109,8 +109,8 @@ def keep_freed() -> None:
     """Has the allocator keep what is freed, for what comes next. For a process that computes on a processor.
 
     Every batch takes and frees the same tensors. Given back to the system, their pages would be asked for and zeroed
-    anew in every layer: a sixth of the time of a forward pass on two cores. And all threads share one arena, for those
-    of other threads than the first give back whatever they can. ``release`` gives everything back all the same.
+    anew in every layer. And all threads share one arena, for those of other threads than the first give back whatever
+    they can. ``release`` gives everything back all the same.
     """
     with contextlib.suppress(OSError, AttributeError):  # Not glibc.
         mallopt = ctypes.CDLL(None).mallopt

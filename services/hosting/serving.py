@@ -169,6 +169,7 @@ async def in_own_thread(work: Callable[..., Made], *arguments: Any) -> Made:
     OpenMP gives each thread that computes a team, which stays as long as the thread, and lets teams wait for their next
     work the less readily the more of them there are: one left behind by a pool's thread slows the model's own for good.
     """
+    # Not asyncio's: a loop that ends waits for the threads of that one, and loading can't be interrupted.
     pool = ThreadPoolExecutor(1, "load")
     try:
         return await asyncio.get_running_loop().run_in_executor(pool, work, *arguments)

@@ -48,7 +48,6 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
         self.settings = settings
         self.sources = SwapSources.of(settings)
         self._load = load
-        # Not asyncio's: a loop that ends waits for the threads of that one, and loading can't be interrupted.
         self._ending = asyncio.Event()
         self._swapping = False
         self._loading: asyncio.Future[HostedReward] | None = None
