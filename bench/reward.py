@@ -323,12 +323,12 @@ def _vllm(model: Path, texts: list[Text]) -> None:
 def _scorer(model: Path, texts: list[Text]) -> None:
     import torch
 
-    from services.hosting.memory import keep_freed
     from services.hosting.model import Hosting, load_tokenizer
     from services.reward.scorer import ScorerItem, TransformersScorer
+    from services.runtime import allocator
 
     set_threads()
-    keep_freed()  # As the service has it.
+    allocator.keep_freed()  # As the service has it.
     hosting = Hosting(device=torch.device("cpu"), dtype=torch.float32)
     scorer = TransformersScorer(model, hosting=hosting, tokenizer=load_tokenizer(model))
     rows = [ScorerItem(text.ids) for text in texts]

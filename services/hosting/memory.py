@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import gc
 import json
 import math
@@ -13,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from services.runtime import allocator
 from services.runtime.memory import DeviceMemory
 from services.runtime.telemetry import ServiceMetrics
 
@@ -100,25 +99,6 @@ def watch_gpu(metrics: ServiceMetrics, device_type: str) -> None:
         )
 
 
-# Of glibc's malloc.h, and the largest values that any version takes.
-_M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD, _M_ARENA_MAX = -1, -3, -8
-_MOST_TRIM, _MMAP = 2**31 - 1, (2**30, 2**25)
-
-
-def keep_freed() -> None:
-    """Has the allocator keep what is freed, for what comes next. For a process that computes on a processor.
-
-    Every batch takes and frees the same tensors. Given back to the system, their pages would be asked for and zeroed
-    anew in every layer. And all threads share one arena, for those of other threads than the first give back whatever
-    they can. ``release`` gives everything back all the same.
-    """
-    with contextlib.suppress(OSError, AttributeError):  # Not glibc.
-        mallopt = ctypes.CDLL(None).mallopt
-        mallopt(_M_ARENA_MAX, 1)
-        mallopt(_M_TRIM_THRESHOLD, _MOST_TRIM)
-        any(mallopt(_M_MMAP_THRESHOLD, size) for size in _MMAP)
-
-
 def release() -> None:
     """Gives the memory of a model that nobody refers to back to the system.
 
@@ -130,5 +110,4 @@ def release() -> None:
     gc.freeze()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
-    with contextlib.suppress(OSError, AttributeError):  # Not glibc: its allocator gives back by itself, or never.
-        ctypes.CDLL(None).malloc_trim(0)
+    allocator.give_back()

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import safetensors_fingerprint, tokenizer_fingerprint
-from services.hosting.memory import keep_freed
+from services.runtime import allocator
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
 
@@ -51,7 +51,7 @@ def choose_hosting(settings: ServiceSettings) -> Hosting:
     """The GPU when there is one; ``auto`` precision is float32 on a CPU and bfloat16 on a GPU."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if device.type == "cpu":
-        keep_freed()
+        allocator.keep_freed()
     if settings.dtype == "auto":
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     else:

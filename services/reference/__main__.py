@@ -9,6 +9,7 @@ from quartet.model_folder import find_model
 from quartet.reference.v1 import reference_pb2_grpc
 from services.hosting import serving
 from services.reference.config import ReferenceSettings
+from services.runtime import allocator
 from services.runtime.batcher import Batcher
 from services.runtime.server import Listener, ServiceRuntime, run_service
 from services.runtime.telemetry import ServiceMetrics
@@ -18,6 +19,7 @@ SERVICE = "quartet.reference.v1.ReferenceService"
 
 def main(argv: list[str] | None = None) -> None:
     settings = ReferenceSettings.from_command_line(argv)
+    allocator.share_one_arena()
     run_service(ReferenceSettings.command, settings, lambda: serve(settings))
 
 

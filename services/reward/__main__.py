@@ -12,6 +12,7 @@ from services.reward.config import RewardSettings
 from services.reward.loading import load as load
 from services.reward.score_watch import ScoreWatch
 from services.reward.servicer import RewardServicer
+from services.runtime import allocator
 from services.runtime.server import Listener, ServiceRuntime, run_service
 from services.runtime.telemetry import ServiceMetrics
 
@@ -21,6 +22,7 @@ ADMIN_SERVICE = "quartet.reward.v1.RewardAdminService"
 
 def main(argv: list[str] | None = None) -> None:
     settings = RewardSettings.from_command_line(argv)
+    allocator.share_one_arena()
     if settings.check:
         run_service(RewardSettings.command, settings, lambda: check(settings))
     run_service(RewardSettings.command, settings, lambda: serve(settings))

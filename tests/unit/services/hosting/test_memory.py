@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import gc
-import os
-import platform
-import subprocess
-import sys
 import weakref
 from pathlib import Path
 
@@ -94,30 +90,3 @@ def test_a_model_in_a_circle_that_was_frozen_at_the_start_is_freed_all_the_same(
     memory.release()
     assert gone() is None
     gc.unfreeze()
-
-
-@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="about glibc's allocator")
-@pytest.mark.parametrize(("keeps", "most", "least"), [(True, 60_000, 0), (False, 10**9, 200_000)])
-def test_what_a_thread_frees_is_kept_for_what_comes_next(keeps: bool, most: int, least: int) -> None:
-    """20 times 40 MiB are 204,800 pages: asked for again each time, or kept but for the first few."""
-    code = f"""
-import resource, threading, torch
-from services.hosting.memory import keep_freed
-if {keeps}:
-    keep_freed()
-def faults():
-    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-def work():
-    for _ in range(5):
-        torch.ones(10, 2**20)
-    before = faults()
-    for _ in range(20):
-        torch.ones(10, 2**20)
-    print(faults() - before)
-thread = threading.Thread(target=work)
-thread.start()
-thread.join()
-"""
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
-    found = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    assert least <= int(found.stdout) <= most
