@@ -21,7 +21,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-_SAMPLE_EVERY_S = 0.005
+_SAMPLE_EVERY_S = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,7 +92,7 @@ def serve_turns(work: Callable[[], tuple[float, list[float]]], holds_model: psut
         holds_model: the process whose memory counts, with its children; default this one.
     """
     process = holds_model or psutil.Process()
-    loaded = _memory(process)
+    loaded = _memory(_family(process))
     _say({"model_mib": loaded / 2**20})
     for _ in sys.stdin:
         with _peak(process) as peak:
@@ -105,10 +105,14 @@ def _say(content: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _memory(process: psutil.Process) -> int:
-    """Bytes in memory that are the process's own, and its children's."""
+def _family(process: psutil.Process) -> list[psutil.Process]:
+    return [process, *process.children(recursive=True)]
+
+
+def _memory(processes: Sequence[psutil.Process]) -> int:
+    """Bytes in memory that are the processes' own."""
     total = 0
-    for one in (process, *process.children(recursive=True)):
+    for one in processes:
         try:
             information = one.memory_info()
             total += information.rss - information.shared
@@ -119,13 +123,17 @@ def _memory(process: psutil.Process) -> int:
 
 @contextmanager
 def _peak(process: psutil.Process) -> Iterator[list[int]]:
-    """The most memory inside the block, sampled."""
-    peak = [_memory(process)]
+    """The most memory inside the block, sampled, of the process and the children that it has.
+
+    These are looked for once: doing it for each sample would take from what is measured.
+    """
+    processes = _family(process)
+    peak = [_memory(processes)]
     done = threading.Event()
 
     def watch() -> None:
         while not done.wait(_SAMPLE_EVERY_S):
-            peak[0] = max(peak[0], _memory(process))
+            peak[0] = max(peak[0], _memory(processes))
 
     thread = threading.Thread(target=watch)
     thread.start()

@@ -2,20 +2,23 @@
 
 A batch is one row of tokens, sequence after sequence: linear layers, which are most of the work, never see padding, and
 attention goes sequence by sequence. Sequences that begin with the same tokens (responses to one prompt, a chosen and a
-rejected answer) share them: the prefix is computed once, and each tail attends to it and to itself. What comes out are
-the hidden states that each sequence would have alone, up to rounding.
+rejected answer) share them: the prefix is computed once, and each tail attends to it and to itself. Only some hidden
+states are asked for, the last of a sequence or those of a response: once its attention has looked at all tokens, the
+last layer goes on with these alone. They are what each sequence would have alone, up to rounding.
 
 It works with every decoder of transformers whose attention goes through its attention interface and needs nothing but
 queries, keys and values; whether a model is one of them is found out by comparing with the plain forward pass.
 
-Shapes: N tokens of the row, H heads, K key-value heads, E head width, D hidden size, S tokens of one sequence.
+Shapes: N tokens of the row, M of them asked for, H heads, K key-value heads, E head width, D hidden size, S tokens of
+one sequence.
 """
 
 from __future__ import annotations
 
+import bisect
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Any
 
@@ -32,28 +35,43 @@ ATTENTION = "quartet_packed"
 _MIN_SHARED = 16
 # On a processor: so many tokens at a time stay in its cache, and more make no product faster.
 _CPU_TOKENS = 4096
+# So many queries at a time: all of a block are multiplied by all keys up to its last. A GPU's own kernel knows better.
+_CPU_QUERIES, _GPU_QUERIES = 64, 1024
 # Largest difference of hidden states, relative to their size, that the check lets pass, by precision.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Consecutive tokens of the row that attend, causally, to a prefix (which may be empty) and to themselves."""
+    """Consecutive tokens of the row that attend, causally, to a prefix (which may be empty) and to themselves.
+
+    The first ``seen_only`` of them don't attend: nobody asks for what they would find.
+    """
 
     start: int
     length: int
     prefix_start: int = 0
     prefix_length: int = 0
+    seen_only: int = 0
+
+    @property
+    def end(self) -> int:
+        return self.start + self.length
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """A batch laid out as one row. ``places``: where in the row each sequence's tokens are, (S,) each."""
+    """A batch laid out as one row.
+
+    ``places``: where in the row each sequence's tokens are, (S,) each. ``asked_M``: places whose last hidden states are
+    asked for, in order; None for all.
+    """
 
     ids_N: Tensor
     positions_N: Tensor
     pieces: tuple[Piece, ...]
-    places: tuple[Tensor, ...]
+    places: tuple[Tensor, ...] = ()
+    asked_M: Tensor | None = None
     memo: dict[str, Any] = field(default_factory=dict)
     """What attention needs in every layer alike and makes in the first."""
 
@@ -122,7 +140,7 @@ class HiddenStates:
 
         Args:
             model: of transformers, on its device and in its precision, in evaluation mode; its linear layers below
-                ``base_model`` are replaced on a processor.
+                ``base_model`` are replaced on a processor, and its last layer may be.
             pad_id: of the padded way.
         """
         self.body = model.base_model
@@ -133,16 +151,33 @@ class HiddenStates:
             prepack(self.body)
         self.packed = self._agrees(plain, model)
 
-    def __call__(self, sequences: Sequence[Sequence[int]], *, share: bool = True) -> tuple[Tensor, list[Tensor]]:
-        """Hidden states (N, D) of all tokens, and where those of each sequence are, (S,) each."""
+    def __call__(
+        self, sequences: Sequence[Sequence[int]], asked: Sequence[range] | None = None, *, share: bool = True
+    ) -> Tensor:
+        """Hidden states (M, D), sequence after sequence.
+
+        Args:
+            sequences: token ids, none without any.
+            asked: of each sequence, the tokens whose hidden states are wanted: ``range(S)`` are all, also without it.
+            share: whether sequences that begin alike are computed together.
+        """
+        asked = [range(len(sequence)) for sequence in sequences] if asked is None else asked
         if not self.packed:
-            return self._padded(sequences)
-        limit = _CPU_TOKENS if self.device.type == "cpu" else None
+            return self._padded(sequences, asked)
         row = lay_out(sequences, share=share)
-        parts = [row] if limit is None or len(row.ids_N) <= limit else _split(row, limit)
-        return torch.cat([self._forward(part) for part in parts]), [place.to(self.device) for place in row.places]
+        wanted = [place[tokens.start : tokens.stop] for place, tokens in zip(row.places, asked, strict=True)]
+        # Ascending, and each once: sequences may ask for the same token of their common beginning.
+        places_M, where = torch.unique(torch.cat(wanted), return_inverse=True)
+        limit = _CPU_TOKENS if self.device.type == "cpu" else len(row.ids_N)
+        found = [self._forward(part) for part in _parts(row, places_M, limit)]
+        return torch.cat(found)[where.to(self.device)]
 
     def _forward(self, row: Row) -> Tensor:
+        """(M, D) of what is asked for of the row."""
+        asked_M = row.asked_M
+        assert asked_M is not None
+        if not len(asked_M):
+            return torch.empty(0, self.body.config.hidden_size, dtype=self.body.dtype, device=self.device)
         output = self.body(
             input_ids=row.ids_N[None].to(self.device),
             position_ids=row.positions_N[None].to(self.device),
@@ -150,9 +185,9 @@ class HiddenStates:
             quartet_row=row,
         )
         hidden_ND: Tensor = output.last_hidden_state[0]
-        return hidden_ND
+        return hidden_ND if len(hidden_ND) == len(asked_M) else hidden_ND[asked_M.to(self.device)]
 
-    def _padded(self, sequences: Sequence[Sequence[int]]) -> tuple[Tensor, list[Tensor]]:
+    def _padded(self, sequences: Sequence[Sequence[int]], asked: Sequence[range]) -> Tensor:
         longest = max(map(len, sequences))
         ids_BS = torch.full((len(sequences), longest), self.pad_id)
         for index, sequence in enumerate(sequences):
@@ -162,11 +197,8 @@ class HiddenStates:
         output = self.body(
             input_ids=ids_BS.to(self.device), attention_mask=mask_BS.long().to(self.device), use_cache=False
         )
-        places = [
-            torch.arange(index * longest, index * longest + len(sequence), device=self.device)
-            for index, sequence in enumerate(sequences)
-        ]
-        return output.last_hidden_state.flatten(0, 1), places
+        hidden_BSD: Tensor = output.last_hidden_state
+        return torch.cat([hidden_BSD[index, tokens.start : tokens.stop] for index, tokens in enumerate(asked)])
 
     @torch.inference_mode()
     def _probe(self) -> list[Tensor]:
@@ -181,22 +213,36 @@ class HiddenStates:
 
     @torch.inference_mode()
     def _agrees(self, plain: Sequence[Tensor], model: Any) -> bool:
-        """Turns our attention on and keeps it on where it gives what the plain forward pass gave."""
+        """Turns our attention on, and the last layer that stops early, and keeps of both what is exact."""
         before = self.body.config._attn_implementation
-        try:
-            model.set_attn_implementation(ATTENTION)
-            self.packed = True
-            hidden_ND, places = self(_probe_sequences(self._vocabulary()))
-            error = max(
-                float((hidden_ND[place] - own).float().abs().max() / own.float().abs().max())
-                for place, own in zip(places, plain, strict=True)
-            )
-            if error <= _TOLERANCE[self.body.dtype]:
+        layers = getattr(self.body, "layers", None)
+        model.set_attn_implementation(ATTENTION)
+        self.packed = True
+        if isinstance(layers, nn.ModuleList):
+            whole = layers[-1]
+            layers[-1] = LastLayer(whole)
+            if self._agrees_now(plain):
                 return True
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError):
-            pass
+            layers[-1] = whole
+        if self._agrees_now(plain):
+            return True
         model.set_attn_implementation(before)
         return False
+
+    def _agrees_now(self, plain: Sequence[Tensor]) -> bool:
+        # All of the first, the last of the second, and of the third, which begins like the first, the second half.
+        lengths = [len(own) for own in plain]
+        asked = [range(lengths[0]), range(lengths[1] - 1, lengths[1]), range(lengths[2] // 2, lengths[2])]
+        expected = [own[tokens.start :] for own, tokens in zip(plain, asked, strict=True)]
+        try:
+            hidden_MD = self(_probe_sequences(self._vocabulary()), asked)
+        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError):
+            return False
+        found = torch.split(hidden_MD, [len(own) for own in expected])
+        errors = [
+            float((a - b).float().abs().max() / b.float().abs().max()) for a, b in zip(found, expected, strict=True)
+        ]
+        return max(errors) <= _TOLERANCE[self.body.dtype]
 
 
 @lru_cache(maxsize=8)
@@ -207,27 +253,39 @@ def _probe_sequences(vocabulary: int) -> list[list[int]]:
     return [first, second, [*first[: _MIN_SHARED + 3], *second]]
 
 
-def _split(row: Row, limit: int) -> list[Row]:
+def _parts(row: Row, asked_M: Tensor, limit: int) -> Iterator[Row]:
     """The row in parts of about ``limit`` tokens, cut where no prefix is cut off from those who share it."""
-    parts: list[Row] = []
     pending: list[Piece] = []
 
-    def close() -> None:
-        start, end = pending[0].start, pending[-1].start + pending[-1].length
-        moved = tuple(
-            Piece(piece.start - start, piece.length, max(0, piece.prefix_start - start), piece.prefix_length)
-            for piece in pending
-        )
-        parts.append(Row(ids_N=row.ids_N[start:end], positions_N=row.positions_N[start:end], pieces=moved, places=()))
+    def part() -> Row:
+        start, end = pending[0].start, pending[-1].end
+        first, last = torch.searchsorted(asked_M, torch.tensor([start, end])).tolist()
+        moved = [replace(p, start=p.start - start, prefix_start=max(0, p.prefix_start - start)) for p in pending]
         pending.clear()
+        return Row(
+            ids_N=row.ids_N[start:end],
+            positions_N=row.positions_N[start:end],
+            pieces=tuple(moved),
+            asked_M=asked_M[first:last] - start,
+        )
 
     for group in _families(row.pieces):
-        size = sum(piece.length for piece in group)
-        if pending and pending[-1].start + pending[-1].length - pending[0].start + size > limit:
-            close()
+        if pending and group[-1].end - pending[0].start > limit:
+            yield part()
         pending.extend(group)
-    close()
-    return parts
+    yield part()
+
+
+def _attending(pieces: Sequence[Piece], asked_M: Tensor) -> tuple[Piece, ...]:
+    """Pieces without the tokens at either end that are not asked for, and that none that is asked for looks at."""
+    places_M = asked_M.tolist()
+    found = []
+    for piece in pieces:
+        first, end = (bisect.bisect_left(places_M, place) for place in (piece.start, piece.end))
+        if first < end:
+            length = places_M[end - 1] + 1 - piece.start
+            found.append(replace(piece, length=length, seen_only=places_M[first] - piece.start))
+    return tuple(found)
 
 
 def _families(pieces: Sequence[Piece]) -> list[list[Piece]]:
@@ -265,40 +323,55 @@ def _attention(
         raise NotImplementedError(f"attention with {unknown or 'no row, or both directions'}")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
         return _varlen(quartet_row, query, key, value, scaling, sliding_window), None
-    out = query.new_empty(1, query.shape[2], query.shape[1], value.shape[3])
+    out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+    block = _GPU_QUERIES if query.is_cuda else _CPU_QUERIES
     for piece in quartet_row.pieces:
-        own = slice(piece.start, piece.start + piece.length)
+        own = slice(piece.start, piece.end)
         keys, values = key[:, :, own], value[:, :, own]
         if piece.prefix_length:
             prefix = slice(piece.prefix_start, piece.prefix_start + piece.prefix_length)
             keys = torch.cat([key[:, :, prefix], keys], dim=2)
             values = torch.cat([value[:, :, prefix], values], dim=2)
-        mask = _mask(quartet_row, piece, sliding_window, query.device)
-        out[:, own] = F.scaled_dot_product_attention(
-            query[:, :, own],
-            keys,
-            values,
-            attn_mask=mask,
-            is_causal=mask is None,
-            scale=scaling,
-            enable_gqa=query.shape[1] != key.shape[1],
-        ).transpose(1, 2)
+        for first in range(piece.seen_only, piece.length, block):
+            end = min(first + block, piece.length)
+            before, total = piece.prefix_length + first, piece.prefix_length + end
+            mask = _mask(quartet_row, before, total, sliding_window, block, query)
+            own = slice(piece.start + first, piece.start + end)
+            out[:, own] = F.scaled_dot_product_attention(
+                query[:, :, own],
+                keys[:, :, :total],
+                values[:, :, :total],
+                attn_mask=mask,
+                is_causal=mask is None and end - first > 1,
+                scale=scaling,
+                enable_gqa=query.shape[1] != key.shape[1],
+            ).transpose(1, 2)
     return out, None
 
 
-def _mask(row: Row, piece: Piece, window: int | None, device: torch.device) -> Tensor | None:
-    """(S, prefix + S) True where a token may look; None where plain causality says it all."""
-    total = piece.prefix_length + piece.length
-    window = window if window is not None and window < total else None
-    if piece.prefix_length == 0 and window is None:
+def _mask(row: Row, before: int, total: int, window: int | None, block: int, query: Tensor) -> Tensor | None:
+    """(total - before, total) of ``query``'s precision, added to the scores: 0 where a token may look, else -inf.
+
+    None where plain causality says it all, or one token looks at all.
+
+    Args:
+        before: tokens before the first that looks.
+        total: tokens that are looked at.
+        block: at most so many tokens look.
+    """
+    slides = window is not None and window < total
+    if not slides and (before == 0 or before == total - 1):
         return None
-    name = f"mask {piece.length} {total} {window}"
+    # Who sees whom depends on how far apart they are: all masks are parts of one.
+    name = f"mask {window}"
     if name not in row.memo:
-        own_S1 = torch.arange(piece.prefix_length, total, device=device)[:, None]
-        others_1S = torch.arange(total, device=device)[None, :]
-        mask_SS = others_1S <= own_S1
-        row.memo[name] = mask_SS if window is None else mask_SS & (own_S1 - others_1S < window)
-    mask: Tensor = row.memo[name]
+        longest = max(piece.prefix_length + piece.length for piece in row.pieces)
+        distance_SS = torch.arange(block, device=query.device)[:, None] + longest
+        distance_SS = distance_SS - torch.arange(longest + block, device=query.device)[None, :]
+        unseen_SS = (distance_SS < 0) if window is None else (distance_SS < 0) | (distance_SS >= window)
+        row.memo[name] = longest, query.new_zeros(unseen_SS.shape).masked_fill_(unseen_SS, -torch.inf)
+    longest, whole_SS = row.memo[name]
+    mask: Tensor = whole_SS[: total - before, longest - before : longest - before + total]
     return mask
 
 
@@ -343,6 +416,36 @@ def _varlen(row: Row, query: Tensor, key: Tensor, value: Tensor, scaling: float 
 transformers.AttentionInterface.register(ATTENTION, _attention)
 # No mask is made: the row says who sees whom.
 AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+
+
+class LastLayer(nn.Module):
+    """A decoder's last layer, which goes on from attention with the tokens alone that are asked for.
+
+    Right for a layer of the usual kind, which adds attention, and then the feed-forward network, of the normalised sum
+    so far; of another it raises or computes something else. Without a row it is the layer.
+    """
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer: Any = layer
+
+    def __getattr__(self, name: str) -> Any:
+        """The decoder may want to know what kind of layer it is."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("layer"), name)
+
+    def forward(self, hidden_states: Tensor, *arguments: Any, quartet_row: Row | None = None, **others: Any) -> Any:
+        if quartet_row is None or quartet_row.asked_M is None:
+            return self.layer(hidden_states, *arguments, **others)
+        asked_M = quartet_row.asked_M.to(hidden_states.device)
+        if not hidden_states.is_cuda:
+            quartet_row = replace(quartet_row, pieces=_attending(quartet_row.pieces, quartet_row.asked_M))
+        normalised = self.layer.input_layernorm(hidden_states)
+        attended, *_ = self.layer.self_attn(normalised, *arguments, quartet_row=quartet_row, **others)
+        kept = hidden_states[:, asked_M] + attended[:, asked_M]
+        return kept + self.layer.mlp(self.layer.post_attention_layernorm(kept))
 
 
 # Weights -----------------------------------------------------------------------------------------------------------

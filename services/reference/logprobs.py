@@ -4,7 +4,7 @@ The hidden states of the response positions alone are projected on the vocabular
 vocabulary at a time: the tensor [B, T, V] never exists. The log-sum-exp is gathered over the parts, so that each part's
 logits are made and used up while they are in the processor's cache; on a GPU one part is the whole vocabulary.
 
-Shapes: B sequences, N response positions of the batch, M tokens of the batch, C positions of a chunk, D hidden size,
+Shapes: B sequences, N response positions of the batch, C positions of a chunk, D hidden size,
 V vocabulary, U a part of it.
 """
 
@@ -104,11 +104,9 @@ class ReferenceModel:
     @torch.inference_mode()
     def logprobs(self, items: Sequence[ReferenceItem]) -> list[ReferenceResult]:
         """Results of a batch, in order."""
-        hidden_MD, places = self.hidden_states([item.token_ids for item in items])
         # Position t predicts token t + 1.
-        hidden_ND = hidden_MD[
-            torch.cat([place[item.response_start - 1 : -1] for item, place in zip(items, places, strict=True)])
-        ]
+        predicting = [range(item.response_start - 1, len(item.token_ids) - 1) for item in items]
+        hidden_ND = self.hidden_states([item.token_ids for item in items], predicting)
         targets_N = torch.tensor([token for item in items for token in item.token_ids[item.response_start :]])
         targets_N = targets_N.to(hidden_ND.device)
         counts = [len(item.token_ids) - item.response_start for item in items]

@@ -1,6 +1,6 @@
 """A reward model behind a small interface: token ids in, raw scores of its heads out.
 
-Shapes: B sequences, S tokens, N tokens of all sequences, D hidden size, H heads.
+Shapes: B sequences, S tokens, D hidden size, H heads.
 """
 
 from __future__ import annotations
@@ -151,8 +151,7 @@ class TransformersScorer:
         return scores
 
     def _decoder(self, sequences: Sequence[Sequence[int]]) -> Tensor:
-        hidden_ND, places = self.hidden_states(sequences)
-        hidden_BD = hidden_ND[torch.stack([place[-1] for place in places])]
+        hidden_BD = self.hidden_states(sequences, [range(len(tokens) - 1, len(tokens)) for tokens in sequences])
         assert self.head is not None
         bias = self.head.bias.float() if self.head.bias is not None else None
         return F.linear(hidden_BD.float(), self.head.weight.float(), bias)

@@ -76,13 +76,36 @@ def test_every_sequence_has_the_hidden_states_that_it_has_alone(kind, changes, s
     expected = each_alone(model, rows)
     hidden_states = HiddenStates(model, pad_id=0)
     assert hidden_states.packed
+    # All, the last, the first, an end, a part in the middle; sequences that begin alike want other tokens each.
+    parts = [(0, 1), (1, 1), (0, 0), (0.5, 1), (0.3, 0.7)]
+    wanted = [range(min(int(len(r) * a), len(r) - 1), max(int(len(r) * b), 1)) for a, b in parts for r in rows]
     with torch.inference_mode():
-        hidden_ND, places = hidden_states(rows, share=share)
-    for place, own_SD in zip(places, expected, strict=True):
-        assert hidden_ND[place] == pytest.approx(own_SD, abs=1e-4 * float(own_SD.abs().max()))
-    tokens = sum(map(len, rows))
-    saved = 3 * 40 + 2 * 29 if share else 0  # The prompt of four, and what the three rows of the pair begin with.
-    assert len(hidden_ND) == tokens - saved
+        agrees(hidden_states(rows, share=share), expected)
+        for first in range(len(parts)):
+            asked = [wanted[(first + index) % len(parts) * len(rows) + index] for index in range(len(rows))]
+            found = hidden_states(rows, asked, share=share)
+            agrees(found, [own_SD[a.start : a.stop] for own_SD, a in zip(expected, asked, strict=True)])
+    # The prompt of four, and what the three rows of the pair begin with.
+    saved = 3 * 40 + 2 * 29 if share else 0
+    assert len(lay_out(rows, share=share).ids_N) == sum(map(len, rows)) - saved
+
+
+def agrees(hidden_MD: torch.Tensor, expected: list[torch.Tensor]) -> None:
+    for found_SD, own_SD in zip(hidden_MD.split([len(own) for own in expected]), expected, strict=True):
+        if len(own_SD):
+            assert found_SD == pytest.approx(own_SD, abs=1e-4 * float(own_SD.abs().max()))
+
+
+def test_the_last_layer_works_for_the_tokens_alone_that_are_asked_for():
+    model, rows = make("Llama"), sequences()
+    hidden_states = HiddenStates(model, pad_id=0)
+    counts: dict[str, int] = {}
+    for name, layer in (("first", model.base_model.layers[0]), ("last", model.base_model.layers[-1].layer)):
+        layer.mlp.register_forward_hook(lambda _, __, y, name=name: counts.update({name: y.shape[1]}))
+    with torch.inference_mode():
+        hidden_states(rows, [range(len(row) - 1, len(row)) for row in rows])
+    # The last row ends where two others go on: with what the three have in common.
+    assert counts == {"first": len(lay_out(rows, share=True).ids_N), "last": len(rows)}
 
 
 def test_a_model_whose_attention_needs_more_is_padded_and_right():
@@ -91,9 +114,8 @@ def test_a_model_whose_attention_needs_more_is_padded_and_right():
     hidden_states = HiddenStates(model, pad_id=0)
     assert not hidden_states.packed
     with torch.inference_mode():
-        hidden_ND, places = hidden_states(rows)
-    for place, own_SD in zip(places, expected, strict=True):
-        assert hidden_ND[place] == pytest.approx(own_SD, abs=1e-4 * float(own_SD.abs().max()))
+        agrees(hidden_states(rows), expected)
+        agrees(hidden_states(rows, [range(len(row) - 1, len(row)) for row in rows]), [own[-1:] for own in expected])
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=8), st.booleans())
