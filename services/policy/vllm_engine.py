@@ -28,7 +28,7 @@ from services.policy.engine import (
 from services.policy.low_rank import linear_modules_of, read_tensors
 from services.policy.staging import staging_parent
 from services.policy.vllm_adapters import VllmAdapters, lora_options
-from services.policy.weight_transfer import BACKEND
+from services.policy.weight_transfer import BACKEND, PAUSE
 from services.runtime.errors import StartError
 
 if TYPE_CHECKING:
@@ -85,6 +85,7 @@ class VllmEngine:
             # vLLM 0.32 takes back the draw of a prompt that was prefilled in part, which a CPU's generator can't do,
             # and dies: so prompts are prefilled whole.
             options |= {"enable_chunked_prefill": False}
+            os.environ.setdefault(PAUSE, "0.0001")
         if settings.deterministic:
             # Alone in every batch, its whole prompt in one piece, nothing reused: the same sums in the same order.
             options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
