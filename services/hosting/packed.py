@@ -40,6 +40,9 @@ _CPU_QUERIES, _GPU_QUERIES = 64, 1024
 # Largest difference of hidden states, relative to their size, that the check lets pass, by precision.
 _TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}
 
+# What the code of a model raises, any of hundreds, that can't be run our way. It is run the plain way then.
+_UNFIT = (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError)
+
 
 @dataclass(frozen=True, slots=True)
 class Piece:
@@ -158,7 +161,7 @@ class HiddenStates:
 
         Args:
             sequences: token ids, none without any.
-            asked: of each sequence, the tokens whose hidden states are wanted: ``range(S)`` are all, also without it.
+            asked: of each sequence, the tokens whose hidden states are wanted, at least one; all of all without it.
             share: whether sequences that begin alike are computed together.
         """
         asked = [range(len(sequence)) for sequence in sequences] if asked is None else asked
@@ -176,8 +179,6 @@ class HiddenStates:
         """(M, D) of what is asked for of the row."""
         asked_M = row.asked_M
         assert asked_M is not None
-        if not len(asked_M):
-            return torch.empty(0, self.body.config.hidden_size, dtype=self.body.dtype, device=self.device)
         output = self.body(
             input_ids=row.ids_N[None].to(self.device),
             position_ids=row.positions_N[None].to(self.device),
@@ -216,7 +217,10 @@ class HiddenStates:
         """Turns our attention on, and the last layer that stops early, and keeps of both what is exact."""
         before = self.body.config._attn_implementation
         layers = getattr(self.body, "layers", None)
-        model.set_attn_implementation(ATTENTION)
+        try:
+            model.set_attn_implementation(ATTENTION)
+        except _UNFIT:
+            return False
         self.packed = True
         if isinstance(layers, nn.ModuleList):
             whole = layers[-1]
@@ -236,7 +240,7 @@ class HiddenStates:
         expected = [own[tokens.start :] for own, tokens in zip(plain, asked, strict=True)]
         try:
             hidden_MD = self(_probe_sequences(self._vocabulary()), asked)
-        except (ValueError, TypeError, KeyError, RuntimeError, AttributeError, NotImplementedError):
+        except _UNFIT:
             return False
         found = torch.split(hidden_MD, [len(own) for own in expected])
         errors = [

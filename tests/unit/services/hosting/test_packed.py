@@ -118,6 +118,20 @@ def test_a_model_whose_attention_needs_more_is_padded_and_right():
         agrees(hidden_states(rows, [range(len(row) - 1, len(row)) for row in rows]), [own[-1:] for own in expected])
 
 
+def test_a_model_that_takes_no_other_attention_is_padded_and_right(monkeypatch):
+    model, rows = make("Llama"), sequences()
+    expected = each_alone(model, rows)
+
+    def refuse(name: str) -> None:
+        raise ValueError(f"{name} is not supported")
+
+    monkeypatch.setattr(model, "set_attn_implementation", refuse)
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert not hidden_states.packed
+    with torch.inference_mode():
+        agrees(hidden_states(rows), expected)
+
+
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=8), st.booleans())
 @settings(max_examples=300, deadline=None)
 def test_a_row_holds_every_sequence_and_every_piece_sees_what_comes_before_it(rows, share):
