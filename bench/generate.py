@@ -21,10 +21,10 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from bench import generation
-from bench.generation import IN_PROCESS, Load, Response, Side, family
+from bench.generation import IN_PROCESS, Load, Response, Side
 from bench.models import END, make_larger_policy
 from bench.outcome import Verdict, conclude
-from bench.turns import free_port, set_threads
+from bench.turns import family, free_port, set_threads
 from quartet.fingerprint import derive_seeds
 
 TARGET = 0.97

@@ -43,7 +43,7 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]  # vLLM needs it too.
 
 from bench.models import END, VOCABULARY, make_models
-from bench.turns import free_port
+from bench.turns import family, free_port
 from quartet.client import Completion, PolicyClient, Sampling
 from quartet.fingerprint import derive_seeds
 
@@ -232,10 +232,6 @@ async def _turn(side: Side, others: Sequence[Side], load: Load, number: int) -> 
 def _cpu_s(processes: Sequence[psutil.Process]) -> float:
     times = [process.cpu_times() for process in processes]
     return float(sum(t.user + t.system for t in times))
-
-
-def family(process: psutil.Process) -> list[psutil.Process]:
-    return [process, *process.children(recursive=True)]
 
 
 @contextlib.asynccontextmanager

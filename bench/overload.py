@@ -28,7 +28,7 @@ import psutil  # type: ignore[import-untyped]
 
 from bench.models import make_models
 from bench.outcome import Verdict, conclude
-from bench.turns import free_port
+from bench.turns import family, free_port
 from quartet.client import PolicyClient, ReferenceClient, RewardClient
 from quartet.client.errors import pushback_s
 
@@ -249,7 +249,7 @@ async def _measure(
     async with _ask(name, address) as ask:
         await _closed_loop(ask, seconds / 5, _callers(name))
         found.calm_s = statistics.median([await _timed(ask) for _ in range(20)])
-        processes = [process, *process.children(recursive=True)]  # vLLM runs in one of its own.
+        processes = family(process)  # vLLM runs in one of its own.
         async with _peak(processes) as before:
             found.capacity = await _closed_loop(ask, seconds / 2, _callers(name))
         found.queue_s = queued / _TOKENS / found.capacity

@@ -92,7 +92,7 @@ def serve_turns(work: Callable[[], tuple[float, list[float]]], holds_model: psut
         holds_model: the process whose memory counts, with its children; default this one.
     """
     process = holds_model or psutil.Process()
-    loaded = _memory(_family(process))
+    loaded = _memory(family(process))
     _say({"model_mib": loaded / 2**20})
     for _ in sys.stdin:
         with _peak(process) as peak:
@@ -105,7 +105,8 @@ def _say(content: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def _family(process: psutil.Process) -> list[psutil.Process]:
+def family(process: psutil.Process) -> list[psutil.Process]:
+    """The process and all that descend from it."""
     return [process, *process.children(recursive=True)]
 
 
@@ -127,7 +128,7 @@ def _peak(process: psutil.Process) -> Iterator[list[int]]:
 
     These are looked for once: doing it for each sample would take from what is measured.
     """
-    processes = _family(process)
+    processes = family(process)
     peak = [_memory(processes)]
     done = threading.Event()
 
