@@ -1,4 +1,4 @@
-"""Forward passes of decoders without padding, over weights laid out for the processor.
+"""Forward passes of decoders without padding.
 
 A batch is one row of tokens, sequence after sequence: linear layers, which are most of the work, never see padding, and
 attention goes sequence by sequence. Sequences that begin with the same tokens (responses to one prompt, a chosen and a
@@ -16,7 +16,6 @@ one sequence.
 from __future__ import annotations
 
 import bisect
-import platform
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -28,6 +27,8 @@ import transformers
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.masking_utils import AttentionMaskInterface
+
+from services.hosting.prepacking import prepack
 
 # Name under which transformers finds our attention.
 ATTENTION = "quartet_packed"
@@ -450,45 +451,3 @@ class LastLayer(nn.Module):
         attended, *_ = self.layer.self_attn(normalised, *arguments, quartet_row=quartet_row, **others)
         kept = hidden_states[:, asked_M] + attended[:, asked_M]
         return kept + self.layer.mlp(self.layer.post_attention_layernorm(kept))
-
-
-# Weights -----------------------------------------------------------------------------------------------------------
-
-
-class PackedLinear(nn.Module):
-    """A frozen linear layer whose weight lies as oneDNN reads it fastest.
-
-    The same numbers as ``F.linear`` up to rounding, at about twice its speed in float32 where that is MKL's; and a
-    row's result does not depend on the rows beside it.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        super().__init__()
-        # Some models ask a layer's weight for its precision: it has one, without content.
-        self.register_buffer("weight", torch.empty_like(weight, device="meta"), persistent=False)
-        self.weight_packed = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), _CPU_TOKENS // 2)
-        self.bias = bias
-
-    def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight_packed, self.bias, "none", [], "")
-        return y
-
-
-def can_prepack(dtype: torch.dtype) -> bool:
-    """Whether this processor and build of torch have packed products of ``dtype``."""
-    return (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
-        and (dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()))
-    )
-
-
-def prepack(module: nn.Module) -> None:
-    """Replaces the plain linear layers below ``module`` by packed ones, and lets go of their weights as they were."""
-    for name, child in list(module.named_children()):
-        if type(child) is nn.Linear:
-            if can_prepack(child.weight.dtype):
-                setattr(module, name, PackedLinear(child.weight, child.bias))
-        else:
-            prepack(child)

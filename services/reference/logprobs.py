@@ -23,7 +23,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from services.hosting.model import Hosting, longest_sequence
-from services.hosting.packed import HiddenStates, PackedLinear, can_prepack
+from services.hosting.packed import HiddenStates
+from services.hosting.prepacking import PackedLinear, can_prepack
 from services.runtime.errors import StartError
 
 # On a processor: logits of so many tokens of the vocabulary at a time. 4 MiB of them for 256 positions.

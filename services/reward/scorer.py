@@ -18,7 +18,8 @@ from torch.nn import functional as F
 
 from quartet.model_folder import METADATA_FILE
 from services.hosting.model import Hosting, longest_sequence, pad_right
-from services.hosting.packed import HiddenStates, prepack
+from services.hosting.packed import HiddenStates
+from services.hosting.prepacking import prepack
 from services.hosting.token_length import characters_per_token
 from services.reward.combining import Head
 from services.reward.metadata import read_reward_metadata

@@ -5,7 +5,6 @@ Shapes: N tokens of a row, S of a sequence.
 
 from __future__ import annotations
 
-import copy
 import itertools
 from typing import Any
 
@@ -16,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.hosting import packed
-from services.hosting.packed import HiddenStates, PackedLinear, can_prepack, lay_out
+from services.hosting.packed import HiddenStates, lay_out
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,
@@ -156,19 +155,3 @@ def test_a_row_holds_every_sequence_and_every_piece_sees_what_comes_before_it(ro
     assert len(row.ids_N) <= sum(map(len, rows))
     if not share:
         assert len(row.ids_N) == sum(map(len, rows))
-
-
-@pytest.mark.skipif(not can_prepack(torch.float32), reason="no packed products on this processor")
-@pytest.mark.parametrize("bias", [True, False])
-def test_a_packed_product_is_the_product_and_no_row_depends_on_another(bias):
-    torch.manual_seed(0)
-    linear = torch.nn.Linear(96, 200, bias=bias)
-    x_NC = torch.randn(77, 96)
-    layer = PackedLinear(linear.weight, linear.bias)
-    with torch.inference_mode():
-        y_NO = layer(x_NC)
-        exact_NO = copy.deepcopy(linear).double()(x_NC.double())
-        assert float((y_NO - exact_NO).abs().max()) < 1e-5
-        for count in (1, 2, 9, 64):
-            assert torch.equal(layer(x_NC[:count]), y_NO[:count])
-    assert layer.weight.dtype == torch.float32
