@@ -1,4 +1,4 @@
-"""The vLLM weight-transfer engine itself; imported in the worker alone, by name. See weight_transfer.py."""
+"""The vLLM weight-transfer engine itself; imported in the worker alone, by name. See vllm_processes.py."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from services.policy.weight_transfer import pause_while_waiting
+from services.policy.vllm_processes import pause_while_waiting
 
 pytestmark = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 
