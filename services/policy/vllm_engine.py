@@ -28,7 +28,7 @@ from services.policy.engine import (
 from services.policy.low_rank import linear_modules_of, read_tensors
 from services.policy.staging import staging_parent
 from services.policy.vllm_adapters import VllmAdapters, lora_options
-from services.policy.vllm_processes import BACKEND, PAUSE
+from services.policy.vllm_processes import BACKEND, WAIT_MS
 from services.runtime.errors import StartError
 
 if TYPE_CHECKING:
@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 _PAUSE_MODES = {InFlight.KEEP: "keep", InFlight.FINISH: "wait", InFlight.ABORT: "abort"}
 _FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}
-# On a processor: a tenth of a millisecond, where a step takes some.
-_PAUSE_S = "0.0001"
+# On a processor, where a step takes some and more.
+_WAIT_MS = "2"
 # An engine process that is this slow to answer a control call is taken for dead.
 _CONTROL_DEADLINE_S = 600.0
 
@@ -87,7 +87,7 @@ class VllmEngine:
             # vLLM 0.32 takes back the draw of a prompt that was prefilled in part, which a CPU's generator can't do,
             # and dies: so prompts are prefilled whole.
             options |= {"enable_chunked_prefill": False}
-            os.environ.setdefault(PAUSE, _PAUSE_S)
+            os.environ.setdefault(WAIT_MS, _WAIT_MS)
         if settings.deterministic:
             # Alone in every batch, its whole prompt in one piece, nothing reused: the same sums in the same order.
             options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}

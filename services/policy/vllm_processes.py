@@ -6,6 +6,7 @@ to the worker; the tensors are mapped from the file. And how these processes end
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import multiprocessing
 import os
@@ -15,8 +16,8 @@ import time
 from typing import Any
 
 BACKEND = "quartet_staged_file"
-# Set by the service for its engine alone, in seconds.
-PAUSE = "QUARTET_VLLM_PAUSE_S"
+# Set by the service for its engine alone, in milliseconds.
+WAIT_MS = "QUARTET_VLLM_WAIT_MS"
 
 
 def register() -> None:
@@ -27,8 +28,8 @@ def register() -> None:
         WeightTransferEngineFactory.register_engine(
             BACKEND, "services.policy.staged_file_transfer", "StagedFileTransferEngine"
         )
-    if PAUSE in os.environ:
-        pause_while_waiting(float(os.environ[PAUSE]))
+    if WAIT_MS in os.environ:
+        wait_asleep(int(os.environ[WAIT_MS]))
     parent = multiprocessing.parent_process()
     if parent is not None and parent.pid is not None:
         end_with_parent(parent.pid)
@@ -44,20 +45,23 @@ def end_with_parent(parent_pid: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def pause_while_waiting(pause_s: float) -> None:
-    """Lets vLLM's processes sleep for moments where they wait for one another busily.
+def wait_asleep(most_ms: int) -> None:
+    """Lets vLLM's processes sleep where they wait for one another busily; they look again each ``most_ms``.
 
     The engine waits for its worker through every step, and on a processor would do it on the cores that the worker
-    computes on, and that read requests and refuse what is too much.
+    computes on, and that read requests and refuse what is too much. vLLM wakes who waits by a message, but only after a
+    second without any does it trust in that: a message may be dropped while the one before is under way.
     """
+    import zmq
     from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
 
     wait = SpinCondition.wait
 
-    def patient(self: Any, timeout_ms: int | None = None) -> None:
-        if time.monotonic() <= self.last_read + self.busy_loop_s:
-            time.sleep(pause_s)
-        else:
+    def asleep(self: Any, timeout_ms: int | None = None) -> None:
+        if time.monotonic() > self.last_read + self.busy_loop_s:
             wait(self, timeout_ms)
+        elif self.local_notify_socket in dict(self.poller.poll(most_ms)):
+            with contextlib.suppress(zmq.Again):
+                self.local_notify_socket.recv(zmq.NOBLOCK)
 
-    SpinCondition.wait = patient
+    SpinCondition.wait = asleep
