@@ -75,6 +75,10 @@ class Found:
     recovery_s: float = 0.0
     growth_mib: float = 0.0
 
+    def figures(self) -> dict[str, Any]:
+        """What a program wants to know of it."""
+        return asdict(self) | {"codes": dict(self.codes)}  # asdict counts the pairs of a Counter.
+
     def verdicts(self, targets: Targets = Targets()) -> list[Verdict]:
         """Whether each target was held, and the figures."""
         slack = targets.slack
@@ -331,7 +335,7 @@ def main() -> None:
     for name in options.services:
         print(f"measuring the {name} service", flush=True)
         found = measure(name, seconds=options.seconds)
-        figures[name] = asdict(found)
+        figures[name] = found.figures()
         verdicts += [Verdict(verdict.held, f"{name}: {verdict.text}") for verdict in found.verdicts()]
     conclude("overload", verdicts, figures)
 

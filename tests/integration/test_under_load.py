@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import importlib.util
 import itertools
+import json
 import random
 import re
 import signal
@@ -16,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import grpc
+import psutil
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
@@ -41,6 +45,7 @@ from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from tests.conftest import LiveService
 from tests.integration.policy_oracle import naive_logprobs
 
+needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
 # vLLM takes long to start, and its own races are in test_generation.py.
 FLAGS = {"policy": ["--engine", "transformers"], "reward": [], "reference": []}
 # The transformers engine takes its steps under the interpreter's lock, of which refusing callers takes a part.
@@ -67,6 +72,12 @@ async def until(condition: Callable[[], bool], timeout_s: float = 60.0) -> None:
         await asyncio.sleep(0.02)
 
 
+def is_alive(process: psutil.Process) -> bool:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    return False
+
+
 # Overload
 
 
@@ -77,6 +88,7 @@ def test_five_times_the_load_is_served_as_capacity_allows_and_the_rest_told_to_c
     for _ in range(3):
         found = overload.measure(name, seconds=6.0, flags=FLAGS[name])
         assert set(found.codes) == {"OK", "RESOURCE_EXHAUSTED"}
+        assert json.loads(json.dumps(found.figures()))["codes"] == found.codes
         seen.append(found.verdicts(TARGETS[name]))
         if all(verdict.held for verdict in seen[-1]):
             return
@@ -243,7 +255,7 @@ def ask_policy(client: PolicyClient, folder: Path, fingerprint: str) -> Ask:
             n=2,
             tokenizer_fingerprint=fingerprint,
             prompt_seeds=which,
-            patience_s=120.0,
+            patience_s=240.0,
         )
         found = {(item.prompt_index, item.sample_index): item async for item in stream}
         assert found.keys() == {(p, s) for p in range(len(which)) for s in range(2)}
@@ -252,22 +264,23 @@ def ask_policy(client: PolicyClient, folder: Path, fingerprint: str) -> Ask:
     return ask
 
 
-@pytest.mark.timeout(600)  # Five processes load a model.
+@pytest.mark.timeout(600)  # Up to five processes load a model.
 @pytest.mark.parametrize(
-    ("name", "make_client", "make_ask"),
+    ("name", "flags", "rounds", "make_client", "make_ask"),
     [
-        ("policy", PolicyClient, ask_policy),
-        ("reward", RewardClient, ask_reward),
-        ("reference", ReferenceClient, ask_reference),
+        pytest.param("policy", ["--engine", "vllm"], 1, PolicyClient, ask_policy, marks=needs_vllm),
+        ("policy", FLAGS["policy"], 2, PolicyClient, ask_policy),
+        ("reward", FLAGS["reward"], 2, RewardClient, ask_reward),
+        ("reference", FLAGS["reference"], 2, ReferenceClient, ask_reference),
     ],
-    ids=["policy", "reward", "reference"],
+    ids=["policy, vllm", "policy, transformers", "reward", "reference"],
 )
 async def test_callers_of_a_service_that_is_ended_and_killed_and_started_again_are_all_answered_rightly(
-    start_service, make_reward_model, make_policy, tokenizer, name, make_client, make_ask
+    start_service, make_reward_model, make_policy, tokenizer, name, flags, rounds, make_client, make_ask
 ):
     """SIGTERM answers what is in hand; SIGKILL loses it, and the client asks again. None is lost, none is wrong."""
     folder = make_reward_model(seed=4) if name == "reward" else make_policy(seed=4)
-    service = start_service(name, folder, *FLAGS[name])
+    service = start_service(name, folder, *flags, timeout_s=240)
     wrong, answered, done = [], Counter[int](), asyncio.Event()
 
     async def caller(ask: Ask, number: int) -> None:
@@ -280,15 +293,19 @@ async def test_callers_of_a_service_that_is_ended_and_killed_and_started_again_a
         before = answered.copy()
         await until(lambda: all(answered[n] >= before[n] + 3 for n in range(12)))
 
-    async with make_client(service.address, policy=CallPolicy(patience_s=120.0, deadline_s=60.0)) as client:
+    async with make_client(service.address, policy=CallPolicy(patience_s=240.0, deadline_s=60.0)) as client:
         ask = make_ask(client, folder, tokenizer_fingerprint(tokenizer))
         callers = [asyncio.create_task(caller(ask, n)) for n in range(12)]
-        for end in (signal.SIGTERM, signal.SIGKILL, signal.SIGTERM, signal.SIGKILL):
+        for end in (signal.SIGTERM, signal.SIGKILL) * rounds:
             await all_are_answered()
+            family = psutil.Process(service.process.pid).children(recursive=True)  # vLLM's engine and worker.
             service.process.send_signal(end)
             code = await asyncio.to_thread(service.process.wait, 60)
             assert code == (0 if end is signal.SIGTERM else -signal.SIGKILL)
-            service = await asyncio.to_thread(lambda old=service: start_service(name, folder, *FLAGS[name], like=old))
+            await until(lambda family=family: not any(map(is_alive, family)), 10.0)
+            service = await asyncio.to_thread(
+                lambda old=service: start_service(name, folder, *flags, like=old, timeout_s=240)
+            )
         await all_are_answered()
         done.set()
         await asyncio.gather(*callers)  # Raises what any of them was told.
