@@ -50,6 +50,11 @@ COMMANDS = {
         settings="trainer.config:RewardSettings",
         main="trainer.reward_model:main",
     ),
+    "dpo": Command(
+        summary="train a policy on preferences directly",
+        settings="trainer.config:DpoSettings",
+        main="trainer.dpo:main",
+    ),
     "ppo": Command(
         summary="train a policy by PPO against the running services",
         settings="trainer.ppo_config:PPOSettings",

@@ -18,6 +18,7 @@ from quartet.settings import (
     UnitFloat,
 )
 from trainer.encoding import Truncation
+from trainer.service_credentials import Address, ServiceCredentials
 
 # Sets some of the rows apart, but never all.
 HeldOutFraction = Annotated[UnitFloat, Field(lt=1)]
@@ -104,6 +105,53 @@ class RewardSettings(TrainingSettings):
         return self
 
 
+class DpoSettings(ServiceCredentials, TrainingSettings):
+    """Direct preference optimisation of a policy from preferences, held near the model that it starts from."""
+
+    command: ClassVar[str] = "quartet-train dpo"
+
+    learning_rate: PositiveFloat = Field(1e-6, description="peak of the learning rate; TRL's default")
+    beta: PositiveFloat = Field(0.1, description="price of a nat between policy and reference")
+    loss: Literal["sigmoid", "robust", "ipo-mean", "ipo-sum"] = Field(
+        "sigmoid",
+        description="sigmoid (with --label-smoothing: cDPO), robust (unbiased under flipped labels), or IPO over mean "
+        "log-probabilities of tokens (its authors' code) or their sums (the paper)",
+    )
+    label_smoothing: Smoothing = Field(0.0, description="share of preferences believed to be the wrong way round")
+    sft_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the chosen answers' cross entropy a token beside the loss; RPO's alpha"
+    )
+    reference: Address | None = Field(
+        None,
+        description="reference service that gives the log-probabilities to stay near: host:port, or ip:port,...; "
+        "default: the model that training starts from, computed here before it",
+    )
+    reference_live: bool = Field(
+        False, description="ask the reference service at every step instead of once, before the first"
+    )
+    ready_timeout_s: PositiveFloat = Field(300.0, description="how long the service may take to be ready, seconds")
+    call_deadline_s: PositiveFloat = Field(600.0, description="longest that one call may take, seconds")
+
+    @property
+    def decisive(self) -> dict[str, object]:
+        """Where the reference is served and how it is reached decide nothing."""
+        free = {*ServiceCredentials.model_fields, "reference", "ready_timeout_s", "call_deadline_s"}
+        return {name: value for name, value in super().decisive.items() if name not in free}
+
+    @model_validator(mode="after")
+    def _choices_fit_together(self) -> Self:
+        if self.label_smoothing and self.loss.startswith("ipo"):
+            raise ValueError(
+                f"--label-smoothing is {self.label_smoothing:g} and --loss {self.loss}: IPO has none; choose sigmoid "
+                "or robust, or leave it at 0"
+            )
+        if self.loss == "robust" and not self.label_smoothing:
+            raise ValueError("--loss is robust and --label-smoothing 0: say how many labels are believed to be flipped")
+        if self.reference_live and self.reference is None:
+            raise ValueError("--reference-live is set without --reference: it is the service that is asked")
+        return self
+
+
 class CheckSettings(Settings):
     """Reads data as the stages would and trains nothing: the first row that doesn't fit is named."""
 
@@ -112,7 +160,7 @@ class CheckSettings(Settings):
     data: tuple[str, ...] = Field(description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1)
     kinds: tuple[Literal["demonstrations", "preferences", "prompts"], ...] = Field(
         ("demonstrations", "preferences", "prompts"),
-        description="what each row must be readable as: demonstrations (sft), preferences (reward), prompts (ppo)",
+        description="what each row must be readable as: demonstrations (sft), preferences (reward, dpo), prompts (ppo)",
         min_length=1,
     )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from quartet.client.channel import split_addresses, target_of
+from quartet.client.channel import split_addresses
 from quartet.settings import (
     AdamBeta,
     Finite,
@@ -19,20 +19,12 @@ from quartet.settings import (
     Settings,
     UnitFloat,
 )
-from trainer.service_credentials import AdminCredentials, ServiceCredentials
+from trainer.service_credentials import Address, AdminCredentials, ServiceCredentials
 
 # Response tokens of a rollout: of fewer, mean and variance would be noise.
 LEAST_TOKENS = 8
 
 ClipRange = Annotated[PositiveFloat, Field(lt=1)]
-
-
-def _target(addresses: str) -> str:
-    target_of(addresses)  # ValueError: it is none.
-    return addresses
-
-
-Address = Annotated[str, AfterValidator(_target)]
 
 
 class ServiceAddresses(ServiceCredentials):

@@ -1,14 +1,23 @@
-"""What the trainer shows to the services, and asks of them: one set for their ports, one for weight updates."""
+"""Addresses, and what the trainer shows to services and asks of them: for their ports, and for weight updates."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Self
+from typing import Annotated, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from quartet.client import Security
+from quartet.client.channel import target_of
 from quartet.settings import Settings
+
+
+def _target(addresses: str) -> str:
+    target_of(addresses)  # ValueError: it is none.
+    return addresses
+
+
+Address = Annotated[str, AfterValidator(_target)]
 
 
 class ServiceCredentials(Settings):

@@ -1,7 +1,4 @@
-"""Supervised fine-tuning: next-token cross entropy on the responses of demonstrations.
-
-Shapes: B sequences, S tokens of prompt and response.
-"""
+"""Supervised fine-tuning: next-token cross entropy on the responses of demonstrations."""
 
 from __future__ import annotations
 
@@ -10,16 +7,15 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import torch
-
 from quartet.model_folder import find_model
-from trainer.batching import micro_batches, pad_right, response_mask
+from trainer.answers import Answers, answer_tokens
+from trainer.batching import micro_batches
 from trainer.config import SftSettings
 from trainer.data import load_demonstrations
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
-from trainer.models import TokenLogprobs, load_policy, load_tokenizer, padding_id, save_model
-from trainer.optimisation import autocast, choose_device
+from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.optimisation import choose_device
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -87,47 +83,26 @@ class SftTrainer:
 
     def __init__(self, policy: Any, tokenizer: Any, settings: SftSettings) -> None:
         self.settings = settings
-        self.device = policy.device
-        self.pad_id = padding_id(tokenizer)
         self.policy = policy
-        self.logprobs = TokenLogprobs(policy)
+        self.answers = Answers(policy, tokenizer, settings.precision)
 
     def accumulate(self, rows: Sequence[EncodedResponse]) -> dict[str, float]:
         """Adds the gradient of the mean cross entropy over all response tokens of ``rows``, however they are cut."""
-        tokens = sum(response_tokens(row) for row in rows)
+        tokens = sum(answer_tokens(row) for row in rows)
         total = 0.0
         for part in micro_batches([len(row) for row in rows], self.settings.micro_batch_tokens):
-            loss = -self.sum_logprobs([rows[index] for index in part]) / tokens
+            loss = -self.answers.sums([rows[index] for index in part]).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
         return {"loss": total, "perplexity": math.exp(min(total, 50.0)), "tokens": sum(len(row) for row in rows)}
 
-    @torch.no_grad()
     def evaluate(self, rows: Sequence[EncodedResponse]) -> dict[str, float]:
         """Loss (nats a response token) and perplexity; empty without rows."""
         if not rows:
             return {}
-        self.policy.eval()
-        tokens = sum(response_tokens(row) for row in rows)
-        total = 0.0
-        for part in micro_batches([len(row) for row in rows], self.settings.micro_batch_tokens):
-            total -= float(self.sum_logprobs([rows[index] for index in part]))
-        loss = total / tokens
+        tokens = sum(answer_tokens(row) for row in rows)
+        loss = -float(self.answers.all_sums(rows, self.settings.micro_batch_tokens).sum()) / tokens
         return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50.0)), "eval_tokens": tokens}
-
-    def sum_logprobs(self, rows: Sequence[EncodedResponse]) -> torch.Tensor:
-        """Log-probability of all response tokens together."""
-        ids_BS, mask_BS = pad_right([row.ids for row in rows], self.pad_id, self.device)
-        wanted_BS = response_mask(mask_BS, [row.prompt_tokens for row in rows])
-        with autocast(self.device, self.settings.precision):
-            logprobs_BS, _ = self.logprobs(ids_BS, mask_BS, wanted_BS)
-        total: torch.Tensor = logprobs_BS.sum()
-        return total
-
-
-def response_tokens(row: EncodedResponse) -> int:
-    """Tokens that are learned: of the response, less the very first of the sequence, which nothing predicts."""
-    return len(row) - max(1, row.prompt_tokens)
 
 
 def read_template(settings: SftSettings) -> str:

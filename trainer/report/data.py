@@ -25,7 +25,7 @@ AFTER_FILE = "evaluation_after.json"
 SUPERVISED_FILE = "evaluation.json"
 SETTINGS_FILE = "settings.json"
 
-Kind = Literal["ppo", "reward", "sft", "run"]
+Kind = Literal["ppo", "reward", "dpo", "sft", "run"]
 
 
 class ReportError(TrainerError):
@@ -132,6 +132,8 @@ class Run:
         keys = set(self.figure_keys())
         if "reward/score_mean" in keys or self.before is not None or self.after is not None:
             return "ppo"
+        if "chosen_logprob_mean" in keys:
+            return "dpo"
         if keys & {"accuracy", "margin_mean", "eval_accuracy"}:
             return "reward"
         return "sft" if "loss" in keys else "run"

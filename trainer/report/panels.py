@@ -95,6 +95,28 @@ PANELS = (
         ),
     ),
     Panel(
+        name="preferences",
+        title="Chosen and rejected answers",
+        rows=(
+            Row(
+                unit="nats an answer",
+                lines=(
+                    Line(key="chosen_logprob_mean", label="log-probability, chosen"),
+                    Line(key="rejected_logprob_mean", label="rejected"),
+                    Line(key="eval_chosen_logprob_mean", label="chosen, held out"),
+                    Line(key="eval_rejected_logprob_mean", label="rejected, held out"),
+                ),
+            ),
+            Row(
+                unit="implicit reward",
+                lines=(
+                    Line(key="chosen_reward_mean", label="reward, chosen"),
+                    Line(key="rejected_reward_mean", label="rejected"),
+                ),
+            ),
+        ),
+    ),
+    Panel(
         name="perplexity",
         title="Perplexity",
         rows=(

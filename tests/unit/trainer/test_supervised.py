@@ -309,7 +309,7 @@ def test_baselines_see_what_is_there_and_nothing_in_noise(rows):
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["nothing"], ["there is no command 'nothing'; there are helpdesk, check, init, sft, reward, ppo, evaluate"]),
+        (["nothing"], ["there is no command 'nothing'; there are helpdesk, check, init, sft, reward, dpo, ppo"]),
         (["sft"], ["--model is required", "--data is required", "--output is required"]),
         (
             ["sft", "--model", "m", "--data", "d", "--output", "o", "--learning-rate", "-1"],

@@ -1,0 +1,51 @@
+"""Log-probabilities of whole answers under a policy: what SFT, DPO and their references have in common.
+
+Shapes: B answers, S tokens of prompt and answer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from trainer.batching import micro_batches, pad_right, response_mask
+from trainer.encoding import EncodedResponse
+from trainer.models import TokenLogprobs, padding_id
+from trainer.optimisation import Precision, autocast
+
+
+class Answers:
+    """A policy that is asked how likely given answers are."""
+
+    def __init__(self, policy: Any, tokenizer: Any, precision: Precision) -> None:
+        self.policy = policy
+        self.device = policy.device
+        self.pad_id = padding_id(tokenizer)
+        self.precision: Precision = precision
+        self.logprobs = TokenLogprobs(policy)
+
+    def sums(self, rows: Sequence[EncodedResponse]) -> Tensor:
+        """(B,) float64 log-probability of each answer, end token included, in one forward pass; differentiable."""
+        ids_BS, mask_BS = pad_right([row.ids for row in rows], self.pad_id, self.device)
+        wanted_BS = response_mask(mask_BS, [row.prompt_tokens for row in rows])
+        with autocast(self.device, self.precision):
+            logprobs_BS, _ = self.logprobs(ids_BS, mask_BS, wanted_BS)
+        sums_B: Tensor = logprobs_BS.sum(dim=1, dtype=torch.float64)
+        return sums_B
+
+    @torch.no_grad()
+    def all_sums(self, rows: Sequence[EncodedResponse], micro_batch_tokens: int) -> Tensor:
+        """(B,) the same of any number of answers, on the CPU, in evaluation mode, batch by batch."""
+        self.policy.eval()
+        found_B = torch.zeros(len(rows), dtype=torch.float64)
+        for part in micro_batches([len(row) for row in rows], micro_batch_tokens):
+            found_B[part] = self.sums([rows[index] for index in part]).cpu()
+        return found_B
+
+
+def answer_tokens(row: EncodedResponse) -> int:
+    """Tokens that are learned: of the answer, less the very first of the sequence, which nothing predicts."""
+    return len(row) - max(1, row.prompt_tokens)

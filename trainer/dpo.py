@@ -1,0 +1,267 @@
+"""Direct preference optimisation: a policy learns from preferences as a reward model would, without one.
+
+Shapes: B pairs.
+Source: Rafailov et al. 2023, "Direct Preference Optimization: Your Language Model is Secretly a Reward Model".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from quartet.model_folder import find_model
+from trainer.answers import Answers, answer_tokens
+from trainer.batching import micro_batches
+from trainer.config import DpoSettings
+from trainer.data import load_preferences
+from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
+from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
+from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.optimisation import choose_device
+from trainer.references import ModelReference, Reference, ServiceReference, Sums, known_sums
+from trainer.runs import (
+    EVALUATION_FILE,
+    MODEL_FOLDER,
+    SETTINGS_FILE,
+    Stage,
+    fit,
+    open_output,
+    rows_digest,
+    token_limit,
+    train_and_held_out,
+    write_json,
+)
+from trainer.statistics import Interval, wilson_interval
+
+WATCHED = ("loss", "accuracy", "margin_mean", "chosen_logprob_mean", "rejected_logprob_mean", "tokens_per_s")
+
+
+def main(settings: DpoSettings) -> None:
+    """Trains, evaluates before and after, and writes OUTPUT/model.
+
+    Raises:
+        QuartetError: the reference service is away or refuses.
+        TrainerError: a setting, a file, a model or the service can't be used; the message says which.
+    """
+    checkpoint = open_output(settings.output, resume=settings.resume, decisive=settings.decisive)
+    rows, held_out_rows = train_and_held_out(settings, load_preferences)
+    folder = find_model(settings.model)
+    tokenizer = load_tokenizer(folder)
+    policy = load_policy(folder, tokenizer).to(choose_device())
+    encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
+    train, held_out = encoder.preferences(rows), encoder.preferences(held_out_rows)
+    data = rows_digest(*(_answers_of(part) for part in (train, held_out)))
+    cut = sum(pair.chosen.truncated or pair.rejected.truncated for pair in train)
+    sys.stdout.write(
+        f"DPO of {policy.num_parameters():,} parameters on {len(train):,} pairs ({cut:,} of them cut to "
+        f"{token_limit(settings, policy)} tokens), {len(held_out):,} held out\n"
+    )
+    with _reference(settings, Answers(policy, tokenizer, settings.precision), tokenizer) as reference:
+        write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
+        trainer = DpoTrainer(policy, tokenizer, settings, reference)
+        known = known_sums(
+            settings.output, data, reference, _answers_of([*([] if settings.reference_live else train), *held_out])
+        )
+        cut_at = len(known) - 2 * len(held_out)
+        train_pairs = with_reference(train, None if settings.reference_live else known[:cut_at])
+        held_out_pairs = with_reference(held_out, known[cut_at:])
+        before = trainer.evaluate(held_out_pairs)
+        stage = Stage(
+            name="DPO",
+            model=policy,
+            lengths=[len(pair) for pair in train],
+            data=data,
+            accumulate=lambda indices: trainer.accumulate([train_pairs[index] for index in indices]),
+            evaluate=lambda: trainer.evaluate(held_out_pairs),
+            watch=WATCHED,
+        )
+        fit(settings, stage, checkpoint)
+        after = trainer.evaluate(held_out_pairs)
+    accuracy = wilson_interval(after["eval_accuracy"] * len(held_out), len(held_out)) if held_out else None
+    write_json(
+        settings.output / EVALUATION_FILE,
+        {
+            "held_out_pairs": len(held_out),
+            "reference": reference.identity,
+            "before": before,
+            "after": after,
+            **({"accuracy": accuracy.as_json()} if accuracy else {}),
+        },
+    )
+    save_model(policy, tokenizer, settings.output / MODEL_FOLDER)
+    if accuracy is not None:
+        report(accuracy, before, after)
+    from trainer.report import write_report  # Plots are slow to import.
+
+    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
+
+
+@contextlib.contextmanager
+def _reference(settings: DpoSettings, answers: Answers, tokenizer: Any) -> Iterator[Reference]:
+    """The service where one is named, else the model as it is now."""
+    if settings.reference is None:
+        yield ModelReference(answers, settings.micro_batch_tokens, f"{settings.model}, where training starts")
+        return
+    service = ServiceReference(
+        settings.reference,
+        tokenizer,
+        security=settings.security,
+        ready_timeout_s=settings.ready_timeout_s,
+        call_deadline_s=settings.call_deadline_s,
+    )
+    try:
+        yield service
+    finally:
+        service.close()
+
+
+def _answers_of(pairs: Sequence[EncodedPreference | Pair]) -> list[EncodedResponse]:
+    """Chosen and rejected answers in turn."""
+    return [answer for pair in pairs for answer in (pair.chosen, pair.rejected)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pair:
+    """Two answers to one prompt, and the reference's log-probability of each; NaN: it is asked when it is needed."""
+
+    chosen: EncodedResponse
+    rejected: EncodedResponse
+    reference_chosen: float
+    reference_rejected: float
+
+    def __len__(self) -> int:
+        """Tokens of the longer one, which is what both are padded to."""
+        return max(len(self.chosen), len(self.rejected))
+
+
+def with_reference(pairs: Sequence[EncodedPreference | Pair], sums: Sums | None) -> list[Pair]:
+    """``pairs`` with the reference's ``sums`` of their chosen and rejected answers in turn; None: not asked yet."""
+    known = np.full(2 * len(pairs), math.nan) if sums is None else sums
+    return [
+        Pair(
+            chosen=pair.chosen,
+            rejected=pair.rejected,
+            reference_chosen=float(chosen),
+            reference_rejected=float(rejected),
+        )
+        for pair, (chosen, rejected) in zip(pairs, known.reshape(-1, 2), strict=True)
+    ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """Some pairs' log-probabilities under policy and reference."""
+
+    chosen: AnswerLogprobs
+    rejected: AnswerLogprobs
+
+    def figures(self, beta: float) -> dict[str, Tensor]:
+        """(B,) each, by name, detached."""
+        chosen_B, rejected_B = self.chosen.gain_B.detach(), self.rejected.gain_B.detach()
+        gap_B = chosen_B - rejected_B
+        return {
+            # A tie counts half.
+            "accuracy": (gap_B > 0).double() + 0.5 * (gap_B == 0).double(),
+            "margin_mean": beta * gap_B,
+            "chosen_reward_mean": beta * chosen_B,
+            "rejected_reward_mean": beta * rejected_B,
+            "chosen_logprob_mean": self.chosen.policy_B.detach(),
+            "rejected_logprob_mean": self.rejected.policy_B.detach(),
+        }
+
+
+class DpoTrainer:
+    """The loss, its gradient, and what is measured on held-out pairs."""
+
+    def __init__(self, policy: Any, tokenizer: Any, settings: DpoSettings, reference: Reference) -> None:
+        self.settings = settings
+        self.answers = Answers(policy, tokenizer, settings.precision)
+        self.reference = reference
+
+    def accumulate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """Adds the gradient of the mean loss over ``pairs``, however they are cut."""
+        settings = self.settings
+        tokens = sum(answer_tokens(pair.chosen) for pair in pairs)
+        sums: dict[str, float] = {}
+        if settings.reference_live:
+            pairs = with_reference(pairs, self.reference.sums(_answers_of(pairs)))
+        for part in self._parts(pairs):
+            seen = self._see([pairs[index] for index in part])
+            loss = self._loss(seen) * len(part) / len(pairs)
+            if settings.sft_weight:
+                loss = loss - settings.sft_weight * seen.chosen.policy_B.sum() / tokens
+            loss.backward()  # type: ignore[no-untyped-call]
+            for name, values_B in seen.figures(settings.beta).items():
+                sums[name] = sums.get(name, 0.0) + float(values_B.sum())
+            sums["loss"] = sums.get("loss", 0.0) + float(loss.detach()) * len(pairs)
+        return {name: value / len(pairs) for name, value in sums.items()} | {
+            "tokens": sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
+        }
+
+    @torch.no_grad()
+    def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
+        """The same figures of held-out pairs, named ``eval_...``, and mean lengths; empty without any."""
+        if not pairs:
+            return {}
+        self.answers.policy.eval()
+        sums: dict[str, float] = {}
+        for part in self._parts(pairs):
+            seen = self._see([pairs[index] for index in part])
+            for name, values_B in seen.figures(self.settings.beta).items():
+                sums[name] = sums.get(name, 0.0) + float(values_B.sum())
+            sums["loss"] = sums.get("loss", 0.0) + float(self._loss(seen)) * len(part)
+        figures = {f"eval_{name}": value / len(pairs) for name, value in sums.items()}
+        for name in ("chosen", "rejected"):
+            figures[f"eval_{name}_length_mean"] = float(np.mean([answer_tokens(getattr(pair, name)) for pair in pairs]))
+        return figures
+
+    def _parts(self, pairs: Sequence[Pair]) -> list[list[int]]:
+        # A pair is two sequences, each padded to the longer one.
+        return micro_batches([2 * len(pair) for pair in pairs], self.settings.micro_batch_tokens)
+
+    def _loss(self, seen: _Seen) -> Tensor:
+        settings = self.settings
+        return dpo_loss(
+            seen.chosen,
+            seen.rejected,
+            beta=settings.beta,
+            kind=DpoLoss(settings.loss),
+            label_smoothing=settings.label_smoothing,
+        )
+
+    def _see(self, pairs: Sequence[Pair]) -> _Seen:
+        """Chosen and rejected answers in one forward pass."""
+        chosen, rejected = [pair.chosen for pair in pairs], [pair.rejected for pair in pairs]
+        chosen_B, rejected_B = self.answers.sums([*chosen, *rejected]).chunk(2)
+
+        def beside(policy_B: Tensor, reference: list[float], answers: list[EncodedResponse]) -> AnswerLogprobs:
+            return AnswerLogprobs(
+                policy_B=policy_B,
+                reference_B=policy_B.new_tensor(reference),
+                tokens_B=policy_B.new_tensor([answer_tokens(answer) for answer in answers]),
+            )
+
+        return _Seen(
+            chosen=beside(chosen_B, [pair.reference_chosen for pair in pairs], chosen),
+            rejected=beside(rejected_B, [pair.reference_rejected for pair in pairs], rejected),
+        )
+
+
+def report(accuracy: Interval, before: dict[str, float], after: dict[str, float]) -> None:
+    """Prints what became of the held-out pairs."""
+    sys.stdout.write(
+        f"held-out pairs ranked as annotated by the policy's implicit reward: {accuracy}\n"
+        f"held-out loss {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after (a coin: {math.log(2):.4f}); "
+        f"margin {after['eval_margin_mean']:.3f}\n"
+        f"log-probability of chosen answers {before['eval_chosen_logprob_mean']:.2f} before, "
+        f"{after['eval_chosen_logprob_mean']:.2f} after; of rejected ones {before['eval_rejected_logprob_mean']:.2f} "
+        f"before, {after['eval_rejected_logprob_mean']:.2f} after\n"
+    )
