@@ -7,7 +7,11 @@ states are asked for, the last of a sequence or those of a response: once its at
 last layer goes on with these alone. They are what each sequence would have alone, up to rounding.
 
 It works with every decoder of transformers whose attention goes through its attention interface and needs nothing but
-queries, keys and values; whether a model is one of them is found out by comparing with the plain forward pass.
+queries, keys, values and perhaps a sliding window; whether a model is one of them is found out by comparing with the
+plain forward pass.
+
+Rotary frequencies may change with the length of the longest sequence of a forward pass. Packed or padded, only
+sequences that have the same frequencies alone are computed together.
 
 Shapes: N tokens of the row, M of them asked for, H heads, K key-value heads, E head width, D hidden size, S tokens of
 one sequence.
@@ -16,6 +20,7 @@ one sequence.
 from __future__ import annotations
 
 import bisect
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
@@ -29,6 +34,7 @@ from torch.nn import functional as F
 from transformers.masking_utils import AttentionMaskInterface
 
 from services.hosting.prepacking import prepack
+from services.runtime.errors import StartError
 
 # Name under which transformers finds our attention.
 ATTENTION = "quartet_packed"
@@ -136,6 +142,67 @@ def _common(first: np.ndarray[Any, Any], second: np.ndarray[Any, Any]) -> int:
     return int(differs[0]) if len(differs) else length
 
 
+def last_hidden_state(body: Any, **inputs: Any) -> Tensor:
+    """(B, S, D) of the plain forward pass of ``body``, a model of transformers without its head.
+
+    Raises:
+        StartError: it gives none.
+    """
+    output = body(**inputs, use_cache=False)
+    found = getattr(output, "last_hidden_state", None)
+    if not isinstance(found, Tensor):
+        raise StartError(
+            f"{type(body).__name__} gives {type(output).__name__} without last_hidden_state: this architecture is not "
+            "supported"
+        )
+    return found
+
+
+class RotaryLengths:
+    """Which sequences have the same rotary frequencies, of a model where these change with the length.
+
+    With longrope there are two sets of them, for sequences up to the original length and for longer ones. With dynamic
+    scaling every length beyond the original one has its own. transformers goes by the longest sequence of a forward
+    pass (``modeling_rope_utils.dynamic_rope_update``).
+    """
+
+    def __init__(self, body: nn.Module, config: Any) -> None:
+        """``config``: of the text model ``body``, which has seen no sequence beyond the original length yet."""
+        declared = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
+        self._long = self._dynamic = math.inf
+        # Layers of several types have parameters each.
+        for parameters in (declared, *(own for own in declared.values() if isinstance(own, dict))):
+            if any(name.startswith("long_") for name in parameters):
+                original = parameters.get("original_max_position_embeddings")
+                original = original or getattr(config, "original_max_position_embeddings", None)
+                self._long = min(self._long, original or config.max_position_embeddings)
+            if "dynamic" in str(parameters.get("rope_type", parameters.get("type"))):
+                self._dynamic = config.max_position_embeddings
+        self._growing = [module for module in body.modules() if hasattr(module, "original_max_seq_len")]
+
+    def group(self, sequences: Sequence[Sequence[int]]) -> list[list[int]]:
+        """Indices of the sequences that may be computed together."""
+        groups: dict[tuple[bool, int], list[int]] = {}
+        for index, length in enumerate(map(len, sequences)):
+            alike = (length > self._long, length if length > self._dynamic else 0)
+            groups.setdefault(alike, []).append(index)
+        return list(groups.values())
+
+    def forget(self) -> None:
+        """Undoes what longer sequences have left: dynamic frequencies stay those of the longest so far.
+
+        transformers does so itself for shorter ones than the original length, but for none of just that or more.
+        """
+        if self._dynamic == math.inf:
+            return
+        for module in self._growing:
+            for name, value in {**vars(module), **dict(module.named_buffers(recurse=False))}.items():
+                if name.endswith("max_seq_len_cached"):
+                    setattr(module, name, module.original_max_seq_len)
+                elif name.endswith("original_inv_freq"):
+                    setattr(module, name.replace("original_", ""), value)
+
+
 class HiddenStates:
     """Last hidden states of a decoder's sequences, packed where that is exact for the model, else padded."""
 
@@ -146,10 +213,14 @@ class HiddenStates:
             model: of transformers, on its device and in its precision, in evaluation mode; its linear layers below
                 ``base_model`` are replaced on a processor, and its last layer may be.
             pad_id: of the padded way.
+
+        Raises:
+            StartError: it gives no last hidden states.
         """
         self.body = model.base_model
         self.device: torch.device = model.device
         self.pad_id = pad_id
+        self.rotary = RotaryLengths(self.body, self.body.config.get_text_config())
         plain = self._probe()
         if self.device.type == "cpu":
             prepack(self.body)
@@ -166,6 +237,20 @@ class HiddenStates:
             share: whether sequences that begin alike are computed together.
         """
         asked = [range(len(sequence)) for sequence in sequences] if asked is None else asked
+        groups = self.rotary.group(sequences)
+        if len(groups) == 1:
+            return self._together(sequences, asked, share=share)
+        found = [torch.empty(0)] * len(sequences)
+        for members in groups:
+            own = [asked[index] for index in members]
+            hidden_MD = self._together([sequences[index] for index in members], own, share=share)
+            for index, part in zip(members, torch.split(hidden_MD, list(map(len, own))), strict=True):
+                found[index] = part
+        return torch.cat(found)
+
+    def _together(self, sequences: Sequence[Sequence[int]], asked: Sequence[range], *, share: bool) -> Tensor:
+        """(M, D) of sequences that have the same rotary frequencies."""
+        self.rotary.forget()
         if not self.packed:
             return self._padded(sequences, asked)
         row = lay_out(sequences, share=share)
@@ -205,10 +290,11 @@ class HiddenStates:
     @torch.inference_mode()
     def _probe(self) -> list[Tensor]:
         """Each sequence of the check alone, by the plain forward pass."""
-        return [
-            self.body(input_ids=torch.tensor([sequence], device=self.device), use_cache=False).last_hidden_state[0]
-            for sequence in _probe_sequences(self._vocabulary())
-        ]
+        found = []
+        for sequence in _probe_sequences(self._vocabulary()):
+            self.rotary.forget()
+            found.append(last_hidden_state(self.body, input_ids=torch.tensor([sequence], device=self.device))[0])
+        return found
 
     def _vocabulary(self) -> int:
         return int(self.body.get_input_embeddings().weight.shape[0])
@@ -307,12 +393,32 @@ def _families(pieces: Sequence[Piece]) -> list[list[Piece]]:
 # Attention ---------------------------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, slots=True)
+class Window:
+    """In place of a layer's mask: a token looks at ``tokens`` tokens at most, itself the last of them."""
+
+    tokens: int
+
+
+def _window(*_: Any, local_size: int | None = None, config: Any = None, **__: Any) -> Window | None:
+    """What transformers calls to make a mask. The row says who sees whom; only a window is the mask's to tell.
+
+    Attention without a mask of ours goes by the mask, too, and many a model tells its window nowhere else.
+
+    Raises:
+        NotImplementedError: the mask cuts attention into chunks.
+    """
+    if local_size is not None and getattr(config, "attention_chunk_size", None) is not None:
+        raise NotImplementedError("attention in chunks")
+    return None if local_size is None else Window(local_size)
+
+
 def _attention(
     module: nn.Module,
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    attention_mask: Tensor | None,
+    attention_mask: Any,
     scaling: float | None = None,
     sliding_window: int | None = None,
     quartet_row: Row | None = None,
@@ -320,14 +426,21 @@ def _attention(
 ) -> tuple[Tensor, None]:
     """What transformers calls in every layer. ``query`` (1, H, N, E), ``key`` and ``value`` (1, K, N, E).
 
+    ``attention_mask``: what ``_window`` has made of it.
+
     Raises:
         NotImplementedError: the model's attention needs more than we know of.
     """
     unknown = [name for name in ("softcap", "s_aux", "position_bias") if others.get(name) is not None]
+    if not isinstance(attention_mask, Window | None):
+        unknown.append("a mask of the model's own making")
+    window = attention_mask.tokens if isinstance(attention_mask, Window) else None
+    if sliding_window not in (None, window):
+        unknown.append("a window that its mask does not have")
     if quartet_row is None or unknown or not getattr(module, "is_causal", True):
         raise NotImplementedError(f"attention with {unknown or 'no row, or both directions'}")
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16):
-        return _varlen(quartet_row, query, key, value, scaling, sliding_window), None
+        return _varlen(quartet_row, query, key, value, scaling, window), None
     out = query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
     block = _GPU_QUERIES if query.is_cuda else _CPU_QUERIES
     for piece in quartet_row.pieces:
@@ -340,7 +453,7 @@ def _attention(
         for first in range(piece.seen_only, piece.length, block):
             end = min(first + block, piece.length)
             before, total = piece.prefix_length + first, piece.prefix_length + end
-            mask = _mask(quartet_row, before, total, sliding_window, block, query)
+            mask = _mask(quartet_row, before, total, window, block, query)
             own = slice(piece.start + first, piece.start + end)
             out[:, own] = F.scaled_dot_product_attention(
                 query[:, :, own],
@@ -419,8 +532,7 @@ def _varlen(row: Row, query: Tensor, key: Tensor, value: Tensor, scaling: float 
 
 
 transformers.AttentionInterface.register(ATTENTION, _attention)
-# No mask is made: the row says who sees whom.
-AttentionMaskInterface.register(ATTENTION, lambda *args, **kwargs: None)
+AttentionMaskInterface.register(ATTENTION, _window)
 
 
 class LastLayer(nn.Module):

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from services.hosting.model import Hosting, longest_sequence
-from services.hosting.packed import HiddenStates
+from services.hosting.packed import HiddenStates, last_hidden_state
 from services.hosting.prepacking import PackedLinear, can_prepack
 from services.runtime.errors import StartError
 
@@ -73,7 +73,8 @@ class ReferenceModel:
         """Loads the model and checks the chunked projection against the model's own logits.
 
         Raises:
-            StartError: it does not load, or its logits are not a linear projection that this class can chunk.
+            StartError: it does not load, gives no last hidden states, or its logits are not a linear projection of them
+                that this class can chunk.
         """
         self.hosting = hosting
         try:
@@ -178,7 +179,7 @@ class ReferenceModel:
     def _check(self, folder: Path) -> None:
         ids_BS = torch.arange(min(8, self.vocab_size), device=self.hosting.device)[None, :]
         own_SV = self.model(input_ids=ids_BS).logits[0].float()
-        hidden_SD = self.model.base_model(input_ids=ids_BS).last_hidden_state[0]
+        hidden_SD = last_hidden_state(self.model.base_model, input_ids=ids_BS)[0]
         ours_SV = torch.cat([logits_SU for _, logits_SU in self._parts(hidden_SD)], dim=1)
         difference = float((own_SV - ours_SV).abs().max())
         if not difference <= _TOLERANCE[self.hosting.dtype]:

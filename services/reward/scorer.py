@@ -83,7 +83,8 @@ class TransformersScorer:
             heads: names of its labels, in order; none for a model with one.
 
         Raises:
-            StartError: it does not load, its head is missing from the checkpoint, or it has not a label for each head.
+            StartError: it does not load, its head is missing from the checkpoint, it has not a label for each head, or
+                it is a decoder that gives no last hidden states.
         """
         self.hosting = hosting
         try:

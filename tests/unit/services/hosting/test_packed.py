@@ -5,6 +5,7 @@ Shapes: N tokens of a row, S of a sequence.
 
 from __future__ import annotations
 
+import copy
 import itertools
 from typing import Any
 
@@ -16,6 +17,7 @@ from hypothesis import strategies as st
 
 from services.hosting import packed
 from services.hosting.packed import HiddenStates, lay_out
+from services.runtime.errors import StartError
 
 SMALL: dict[str, Any] = {
     "vocab_size": 300,
@@ -31,7 +33,7 @@ def make(kind: str, **changes: Any) -> Any:
     """A small model with random weights, far from uniform."""
     config_class = getattr(transformers, f"{kind}Config")
     torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config_class(**(SMALL | changes))).eval()
+    model = transformers.AutoModelForCausalLM.from_config(config_class(**copy.deepcopy(SMALL | changes))).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 2:
@@ -129,6 +131,120 @@ def test_a_model_that_takes_no_other_attention_is_padded_and_right(monkeypatch):
     assert not hidden_states.packed
     with torch.inference_mode():
         agrees(hidden_states(rows), expected)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        # The first two tell their window their mask alone, the others attention, too. The check is shorter than it.
+        ("Phimoe", {"num_local_experts": 4}),
+        ("Qwen2Moe", {"use_sliding_window": True, "max_window_layers": 1, "num_experts": 4}),
+        ("Mistral", {}),
+        ("Gemma3Text", {"head_dim": 16}),
+    ],
+)
+def test_a_window_holds_for_sequences_that_are_longer_than_those_of_the_check(kind, changes):
+    model, rows = make(kind, num_key_value_heads=2, sliding_window=40, **changes), sequences()
+    expected = each_alone(model, rows)
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert hidden_states.packed
+    with torch.inference_mode():
+        agrees(hidden_states(rows), expected)
+
+
+def test_a_model_that_makes_its_mask_itself_is_padded():
+    model, rows = make("Doge", num_key_value_heads=2), sequences()
+    expected = each_alone(model, rows)
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert not hidden_states.packed
+    with torch.inference_mode():
+        agrees(hidden_states(rows), expected)
+
+
+def test_a_model_that_attends_in_chunks_is_padded():
+    torch.manual_seed(0)
+    chunks = {"attention_chunk_size": 40, "num_local_experts": 2, "num_key_value_heads": 2, "head_dim": 16}
+    config = transformers.Llama4TextConfig(**(SMALL | chunks | {"intermediate_size_mlp": 96, "pad_token_id": 0}))
+    model, rows = transformers.Llama4TextModel(config).eval(), sequences()
+    expected = each_alone(model, rows)
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert not hidden_states.packed
+    with torch.inference_mode():
+        agrees(hidden_states(rows), expected)
+
+
+LONGROPE = {
+    "pad_token_id": 0,
+    "original_max_position_embeddings": 64,
+    "rope_parameters": {
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "short_factor": [1.0] * 8,
+        "long_factor": [2.0 + 0.5 * i for i in range(8)],
+    },
+}
+DYNAMIC = {
+    "max_position_embeddings": 64,
+    "rope_parameters": {"rope_type": "dynamic", "rope_theta": 10_000.0, "factor": 4.0},
+}
+# Each type of layer has frequencies of its own.
+BY_LAYER = {
+    "max_position_embeddings": 64,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+    "rope_parameters": {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+        "full_attention": DYNAMIC["rope_parameters"],
+    },
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [("Phi3", LONGROPE), ("Llama", DYNAMIC), ("Gemma3Text", BY_LAYER)],
+    ids=lambda value: str(value)[:9],
+)
+@pytest.mark.parametrize("packed_way", [True, False])
+def test_neither_companions_nor_those_before_change_frequencies_that_depend_on_the_length(kind, changes, packed_way):
+    model = make(kind, **changes)
+    draw = torch.Generator().manual_seed(2)
+    whole = torch.randint(3, 300, (120,), generator=draw).tolist()
+    # On both sides of the original length and at it, all of the same beginning.
+    rows = [whole[:length] for length in (64, 120, 63, 20, 65, 100, 120)]
+    expected = []
+    for row in rows:
+        expected += each_alone(make(kind, **changes), [row])  # A model that has seen nothing yet.
+    hidden_states = HiddenStates(model, pad_id=0)
+    assert hidden_states.packed
+    if not packed_way:
+        hidden_states.packed = False
+        model.set_attn_implementation("sdpa")
+    with torch.inference_mode():
+        beside = hidden_states(rows).split(list(map(len, rows)))
+        for row, own_SD, together_SD in zip(rows, expected, beside, strict=True):
+            alone_SD = hidden_states([row])
+            scale = float(own_SD.abs().max())
+            assert together_SD == pytest.approx(alone_SD, abs=1e-5 * scale)
+            assert alone_SD == pytest.approx(own_SD, abs=1e-5 * scale)
+
+
+def test_sequences_of_the_same_frequencies_still_share_a_row():
+    rows, counts = [[5] * length for length in (20, 30, 100, 110)], []
+    for kind, changes, passes in (("Phi3", LONGROPE, 2), ("Llama", DYNAMIC, 3), ("Llama", {}, 1)):
+        hidden_states = HiddenStates(make(kind, **changes), pad_id=0)
+        counts.clear()
+        hidden_states.body.register_forward_hook(lambda *_: counts.append(1))
+        with torch.inference_mode():
+            hidden_states(rows)
+        assert len(counts) == passes
+
+
+def test_a_model_that_gives_no_hidden_states_is_refused():
+    changes = {"num_local_experts": 2, "num_key_value_heads": 2, "head_dim": 16, "intermediate_size_mlp": 96}
+    model = make("Llama4Text", **changes)
+    with pytest.raises(StartError, match="Llama4ForCausalLM gives MoeCausalLMOutputWithPast without last_hidden_state"):
+        HiddenStates(model, pad_id=0)
 
 
 @given(st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=40), min_size=1, max_size=8), st.booleans())

@@ -128,6 +128,14 @@ def test_a_folder_that_is_no_language_model_is_refused(tmp_path, make_reward_mod
         load(make_reward_model())
 
 
+def test_a_model_whose_body_gives_no_hidden_states_is_refused(tmp_path):
+    changes = {"num_local_experts": 2, "head_dim": 16, "intermediate_size_mlp": 96}
+    folder = save(tmp_path, "Llama4Text", **changes)
+    message = "Llama4ForCausalLM gives MoeCausalLMOutputWithPast without last_hidden_state"
+    with pytest.raises(StartError, match=message):
+        load(folder)
+
+
 @pytest.mark.parametrize("positions", [1, 2, 3, 100])
 @pytest.mark.parametrize("part", [1, 7, 300])
 def test_wherever_chunks_and_parts_begin_the_figures_are_the_same(tmp_path, monkeypatch, positions, part):
