@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 
 from quartet.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
@@ -9,7 +10,8 @@ from services.hosting import serving
 from services.reward.admin_servicer import RewardAdminServicer
 from services.reward.checking import check
 from services.reward.config import RewardSettings
-from services.reward.loading import load as load
+from services.reward.loading import load
+from services.reward.python_scorer import load_python_scorer
 from services.reward.score_watch import ScoreWatch
 from services.reward.servicer import RewardServicer
 from services.runtime import allocator
@@ -33,7 +35,7 @@ async def serve(settings: RewardSettings) -> int:
     metrics = ServiceMetrics("reward")
     watch = ScoreWatch(metrics, window=settings.drift_window, every=settings.drift_every, alpha=settings.drift_alpha)
     servicer = RewardServicer(metrics, watch, max_request_items=settings.max_request_items)
-    admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, metrics, end))
+    admin = RewardAdminServicer(servicer, settings, load=lambda changed: load(changed, rule, metrics, end))
     listener = Listener(
         name="the reward service",
         port=settings.port,
@@ -51,10 +53,14 @@ async def serve(settings: RewardSettings) -> int:
         await runtime.bind(listener, admin_listener)
         runtime.serve_metrics()
         end = serving.ending(runtime)
-        servicer.host(await serving.in_own_thread(load, settings, metrics, end))
+        # Once, however often the model is swapped: Python keeps a module that it has imported.
+        rule = await serving.in_own_thread(load_python_scorer, settings.scorer) if settings.scorer else None
+        servicer.host(await serving.in_own_thread(load, settings, rule, metrics, end))
         runtime.at_drain.append(admin.give_up)
         code = await runtime.run()
     await admin.close()
+    if rule is not None:
+        await asyncio.to_thread(rule.close)
     if admin.loading:
         # Nothing waits for the model that is still being loaded; a thread that loads can't be told to stop.
         os._exit(code)

@@ -16,6 +16,7 @@ from services.reward.config import RewardSettings
 from services.reward.hosted import HostedReward
 from services.reward.loading import load
 from services.reward.preparing import Cut, prepare
+from services.reward.python_scorer import load_python_scorer
 from services.reward.scorer import TransformersScorer
 from services.runtime.batcher import ItemError
 from services.runtime.errors import StartError
@@ -33,11 +34,14 @@ async def check(settings: RewardSettings) -> int:
     """
     settings = settings.model_copy(update={"model": settings.check, "check": ""})
     transformers.logging.disable_progress_bar()  # The report is what is to be read.
-    hosted = await asyncio.to_thread(load, settings, ServiceMetrics("reward"))
+    rule = await asyncio.to_thread(load_python_scorer, settings.scorer) if settings.scorer else None
+    hosted = await asyncio.to_thread(load, settings, rule, ServiceMetrics("reward"))
     try:
         lines = [*_described(hosted), ("one text", await asyncio.to_thread(_score_once, hosted))]
     finally:
         await asyncio.to_thread(hosted.close)
+        if rule is not None:
+            await asyncio.to_thread(rule.close)
     for name, text in lines:
         sys.stdout.write(f"{name:<16} {text}\n" if text else f"{name}\n")
     sys.stdout.write("ok\n")

@@ -49,12 +49,12 @@ class RewardSettings(AdminSettings, ForwardSettings):
     golden_check: Literal["on", "off"] = Field(
         "on", description="refuse a model whose scores of the golden items kept with it are not those of its trainer"
     )
-    check: str = Field("", description="verify this model, print a report, and exit; opens no port")
+    check: str = Field(
+        "", description="verify this model, whatever --model is, print a report, and exit; opens no port"
+    )
 
     @model_validator(mode="after")
     def _has_something_to_host(self) -> Self:
-        if self.check and self.model:
-            raise ValueError(f"--check is {self.check!r} and --model {self.model!r}: give one of them")
         if not (self.model or self.check or self.scorer):
             raise ValueError("--model is required, or --scorer to score by a Python function alone")
         if self.scorer_weight != 1.0 and not self.scorer:

@@ -54,6 +54,5 @@ class HostedReward(LoadedReward):
     batcher: Batcher[Work, Answers]
 
     def close(self) -> None:
-        """Answers what waits, and ends the thread. Blocks; nothing may be submitted any more."""
+        """Answers what waits, and ends the model's thread, not the rule. Blocks; nothing may be submitted any more."""
         self.batcher.close()
-        self.panel.close()

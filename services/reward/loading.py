@@ -20,7 +20,7 @@ from services.reward.drift import Baseline
 from services.reward.hosted import HostedReward, LoadedReward, Trained
 from services.reward.metadata import RewardMetadata, ensemble_members, read_reward_metadata
 from services.reward.panel import Panel
-from services.reward.python_scorer import PythonScorer, load_python_scorer
+from services.reward.python_scorer import PythonScorer
 from services.runtime.batcher import Batcher
 from services.runtime.errors import StartError
 from services.runtime.telemetry import ServiceMetrics
@@ -49,19 +49,26 @@ class _Model:
 
 
 def load(
-    settings: RewardSettings, metrics: ServiceMetrics, on_death: Callable[[str], None] = lambda reason: None
+    settings: RewardSettings,
+    rule: PythonScorer | None,
+    metrics: ServiceMetrics,
+    on_death: Callable[[str], None] = lambda reason: None,
 ) -> HostedReward:
-    """Loads and checks what ``settings`` name, and scores once to warm it up. ``on_death``: of its Batcher.
+    """Loads and checks the models that ``settings`` name, and scores once to warm each up.
+
+    Args:
+        rule: what ``settings.scorer`` names. Not closed with the model, for the next one goes on with it.
+        on_death: of its Batcher.
 
     Raises:
         StartError, ModelFolderError: it cannot be hosted; the message says why.
     """
-    rule = load_python_scorer(settings.scorer) if settings.scorer else None
     models = _load_models(settings) if settings.model else []
     for model in models[1:]:
         _require_alike(models[0], model)
     combination = _combination(settings, models, rule)
-    panel = Panel([model.scorer for model in models], rule, alone=settings.deterministic)
+    heads = [head.name for head in combination.heads]
+    panel = Panel([model.scorer for model in models], rule, heads=heads, alone=settings.deterministic)
     first = models[0] if models else None
     loaded = LoadedReward(
         panel=panel,
@@ -125,6 +132,7 @@ def _load_model(
         limits=settings.batch_limits(scorer.device, padded=scorer.padded),
         longest=scorer.max_sequence_tokens,
         vocabulary=scorer.vocab_size,
+        together=1 if settings.deterministic else 2,  # Two responses to compare are one pass.
     )
     return _Model(
         name=name,
@@ -172,7 +180,7 @@ def _combination(settings: RewardSettings, models: Sequence[_Model], rule: Pytho
     )
     declared = rule.declared if rule is not None else ()
     if rule is not None:
-        rule.reserve(head.name for head in heads)
+        rule.require_other_names(head.name for head in heads)
     return Combination(
         heads=heads,
         members=members,

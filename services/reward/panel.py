@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from services.reward.combining import Marks
@@ -29,13 +29,22 @@ class Panel:
 
     Args:
         members: the models; two or more are an ensemble.
-        rule: the Python scorer.
+        rule: the Python scorer, which other panels may share.
+        heads: names of the models' heads, which the rule may not give to its own scores.
         alone: every response is a forward pass of its own, so that no companion changes its score, not in one bit.
     """
 
-    def __init__(self, members: Sequence[Scorer], rule: PythonScorer | None = None, *, alone: bool = False) -> None:
+    def __init__(
+        self,
+        members: Sequence[Scorer],
+        rule: PythonScorer | None = None,
+        *,
+        heads: Iterable[str] = (),
+        alone: bool = False,
+    ) -> None:
         self.members = tuple(members)
         self.rule = rule
+        self.heads = frozenset(heads)
         self.alone = alone
 
     @property
@@ -73,11 +82,6 @@ class Panel:
             attributes if isinstance(attributes, ItemError) else Marks(next(rows), attributes) for attributes in ruled
         ]
 
-    def close(self) -> None:
-        """To be called when nothing is scored any more."""
-        if self.rule is not None:
-            self.rule.close()
-
     def _rule(self, candidates: Sequence[Candidate]) -> Sequence[dict[str, float] | ItemError]:
         if self.rule is None:
             return [{}] * len(candidates)
@@ -85,7 +89,8 @@ class Panel:
         for candidate in candidates:
             assert candidate.exchange is not None
             exchanges.append(candidate.exchange)
-        return [found if isinstance(found, ItemError) else dict(found) for found in self.rule.score(exchanges)]
+        ruled = self.rule.score(exchanges, taken=self.heads)
+        return [found if isinstance(found, ItemError) else dict(found) for found in ruled]
 
     def _member(self, member: Scorer, items: Sequence[ScorerItem]) -> list[Sequence[float]]:
         if not self.alone:

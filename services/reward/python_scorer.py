@@ -5,8 +5,14 @@
         return [float(response.strip().endswith("42")) for prompt, response in pairs]
 
 The prompt is text, or a list of {"role", "content"} where chat messages were sent; the response is text without its
-end token. It may be ``async``. It runs in the service's model thread, one batch at a time. Named scores (attributes)
-have weight 1 each, or those that the function declares as ``score.weights = {"correct": 1.0, "format": 0.2}``.
+end token. It may be ``async``. Named scores (attributes) have weight 1 each, or those that the function declares as
+``score.weights = {"correct": 1.0, "format": 0.2}``.
+
+It is imported once, and called in one thread of its own (and one event loop), one batch at a time, whatever models come
+and go beside it: connections that it opens when it is called stay usable. A batch that it fails is halved, and halved
+again, so that only the pair that it can't score fails; after 16 failed calls the rest of the batch fails, too. Senders
+are told the type of an exception and not its message, which may quote a pair of somebody else (``--log-level debug``
+logs it).
 """
 
 from __future__ import annotations
@@ -18,7 +24,9 @@ import inspect
 import math
 import os
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -32,8 +40,9 @@ from services.runtime.errors import StartError
 
 log = structlog.get_logger()
 
-# Of an exception's message, which becomes the status of every item of the batch.
-_MESSAGE_CHARACTERS = 300
+# Calls that may fail in one batch: one bad item of 256 fails 9. Beyond it the function itself is broken, or what it
+# asks is away, and each further call might take as long as its own timeout.
+_MOST_FAILED_CALLS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,8 +53,12 @@ class Exchange:
     response: str
 
 
+class _WrongNumberError(Exception):
+    """Its message is ours, and tells nothing of the items."""
+
+
 class PythonScorer:
-    """Calls the function, and checks what it returns. ``score`` runs in one thread alone."""
+    """Calls the function, and checks what it returns. The process has one, which outlives the models beside it."""
 
     def __init__(
         self, spec: str, function: Callable[[list[tuple[Any, str]]], Any], *, source: Path | None = None
@@ -53,7 +66,7 @@ class PythonScorer:
         """
         Args:
             spec: how the settings name it.
-            source: file of its module.
+            source: file of its module, read here and not again: what runs is what was imported.
 
         Raises:
             StartError: the weights that the function declares are not usable.
@@ -61,49 +74,76 @@ class PythonScorer:
         self.spec = spec
         self.name = spec.rpartition(":")[2]
         self.declared = _declared(spec, getattr(function, "weights", None))
-        self._function = function
-        self._taken: frozenset[str] = frozenset()
-        self._source = source
-        self._runner: asyncio.Runner | None = None
-
-    @property
-    def fingerprint(self) -> str:
+        content = source.read_bytes() if source is not None else spec.encode()
+        self.fingerprint = hashlib.sha256(content).hexdigest()
         """SHA-256 of the module that the function stands in, of its name where that has no file."""
-        content = self._source.read_bytes() if self._source is not None else self.spec.encode()
-        return hashlib.sha256(content).hexdigest()
+        self._function = function
+        self._runner: asyncio.Runner | None = None
+        # During a swap two models call it; and what it opens may be usable in the thread that opened it alone.
+        self._thread = ThreadPoolExecutor(1, "scorer")
 
-    def reserve(self, names: Iterable[str]) -> None:
-        """Keeps ``names``, of the model's heads, from being given to its own scores.
-
-        Raises:
-            StartError: it has declared one of them, or bears it itself.
+    def require_other_names(self, taken: Iterable[str]) -> None:
         """
-        self._taken = frozenset(names)
+        Raises:
+            StartError: it has declared one of ``taken``, the names of a model's heads, or bears it itself.
+        """
         own = [head.name for head in self.declared] or [self.name]
-        if twice := sorted(self._taken.intersection(own)):
+        if twice := sorted(set(taken).intersection(own)):
             raise StartError(
                 f"--scorer is {self.spec!r}: its {twice[0]!r} is the name of a head of the model; give it another"
             )
 
-    def score(self, exchanges: Sequence[Exchange]) -> list[Mapping[str, float] | ItemError]:
-        """Attributes of each, or why it has none. A failure of the function is one of the whole batch, and passing."""
-        try:
-            values = self._function([(exchange.prompt, exchange.response) for exchange in exchanges])
-            if inspect.isawaitable(values):
-                values = self._await(values)
-            values = list(values)
-            if len(values) != len(exchanges):
-                raise ValueError(f"it returned {len(values)} scores for {len(exchanges)} pairs")
-        except BaseException as error:  # Also cancellation and sys.exit: one bad batch must not end a service.
-            log.error("scorer_failed", scorer=self.spec, items=len(exchanges), exc_info=error)
-            message = f"{type(error).__name__}: {error}"[:_MESSAGE_CHARACTERS]
-            return [ItemError(f"the scorer {self.spec} failed: {message}", retryable=True)] * len(exchanges)
-        return [self._checked(value) for value in values]
+    def score(
+        self, exchanges: Sequence[Exchange], *, taken: Set[str] = frozenset()
+    ) -> list[Mapping[str, float] | ItemError]:
+        """Attributes of each, or why it has none; a failure of the function is a passing one. From any thread.
+
+        Args:
+            taken: names that no attribute may have: those of the model's heads.
+        """
+        return self._thread.submit(self._score, exchanges, taken).result()
 
     def close(self) -> None:
-        """Ends the event loop of an ``async`` function."""
+        """Ends the thread, and the event loop of an ``async`` function. Nothing may be scored any more."""
         if self._runner is not None:
-            self._runner.close()
+            self._thread.submit(self._runner.close).result()
+        self._thread.shutdown()
+
+    def _score(self, exchanges: Sequence[Exchange], taken: Set[str]) -> list[Mapping[str, float] | ItemError]:
+        answers: list[Any] = [None] * len(exchanges)
+        # Breadth first: where the calls run out, all parts have come equally far.
+        parts, failed_calls = deque([(0, len(exchanges))]), 0
+        while parts:
+            start, end = parts.popleft()
+            try:
+                values = self._call(exchanges[start:end])
+            except BaseException as error:  # Also cancellation and sys.exit: one bad batch must not end a service.
+                log.error("scorer_failed", scorer=self.spec, items=end - start, exc_info=error)
+                # Stays the answer of whatever is not called again.
+                answers[start:end] = [self._failure(error)] * (end - start)
+                failed_calls += 1
+                if failed_calls == _MOST_FAILED_CALLS or not isinstance(error, Exception):
+                    break
+                if end - start > 1:
+                    middle = (start + end) // 2
+                    parts += [(start, middle), (middle, end)]
+            else:
+                answers[start:end] = [self._checked(value, taken) for value in values]
+        return answers
+
+    def _call(self, exchanges: Sequence[Exchange]) -> list[Any]:
+        values = self._function([(exchange.prompt, exchange.response) for exchange in exchanges])
+        if inspect.isawaitable(values):
+            values = self._await(values)
+        values = list(values)
+        if len(values) != len(exchanges):
+            raise _WrongNumberError(f"it returned {len(values)} scores for {len(exchanges)} pairs")
+        return values
+
+    def _failure(self, error: BaseException) -> ItemError:
+        # An exception's message may quote the item of another sender.
+        told = str(error) if isinstance(error, _WrongNumberError) else type(error).__name__
+        return ItemError(f"the scorer {self.spec} failed: {told}", retryable=True)
 
     def _await(self, values: Any) -> Any:
         async def wait() -> Any:
@@ -113,14 +153,14 @@ class PythonScorer:
         self._runner = self._runner or asyncio.Runner()
         return self._runner.run(wait())
 
-    def _checked(self, value: object) -> Mapping[str, float] | ItemError:
+    def _checked(self, value: object, taken: Set[str]) -> Mapping[str, float] | ItemError:
         try:
-            return self._attributes(value)
+            return self._attributes(value, taken)
         except BaseException as error:  # A number or a dict of the user's may do anything when it is read.
             log.error("scorer_failed", scorer=self.spec, items=1, exc_info=error)
             return self._refuse(f"gave what can't be read, a {type(value).__name__}: {type(error).__name__}")
 
-    def _attributes(self, value: object) -> Mapping[str, float] | ItemError:
+    def _attributes(self, value: object, taken: Set[str]) -> Mapping[str, float] | ItemError:
         if value is None:
             return ItemError(f"the scorer {self.spec} gave no score", retryable=False)
         if isinstance(value, Mapping):
@@ -138,7 +178,7 @@ class PythonScorer:
         for name, number in named.items():
             if not isinstance(name, str) or not name:
                 return self._refuse(f"named a score {name!r}, must be text")
-            if name in self._taken:
+            if name in taken:
                 return self._refuse(f"named a score {name!r}, which is the name of a head of the model")
             if not isinstance(number, Real):
                 return self._refuse(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 import statistics
 import subprocess
@@ -161,8 +162,10 @@ async def test_the_exact_answer_example_scores_over_grpc(start_service, tmp_path
 
 
 def check(model: Path | str, *flags: str) -> subprocess.CompletedProcess[str]:
+    """As in a container, where the environment names the model that is served."""
+    environment = os.environ | {"QUARTET_REWARD_MODEL": "/nowhere/model"}
     command = [sys.executable, "-m", "services.reward", "--check", str(model), "--log-level", "error", *flags]
-    return subprocess.run(command, capture_output=True, text=True, timeout=60)
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment)
 
 
 def test_check_reports_what_it_verified_or_why_it_cannot_be_hosted(ensemble, ensemble_folder, tmp_path):

@@ -292,6 +292,70 @@ async def test_links_out_of_the_folder_are_refused_and_links_within_are_followed
     await admin.swap_model(str(models / "a"))  # An absolute path is no matter where it lies below the folder.
 
 
+RULE = """
+import asyncio, threading
+
+loops, threads, running = [], set(), 0
+
+
+async def score(pairs):
+    global running
+    running += 1
+    if running > 1:
+        raise RuntimeError("two batches at once")
+    if asyncio.get_running_loop() not in loops:
+        loops.append(asyncio.get_running_loop())
+    threads.add(threading.get_ident())
+    await asyncio.sleep(0.003)
+    running -= 1
+    return [{{"loops": len(loops), "threads": len(threads), "edition": {edition}}} for _ in pairs]
+
+
+score.weights = {{"loops": 0.0, "threads": 0.0, "edition": 1.0}}
+"""
+
+
+async def test_a_python_scorer_is_the_same_whatever_model_it_stands_beside(
+    start, models, make_reward_model, tmp_path, monkeypatch
+):
+    shutil.copytree(models / "a", models / "named_as_the_rule")
+    shutil.copytree(make_reward_model(seed=5, num_labels=2), models / "named_as_the_rule", dirs_exist_ok=True)
+    heads = [{"name": "helpfulness", "weight": 1.0}, {"name": "edition", "weight": 1.0}]
+    write_metadata(models / "named_as_the_rule", heads=heads)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    (tmp_path / "swapped_rule.py").write_text(RULE.format(edition=1))
+    live = start("--scorer", "swapped_rule:score")
+    done = asyncio.Event()
+    answers: list[Scores] = []
+
+    async def score() -> None:
+        async with RewardClient(live.address, policy=ONCE) as client:
+            while not done.is_set():
+                answers.append(await client.score([ScoreItem(prompt="hello", response=" thanks")] * 4))
+
+    async def swap() -> None:
+        async with RewardAdminClient(live.admin_address, policy=ONCE) as client:
+            (tmp_path / "swapped_rule.py").write_text(RULE.format(edition=2))
+            for name in "bababa":
+                await client.swap_model(name)
+                with pytest.raises(PreconditionError, match=r"'edition' is the name of a head.*goes on serving"):
+                    await client.swap_model("named_as_the_rule")
+                before = len(answers)
+                await until(lambda before=before: len(answers) > before + 6)
+        done.set()
+
+    await asyncio.gather(*(score() for _ in range(4)), swap())
+    attributes = [result.attributes if isinstance(result, Score) else result for x in answers for result in x.results]
+    assert attributes == [{"loops": 1.0, "threads": 1.0, "edition": 1.0}] * len(attributes)
+    # Two models, and one rule, the one that runs.
+    of_version: dict[int, str] = {x.served_by.weights_version: x.served_by.scoring_fingerprint for x in answers}
+    assert sorted(of_version) == list(range(7))
+    assert len({of_version[version] for version in (0, 2, 4, 6)}) == 1
+    assert len({of_version[version] for version in (1, 3, 5)}) == 1
+    assert live.stop() == 0
+    assert "Traceback" not in live.log.read_text()
+
+
 async def test_one_swap_at_a_time_and_a_client_that_leaves_leaves_the_old_model(live, admin, models):
     before = (await admin.get_drift()).served_by
     gate, begun = slow_model(models, 1)

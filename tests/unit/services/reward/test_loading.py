@@ -30,8 +30,10 @@ from services.reward.hosted import HostedReward, Trained
 from services.reward.loading import load
 from services.reward.panel import Candidate
 from services.reward.preparing import Cut, Prepared, prepare
+from services.reward.python_scorer import PythonScorer, load_python_scorer
 from services.reward.scorer import ScorerItem
 from services.reward.servicer import describe
+from services.runtime.batcher import ItemError
 from services.runtime.errors import StartError
 from services.runtime.telemetry import ServiceMetrics
 
@@ -41,16 +43,22 @@ HEADS = [{"name": "helpfulness", "weight": 0.7}, {"name": "safety", "weight": 0.
 
 @pytest.fixture
 def hosts() -> Iterator[Callable[..., HostedReward]]:
-    """hosts(model, setting=...) loads it; ended with the test."""
+    """hosts(model, setting=..., rule=...) loads it, with what ``scorer`` names or ``rule``; ended with the test."""
     loaded: list[HostedReward] = []
+    rules: list[PythonScorer] = []
 
-    def host(model: Path | str, **settings: Any) -> HostedReward:
-        loaded.append(load(RewardSettings(model=str(model), **settings), ServiceMetrics("reward")))
+    def host(model: Path | str, *, rule: PythonScorer | None = None, **settings: Any) -> HostedReward:
+        if rule is None and "scorer" in settings:
+            rules.append(load_python_scorer(settings["scorer"]))
+            rule = rules[-1]
+        loaded.append(load(RewardSettings(model=str(model), **settings), rule, ServiceMetrics("reward")))
         return loaded[-1]
 
     yield host
     for hosted in loaded:
         hosted.close()
+    for rule in rules:
+        rule.close()
 
 
 def sequences() -> list[list[int]]:
@@ -272,11 +280,36 @@ def test_a_rule_and_a_head_of_one_name_are_refused(rules, make_reward_model, hos
             hosts(folder, scorer=f"loading_rules:{function}")
 
 
+def test_models_share_a_rule_which_outlives_them_and_each_keeps_the_names_of_its_own_heads(
+    make_reward_model, hosts, tmp_path
+):
+    rule = PythonScorer("rules:dynamic", lambda pairs: [{"safety": 0.5}] * len(pairs))
+    with_heads = hosts(
+        copy(make_reward_model(seed=3, num_labels=3), tmp_path / "m", heads=HEADS), rule=rule, scorer=rule.spec
+    )
+    without = hosts(make_reward_model(seed=4), rule=rule, scorer=rule.spec)
+    item = reward_pb2.ScoreItem(prompt=common_pb2.Prompt(text="hello"), response_text=" thanks")
+    for _ in range(2):
+        assert scored(without, item).attributes == (("safety", 0.5),)
+        prepared = prepare(with_heads, item, Cut("left", 128))
+        assert isinstance(prepared, Prepared)
+        (refused,) = with_heads.panel.score([prepared.candidate])
+        assert isinstance(refused, ItemError)
+        assert "named a score 'safety', which is the name of a head of the model" in refused.reason
+    # One that is refused, or goes, changes nothing for the other.
+    named = PythonScorer("rules:safety", lambda pairs: [1.0] * len(pairs))
+    serving = hosts(make_reward_model(seed=4), rule=named, scorer=named.spec)
+    with pytest.raises(StartError, match="its 'safety' is the name of a head of the model"):
+        hosts(tmp_path / "m", rule=named, scorer=named.spec)
+    assert scored(serving, item).attributes == (("safety", 1.0),)
+    with_heads.close()
+    assert scored(without, item).attributes == (("safety", 0.5),)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "--model is required, or --scorer to score by a Python function alone"),
-        (["--check", "a", "--model", "b"], "--check is 'a' and --model 'b': give one of them"),
         (["--model", "a", "--scorer-weight", "2"], "--scorer-weight is 2.0, but there is no --scorer"),
         (["--model", "a", "--scorer", "b:c", "--scorer-weight", "inf"], "--scorer-weight is 'inf'"),
         (["--model", "a", "--ensemble-lambda", "-1"], "--ensemble-lambda is '-1'"),
@@ -287,6 +320,15 @@ def test_settings_that_do_not_fit_together_are_refused(arguments, message, capsy
     with pytest.raises(SystemExit):
         RewardSettings.from_command_line(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_what_is_to_be_checked_wins_over_the_model_that_a_container_is_configured_with(monkeypatch, tmp_path):
+    file = tmp_path / "reward.toml"
+    file.write_text('model = "b"\n')
+    for arguments in (["--model", "b"], ["--config", str(file)]):
+        assert RewardSettings.from_command_line(["--check", "a", *arguments]).check == "a"
+    monkeypatch.setenv("QUARTET_REWARD_MODEL", "b")
+    assert RewardSettings.from_command_line(["--check", "a"]).check == "a"
 
 
 # Golden items -----------------------------------------------------------------------------------------------------
