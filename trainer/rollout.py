@@ -322,6 +322,7 @@ class Services:
             sampling,
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             prompt_seeds=[task.seed for task in tasks],
+            patience_s=0.0,  # A service that comes back is first given the current weights.
         )
 
     @property

@@ -115,7 +115,7 @@ async def test_the_policy_service_exports_what_the_document_says(start_service, 
         while not calls_in_flight(live):  # noqa: ASYNC110  # It is in another process.
             await asyncio.sleep(0.005)
         with pytest.raises(OverloadedError, match="8 completions are in hand and 8 more"):
-            await anext(client.generate(["hello"], sampling, n=8))
+            await anext(client.generate(["hello"], sampling, n=8, patience_s=0.0))
         lengths = [len((await waiting).token_ids)] + [len(completion.token_ids) async for completion in stream]
     require_documented("policy", live)
     assert lengths == [100] * 8

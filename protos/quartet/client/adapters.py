@@ -12,9 +12,10 @@ from typing import Any
 
 import grpc
 
+from quartet.client.arguments import message
 from quartet.client.channel import ServiceClient
 from quartet.client.errors import InvalidInputError
-from quartet.client.policy import CHUNK_BYTES, WireTensor, upload
+from quartet.client.policy import CHUNK_BYTES, WireTensor, tensor_specs, upload
 from quartet.fingerprint import adapter_fingerprint
 from quartet.policy.v1 import adapters_pb2, adapters_pb2_grpc, weights_pb2
 
@@ -133,7 +134,7 @@ class AdapterClient(ServiceClient):
         """
         stub = adapters_pb2_grpc.AdapterServiceStub(self._channel)
         async with self._stream(method="UnloadAdapter") as metadata:
-            request = adapters_pb2.UnloadAdapterRequest(name=name)
+            request = message("", adapters_pb2.UnloadAdapterRequest, name=name)
             reply = await stub.UnloadAdapter(request, timeout=self.policy.deadline_s, metadata=metadata)
         return _info(reply.adapter)
 
@@ -260,9 +261,13 @@ def _module(name: str) -> str:
 def _load_steps(
     name: str, config: AdapterConfig, tensors: Sequence[WireTensor]
 ) -> Iterator[adapters_pb2.LoadAdapterRequest]:
-    begin = adapters_pb2.BeginAdapter(
+    begin = message(
+        "begin.",
+        adapters_pb2.BeginAdapter,
         name=name,
-        config=adapters_pb2.AdapterConfig(
+        config=message(
+            "begin.config.",
+            adapters_pb2.AdapterConfig,
             rank=config.rank,
             alpha=config.alpha,
             target_modules=config.target_modules,
@@ -270,7 +275,7 @@ def _load_steps(
             module_ranks=config.module_ranks,
             module_alphas=config.module_alphas,
         ),
-        tensors=[weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in tensors],
+        tensors=tensor_specs(tensors),
     )
     yield adapters_pb2.LoadAdapterRequest(begin=begin)
     for index, tensor in enumerate(tensors):

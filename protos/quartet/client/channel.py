@@ -151,13 +151,21 @@ class ServiceClient:
         await self._channel.close(None)
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Returns when the service reports SERVING at every address of the list.
+        """Returns when the service reports SERVING at every address of the list, and calls get there.
 
         Raises:
             NotReadyError: it did not within ``timeout_s``; names the service, its address and the last answer.
         """
         end = time.monotonic() + timeout_s
         await asyncio.gather(*(self._wait_address(one, end, timeout_s) for one in split_addresses(self.addresses)))
+        # The channel of the calls may be pausing between two tries to connect, and would refuse the next call at once.
+        try:
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                await self._channel.channel_ready()
+        except TimeoutError:
+            raise NotReadyError(
+                f"serving at {self.addresses}, but calls did not get there within {timeout_s:g} s", service=self.name
+            ) from None
 
     async def _wait_address(self, address: str, end: float, timeout_s: float) -> None:
         last = "no answer"
@@ -200,7 +208,7 @@ class ServiceClient:
                     return await method(request, timeout=self.policy.deadline_s, metadata=metadata)
                 except grpc.aio.AioRpcError as error:
                     typed = translate(error, self.name, request_id)
-                    pause_s = max(backoff_s * random.uniform(0.8, 1.2), typed.retry_after_s)
+                    pause_s = spread_pause_s(backoff_s, typed.retry_after_s)
                     waited_s = time.monotonic() - start
                     if not isinstance(typed, UnavailableError) or waited_s + pause_s > self.policy.patience_s:
                         span.set({"rpc.grpc.status_code": error.code().value[0]})
@@ -233,6 +241,14 @@ class ServiceClient:
             except grpc.aio.AioRpcError as error:
                 span.set({"rpc.grpc.status_code": error.code().value[0]})
                 raise translate(error, self.name, request_id) from error
+
+
+def spread_pause_s(backoff_s: float, retry_after_s: float) -> float:
+    """Seconds before the next try: about ``backoff_s``, and never less than the service asked for.
+
+    At random, so that callers who were refused in one moment do not come back in one.
+    """
+    return max(backoff_s * random.uniform(0.8, 1.2), retry_after_s * random.uniform(1.0, 1.3))
 
 
 def new_request_id() -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
-import random
 import time
 from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +14,8 @@ from typing import TypeVar
 import grpc
 
 from quartet.client import types
-from quartet.client.channel import ServiceClient, new_request_id
+from quartet.client.arguments import choice, message
+from quartet.client.channel import ServiceClient, new_request_id, spread_pause_s
 from quartet.client.errors import InvalidInputError, ServiceFailedError, UnavailableError
 from quartet.client.types import ItemFailure, ModelInfo, PromptLike, ServedBy, WorkInterval
 from quartet.fingerprint import TensorDigest, weights_fingerprint
@@ -171,19 +171,21 @@ class PolicyClient(ServiceClient):
         prompt_seeds: Sequence[int] = (),
         adapter: str = "",
         request_id: str | None = None,
-        patience_s: float = 0.0,
+        patience_s: float | None = None,
     ) -> AsyncGenerator[Completion | FailedCompletion, None]:
         """Yields each (prompt, sample) as soon as it is finished, in no set order.
 
-        Leaving the iteration early cancels the rest. When the service goes away in the middle, UnavailableError is
-        raised and the caller asks again for what it has not got (``prompt_seeds`` keeps the draws); with ``patience_s``
-        the client does so itself, for so many seconds, under the same request id: the service runs nothing twice that
-        it has finished or is running still.
+        Leaving the iteration early cancels the rest. When the service is away or overloaded, the client asks again for
+        what it has not got, under the same request id: the service runs nothing twice that it has finished or is
+        running still. What came before a break stays valid; what comes after it may be of other weights.
+        ``patience_s``: seconds that the service may be away or overloaded at a stretch; by default the policy's. With 0
+        UnavailableError is raised at once, and the caller asks again (``prompt_seeds`` keeps the draws).
         ``adapter``: name of a loaded LoRA adapter (``AdapterClient``) to generate with; empty: the base model.
         ``request_id``: under which the service knows this request; by default a fresh one. For a retry of the caller's
         own, give the same id and the same arguments again.
 
         Raises:
+            InvalidInputError: an argument does not fit; names the field.
             NotFoundError: no such adapter is loaded.
             QuartetError: see quartet.client.errors.
         """
@@ -204,7 +206,7 @@ class PolicyClient(ServiceClient):
         prompt_seeds: Sequence[int] = (),
         adapter: str = "",
         request_id: str | None = None,
-        patience_s: float = 0.0,
+        patience_s: float | None = None,
     ) -> AsyncGenerator[TokenDelta | Completion | FailedCompletion, None]:
         """Yields the tokens of each (prompt, sample) as they are sampled, and then the finished completion.
 
@@ -212,6 +214,7 @@ class PolicyClient(ServiceClient):
         goes away is not asked again, because other weights or another batch may draw other tokens the second time.
 
         Raises:
+            InvalidInputError: an argument does not fit; names the field.
             NotFoundError: no such adapter is loaded.
             QuartetError: see quartet.client.errors.
         """
@@ -222,7 +225,7 @@ class PolicyClient(ServiceClient):
                 yield answer
 
     async def _answers(
-        self, request: policy_pb2.GenerateRequest, patience_s: float
+        self, request: policy_pb2.GenerateRequest, patience_s: float | None
     ) -> AsyncGenerator[TokenDelta | Completion | FailedCompletion, None]:
         """Every answer once, over as many calls as patience allows."""
         stub = policy_pb2_grpc.PolicyServiceStub(self._channel)
@@ -230,15 +233,18 @@ class PolicyClient(ServiceClient):
         total = len(request.prompts) * n
         received: set[int] = set()
         begun: set[int] = set()  # Tokens of them were yielded, and their end was not.
-        start_s, backoff_s = time.monotonic(), self.policy.first_backoff_s
+        if patience_s is None:
+            patience_s = self.policy.patience_s
+        away_s: float | None = None  # Since when, on the monotonic clock; None while it answers.
+        backoff_s = self.policy.first_backoff_s
         while True:
             try:
                 async with self._stream(request.request_id, method="Generate") as metadata:
-                    call = stub.Generate(
-                        request, timeout=self.policy.deadline_s, metadata=metadata, wait_for_ready=True
-                    )
+                    # Not wait_for_ready, as in ServiceClient._call.
+                    call = stub.Generate(request, timeout=self.policy.deadline_s, metadata=metadata)
                     try:
                         async for reply in call:
+                            away_s, backoff_s = None, self.policy.first_backoff_s
                             index = reply.prompt_index * n + reply.sample_index
                             if reply.HasField("delta"):
                                 begun.add(index)
@@ -251,8 +257,10 @@ class PolicyClient(ServiceClient):
                         call.cancel()
                 break
             except UnavailableError as error:
-                pause_s = max(backoff_s * random.uniform(0.8, 1.2), error.retry_after_s)
-                if begun or time.monotonic() - start_s + pause_s > patience_s:
+                now_s = time.monotonic()
+                away_s = now_s if away_s is None else away_s
+                pause_s = spread_pause_s(backoff_s, error.retry_after_s)
+                if begun or now_s - away_s + pause_s > patience_s:
                     raise
                 await asyncio.sleep(pause_s)
                 backoff_s = min(2 * backoff_s, self.policy.max_backoff_s)
@@ -276,10 +284,14 @@ def _request(
     adapter: str,
     request_id: str | None,
 ) -> policy_pb2.GenerateRequest:
-    if request_id is not None and not (request_id.isascii() and request_id.isprintable()):
+    if request_id is not None and not (
+        isinstance(request_id, str) and request_id.isascii() and request_id.isprintable()
+    ):
         # It goes as metadata, too, which takes nothing else.
         raise InvalidInputError(f"request_id is {request_id!r}, must be printable ASCII", field="request_id")
-    params = policy_pb2.SamplingParams(
+    params = message(
+        "sampling.",
+        policy_pb2.SamplingParams,
         temperature=sampling.temperature,
         top_p=sampling.top_p,
         top_k=sampling.top_k,
@@ -288,11 +300,13 @@ def _request(
         seed=sampling.seed,
         stop_token_ids=sampling.stop_token_ids,
         stop_strings=sampling.stop_strings,
-        logit_bias=dict(sampling.logit_bias),
+        logit_bias=sampling.logit_bias,
         prompt_seeds=prompt_seeds,
     )
-    return policy_pb2.GenerateRequest(
-        prompts=[types.prompt_message(prompt) for prompt in prompts],
+    return message(
+        "",
+        policy_pb2.GenerateRequest,
+        prompts=[types.prompt_message(prompt, f"prompts[{index}]") for index, prompt in enumerate(prompts)],
         n=n,
         sampling=params,
         tokenizer_fingerprint=tokenizer_fingerprint,
@@ -421,11 +435,27 @@ async def _own_status(call: grpc.aio.StreamUnaryCall[Request, Reply], error: grp
     )
 
 
+def tensor_specs(tensors: Sequence[WireTensor]) -> list[weights_pb2.TensorSpec]:
+    """
+    Raises:
+        InvalidInputError: a name, dtype or shape does not fit.
+    """
+    return [
+        message(f"begin.tensors[{index}].", weights_pb2.TensorSpec, name=t.name, dtype=t.dtype, shape=t.shape)
+        for index, t in enumerate(tensors)
+    ]
+
+
 def _update_steps(
     tensors: Sequence[WireTensor], weights_version: int, fingerprint: str | None, in_flight: InFlightPolicy
 ) -> Iterator[weights_pb2.UpdateWeightsRequest]:
-    specs = [weights_pb2.TensorSpec(name=t.name, dtype=t.dtype, shape=t.shape) for t in tensors]
-    begin = weights_pb2.BeginUpdate(weights_version=weights_version, tensors=specs, in_flight=_IN_FLIGHT[in_flight])
+    begin = message(
+        "begin.",
+        weights_pb2.BeginUpdate,
+        weights_version=weights_version,
+        tensors=tensor_specs(tensors),
+        in_flight=choice("begin.in_flight", in_flight, _IN_FLIGHT),
+    )
     yield weights_pb2.UpdateWeightsRequest(begin=begin)
     digests = []
     for index, tensor in enumerate(tensors):

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from quartet.client import types
+from quartet.client.arguments import message
 from quartet.client.channel import ServiceClient
 from quartet.client.types import ItemFailure, ModelInfo, ServedBy, WorkInterval
 from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
@@ -59,12 +60,20 @@ class ReferenceClient(ServiceClient):
         """Log-probabilities of every item's response tokens, in order. Repeated while the service is away.
 
         Raises:
+            InvalidInputError: an argument does not fit; names the field.
             QuartetError: see quartet.client.errors.
         """
-        request = reference_pb2.LogProbsRequest(
+        request = message(
+            "",
+            reference_pb2.LogProbsRequest,
             items=[
-                reference_pb2.LogProbsItem(token_ids=item.token_ids, response_start=item.response_start)
-                for item in items
+                message(
+                    f"items[{index}].",
+                    reference_pb2.LogProbsItem,
+                    token_ids=item.token_ids,
+                    response_start=item.response_start,
+                )
+                for index, item in enumerate(items)
             ],
             tokenizer_fingerprint=tokenizer_fingerprint,
             temperature=temperature,

@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 
 from quartet.client import types
+from quartet.client.arguments import choice, message
 from quartet.client.channel import ServiceClient
 from quartet.client.types import ItemFailure, ModelInfo, PromptLike, ServedBy, WorkInterval
-from quartet.common.v1 import common_pb2
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 
 
@@ -205,13 +205,16 @@ class RewardClient(ServiceClient):
             head_weights: other weights for some of the names that ``get_reward_info`` tells.
 
         Raises:
+            InvalidInputError: an argument does not fit; names the field.
             QuartetError: see quartet.client.errors.
         """
-        request = reward_pb2.ScoreRequest(
-            items=[_item(item) for item in items],
+        request = message(
+            "",
+            reward_pb2.ScoreRequest,
+            items=[_item(item, f"items[{index}]") for index, item in enumerate(items)],
             tokenizer_fingerprint=tokenizer_fingerprint,
             normalise=normalise,
-            truncation=_TRUNCATION[truncation],
+            truncation=choice("truncation", truncation, _TRUNCATION),
             head_weights=head_weights,
         )
         stub = reward_pb2_grpc.RewardServiceStub(self._channel)
@@ -234,19 +237,15 @@ class RewardClient(ServiceClient):
         """How likely the first response of each pair is preferred, in order. Arguments as ``score`` has them.
 
         Raises:
+            InvalidInputError: an argument does not fit; names the field.
             QuartetError: see quartet.client.errors.
         """
-        request = reward_pb2.CompareRequest(
-            items=[
-                reward_pb2.Comparison(
-                    prompt=types.prompt_message(item.prompt),
-                    first=_response(item.first, item.first_finished),
-                    second=_response(item.second, item.second_finished),
-                )
-                for item in items
-            ],
+        request = message(
+            "",
+            reward_pb2.CompareRequest,
+            items=[_pair(item, f"items[{index}]") for index, item in enumerate(items)],
             tokenizer_fingerprint=tokenizer_fingerprint,
-            truncation=_TRUNCATION[truncation],
+            truncation=choice("truncation", truncation, _TRUNCATION),
             head_weights=head_weights,
         )
         stub = reward_pb2_grpc.RewardServiceStub(self._channel)
@@ -259,11 +258,26 @@ class RewardClient(ServiceClient):
         )
 
 
-def _item(item: ScoreItem) -> reward_pb2.ScoreItem:
-    prompt = types.prompt_message(item.prompt)
+def _item(item: ScoreItem, name: str) -> reward_pb2.ScoreItem:
+    prompt = types.prompt_message(item.prompt, f"{name}.prompt")
+    named = f"{name}.response"
     if isinstance(item.response, str):
-        return reward_pb2.ScoreItem(prompt=prompt, response_text=item.response, response_unfinished=not item.finished)
-    return reward_pb2.ScoreItem(prompt=prompt, response_token_ids=common_pb2.TokenIds(ids=item.response))
+        return message(
+            named,
+            reward_pb2.ScoreItem,
+            prompt=prompt,
+            response_text=item.response,
+            response_unfinished=not item.finished,
+        )
+    return reward_pb2.ScoreItem(prompt=prompt, response_token_ids=types.token_ids_message(item.response, named))
+
+
+def _pair(item: ComparisonItem, name: str) -> reward_pb2.Comparison:
+    return reward_pb2.Comparison(
+        prompt=types.prompt_message(item.prompt, f"{name}.prompt"),
+        first=_response(item.first, item.first_finished, f"{name}.first"),
+        second=_response(item.second, item.second_finished, f"{name}.second"),
+    )
 
 
 def _result(result: reward_pb2.ScoreResult) -> Score | ItemFailure:
@@ -283,10 +297,10 @@ def _score(result: reward_pb2.ScoreResult) -> Score:
     )
 
 
-def _response(response: str | Sequence[int], finished: bool) -> reward_pb2.Response:
+def _response(response: str | Sequence[int], finished: bool, name: str) -> reward_pb2.Response:
     if isinstance(response, str):
-        return reward_pb2.Response(text=response, unfinished=not finished)
-    return reward_pb2.Response(token_ids=common_pb2.TokenIds(ids=response))
+        return message(name, reward_pb2.Response, text=response, unfinished=not finished)
+    return reward_pb2.Response(token_ids=types.token_ids_message(response, name))
 
 
 def _comparison(result: reward_pb2.CompareResult) -> Comparison | ItemFailure:

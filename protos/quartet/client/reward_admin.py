@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from quartet.client import types
+from quartet.client.arguments import message
 from quartet.client.channel import ServiceClient
 from quartet.client.reward import Normalisation
 from quartet.client.types import ModelInfo, ServedBy
@@ -91,7 +92,7 @@ class RewardAdminClient(ServiceClient):
             QuartetError: see quartet.client.errors.
         """
         stub = admin_pb2_grpc.RewardAdminServiceStub(self._channel)
-        request = admin_pb2.SwapModelRequest(model=model, revision=revision)
+        request = message("", admin_pb2.SwapModelRequest, model=model, revision=revision)
         async with self._stream(method="SwapModel") as metadata:
             reply: admin_pb2.SwapModelResponse = await stub.SwapModel(request, timeout=deadline_s, metadata=metadata)
         kept = reply.normalisation

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import reprlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from quartet.client.errors import ServiceFailedError
+from quartet.client.arguments import message
+from quartet.client.errors import InvalidInputError, ServiceFailedError
 from quartet.common.v1 import common_pb2
 
 # A prompt as a caller gives it: text, chat messages ({"role", "content"}), or token ids.
@@ -107,24 +110,44 @@ def require_results(results: Sequence[object], items: Sequence[object], service:
         raise ServiceFailedError(f"the reply has {len(results)} results for {len(items)} items", service=service)
 
 
-def prompt_message(prompt: PromptLike) -> common_pb2.Prompt:
-    """The wire form of a prompt, told apart by its type.
+def prompt_message(prompt: PromptLike, name: str) -> common_pb2.Prompt:
+    """The wire form of a prompt, told apart by its type; ``name``: of the argument.
 
     Raises:
-        TypeError: neither text, messages nor token ids.
+        InvalidInputError: neither text, messages nor token ids, or something in it does not fit.
     """
     if isinstance(prompt, str):
-        return common_pb2.Prompt(text=prompt)
-    items = list(prompt)
-    if items and all(isinstance(item, dict) for item in items):
-        turns = [common_pb2.ChatMessage(role=m["role"], content=m["content"]) for m in items]  # type: ignore[index]
-        return common_pb2.Prompt(messages=common_pb2.ChatMessages(messages=turns))
+        return message(name, common_pb2.Prompt, text=prompt)
     try:
-        return common_pb2.Prompt(token_ids=common_pb2.TokenIds(ids=items))  # type: ignore[arg-type]
-    except TypeError as error:
-        raise TypeError(
-            f"a prompt must be text, chat messages or token ids, got a list of {type(items[0]).__name__}"
-        ) from error
+        items: list[Any] = list(prompt)
+    except TypeError:
+        raise _no_prompt(name, reprlib.repr(prompt)) from None
+    if items and all(isinstance(item, dict) for item in items):
+        turns = [_turn(item, f"{name}[{index}]") for index, item in enumerate(items)]
+        return common_pb2.Prompt(messages=common_pb2.ChatMessages(messages=turns))
+    # A number of Python, numpy or torch.
+    if items and not hasattr(items[0], "__index__"):
+        raise _no_prompt(name, f"a list of {type(items[0]).__name__}")
+    return common_pb2.Prompt(token_ids=token_ids_message(items, name))
+
+
+def token_ids_message(ids: Sequence[int], name: str) -> common_pb2.TokenIds:
+    """
+    Raises:
+        InvalidInputError: one does not fit.
+    """
+    return message(name, common_pb2.TokenIds, ids=ids)
+
+
+def _turn(turn: dict[str, str], name: str) -> common_pb2.ChatMessage:
+    missing = [key for key in ("role", "content") if key not in turn]
+    if missing:
+        raise InvalidInputError(f"{name} has no {missing[0]!r}, must have role and content", field=name)
+    return message(f"{name}.", common_pb2.ChatMessage, role=turn["role"], content=turn["content"])
+
+
+def _no_prompt(name: str, found: str) -> InvalidInputError:
+    return InvalidInputError(f"{name} is {found}, must be text, chat messages or token ids", field=name)
 
 
 def holds_token_ids(prompt: PromptLike) -> bool:

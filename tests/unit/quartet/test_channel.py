@@ -18,7 +18,8 @@ from quartet.client import (
     ScoreItem,
     UnavailableError,
 )
-from quartet.client.channel import target_of
+from quartet.client.channel import spread_pause_s, target_of
+from quartet.reward.v1 import reward_pb2
 
 from .conftest import NOT_SERVING, SERVING, abort
 
@@ -52,6 +53,32 @@ async def test_the_pause_that_the_service_asks_for_is_kept(start_scripted):
         start_s = time.monotonic()
         await client.score([ITEM])
     assert 0.7 <= time.monotonic() - start_s < 3.0
+
+
+def test_a_pause_is_never_shorter_than_asked_for_and_differs_from_call_to_call():
+    asked = [spread_pause_s(0.1, 2.0) for _ in range(200)]
+    assert all(2.0 <= pause_s <= 2.6 for pause_s in asked)
+    assert max(asked) - min(asked) > 0.3
+    own = [spread_pause_s(2.0, 0.0) for _ in range(200)]
+    assert all(1.6 <= pause_s <= 2.4 for pause_s in own)
+    assert spread_pause_s(2.0, 0.5) >= 1.6
+
+
+async def test_callers_who_were_refused_in_one_moment_do_not_come_back_in_one(start_scripted):
+    came_s: list[float] = []
+
+    async def refuse(request, context):
+        await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "full", (("grpc-retry-pushback-ms", "1000"),))
+
+    async def answer(request, context):
+        came_s.append(time.monotonic())
+        return reward_pb2.ScoreResponse(results=[reward_pb2.ScoreResult(score=1.0)])
+
+    service = await start_scripted(*[refuse] * 30, *[answer] * 30)
+    async with RewardClient(service.address, policy=QUICK) as client:
+        await asyncio.gather(*(client.score([ITEM]) for _ in range(30)))
+    # 30 draws from 0.3 s; all within half of them would come once in 10^7 times.
+    assert max(came_s) - min(came_s) > 0.15
 
 
 async def test_patience_ends_with_the_last_refusal(start_scripted):
@@ -185,11 +212,27 @@ async def test_a_service_that_loads_is_waited_for(start_scripted):
         assert 0.4 <= time.monotonic() - start_s < 3.0
         await ready
         await service.set_health(NOT_SERVING)
+        await asyncio.sleep(0.3)  # Until the channel, which is connected, is told.
         call = asyncio.create_task(client.score([ITEM]))
         await asyncio.sleep(0.4)
         assert service.calls == 0
         await service.set_health(SERVING)
         await asyncio.wait_for(call, 10.0)
+
+
+async def test_a_call_without_patience_gets_to_a_service_that_came_back_and_was_waited_for(start_scripted):
+    service = await start_scripted()
+    async with RewardClient(service.address, policy=CallPolicy(patience_s=0.0)) as client:
+        await client.score([ITEM])
+        await service.server.stop(0)
+        end_s = time.monotonic() + 2.5  # By then the channel pauses as long as it ever does before it connects again.
+        while time.monotonic() < end_s:
+            with pytest.raises(UnavailableError):
+                await client.score([ITEM])
+            await asyncio.sleep(0.02)
+        await start_scripted(port=service.port)
+        await client.wait_ready(10.0)
+        assert (await client.score([ITEM])).results
 
 
 async def test_who_is_not_ready_is_named_with_address_wait_and_last_answer(start_scripted):

@@ -406,7 +406,7 @@ async def test_the_client_keeps_its_id_over_retries_and_gets_every_completion_on
     # Without patience it is the caller who asks again, under an id of his own.
     breaks.append(2)
     house.engine.tasks.clear()
-    asked = {"n": 2, "tokenizer_fingerprint": house.fingerprint, "request_id": "mine"}
+    asked = {"n": 2, "tokenizer_fingerprint": house.fingerprint, "request_id": "mine", "patience_s": 0.0}
     stream = client.generate(PROMPTS, sampling, **asked)
     received = [await anext(stream), await anext(stream)]
     with pytest.raises(UnavailableError, match="connection reset"):

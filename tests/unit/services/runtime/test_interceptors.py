@@ -207,7 +207,7 @@ async def test_a_call_that_succeeds_is_counted_and_timed(house):
 async def test_a_stream_that_fails_gives_what_it_had_and_then_the_typed_error(house):
     service, address = house
     service.error = errors.UnavailableError("the engine restarts")
-    async with PolicyClient(address) as client:
+    async with PolicyClient(address, policy=ONCE) as client:
         stream = client.generate(["a"], Sampling(max_new_tokens=1), n=3)
         received = [await anext(stream), await anext(stream)]
         with pytest.raises(UnavailableError, match="policy service: the engine restarts") as failed:
