@@ -73,6 +73,7 @@ async def serve(settings: PolicySettings) -> int:
                 port=settings.port,
                 services=(SERVICE,),
                 add=lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(policy, server),
+                refusal=policy.refusal,
             ),
             Listener(
                 name="weight updates and adapters (--admin-port)",

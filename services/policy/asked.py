@@ -85,6 +85,8 @@ def sampling_of(params: policy_pb2.SamplingParams, hosted: HostedPolicy) -> Samp
         temperature,
         f"0 (greedy), or at least {SMALLEST_TEMPERATURE}",
     )
+    most_hot = hosted.engine.max_temperature
+    require(temperature <= most_hot, "sampling.temperature", temperature, f"at most {most_hot:g}, as the engine has it")
     require(0 < top_p <= 1, "sampling.top_p", top_p, "in (0, 1]")
     require(params.top_k >= 0, "sampling.top_k", params.top_k, "at least 0 (0 keeps all)")
     longest, most = hosted.engine.max_sequence_tokens, params.max_new_tokens

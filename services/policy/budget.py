@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from quartet.common.v1 import common_pb2
 from services.runtime.admission import Admission, Hold, MovingRatio
-from services.runtime.errors import InvalidArgumentError
+from services.runtime.errors import InvalidArgumentError, OverloadedError
 from services.runtime.telemetry import ServiceMetrics
 
 # Bytes of prompts after which their measured tokens count half.
@@ -72,6 +72,10 @@ class Budget:
     def hold(self, size_bytes: int) -> AbstractContextManager[Hold]:
         """Holds a request of ``size_bytes`` until it is answered. See ``Admission.hold``."""
         return self._admission.hold(size_bytes)
+
+    def refusal(self) -> OverloadedError | None:
+        """Why whoever comes now is refused unread. See ``Admission.refusal``."""
+        return self._admission.refusal()
 
     def expect(self, prompts: Sequence[common_pb2.Prompt], *, samples: int, new_tokens: int, longest: int) -> list[int]:
         """Tokens of each prompt: counted where it is tokens, else by its bytes and the measured tokens of a byte.

@@ -54,7 +54,10 @@ class PolicySettings(AdminSettings):
     kv_cache_gib: PositiveInt = Field(2, description="memory for keys and values on a CPU, whole GiB")
     gpu_memory_share: UnitFloat = Field(0.9, description="share of the GPU's memory that vLLM may take")
     tensor_parallel: PositiveInt = Field(1, description="GPUs that one replica is spread over")
-    compile: bool = Field(False, description="compile the model (vLLM): slower to start, faster to run")
+    compile: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="compile the model and record CUDA graphs (vLLM): slower to start, faster to run. auto: on a GPU",
+    )
     threads: NonNegativeInt = Field(0, description="processor threads on a CPU; 0: all cores")
     staging_dir: Path | None = Field(
         None, description="where incoming weights are staged; default /dev/shm where it can be written, else temporary"

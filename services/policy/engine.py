@@ -48,7 +48,8 @@ class Sampling:
 class GenerationTask:
     """One completion to sample. The same seed gives the same draws, whatever else is in flight.
 
-    ``adapter``: number of the loaded adapter to sample with, 0 for the base model alone.
+    ``adapter``: number of the loaded adapter to sample with, 0 for the base model alone. ``trace``: headers that name
+    the place in a trace where it belongs.
     """
 
     prompt_ids: list[int]
@@ -56,6 +57,7 @@ class GenerationTask:
     seed: int
     request_id: str
     adapter: int = 0
+    trace: Mapping[str, str] | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,6 +107,10 @@ class GenerationFailedError(Exception):
     """One completion failed; the engine goes on, and the same task may succeed later."""
 
 
+class GenerationRefusedError(Exception):
+    """The engine takes no such task, now or later; the message says why."""
+
+
 class AdapterRefusedError(Exception):
     """The engine does not take this adapter; the message says why. Nothing of it stays loaded."""
 
@@ -115,6 +121,7 @@ class Engine(Protocol):
     name: str
     vocab_size: int
     max_sequence_tokens: int
+    max_temperature: float
     dtype: str
     adapter_modules: Mapping[str, tuple[int, int]]
     """(in, out) features of the linear layers that an adapter may change; empty while LoRA is off."""
@@ -132,6 +139,7 @@ class Engine(Protocol):
 
         Raises:
             GenerationFailedError: this one failed.
+            GenerationRefusedError: no such task is taken.
             EngineFailedError: the engine died.
         """
         ...
@@ -143,6 +151,7 @@ class Engine(Protocol):
 
         Raises:
             GenerationFailedError: this one failed.
+            GenerationRefusedError: no such task is taken.
             EngineFailedError: the engine died.
         """
         ...

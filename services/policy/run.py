@@ -28,6 +28,7 @@ from services.policy.engine import (
     Finish,
     Generated,
     GenerationFailedError,
+    GenerationRefusedError,
     GenerationTask,
     Sampling,
     cut_spans,
@@ -323,6 +324,8 @@ class GenerationRun:
                 generated, stop, text = await self.hosted.engine.generate(work), "", None
         except GenerationFailedError as error:
             reply.status.CopyFrom(serving.failed(str(error), retryable=True))
+        except GenerationRefusedError as error:
+            reply.status.CopyFrom(serving.invalid(str(error)))
         else:
             if text is None and request.return_text:
                 text = decode(self.hosted.tokenizer, generated.token_ids)

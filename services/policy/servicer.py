@@ -18,7 +18,7 @@ from services.policy.hosted import HostedPolicy
 from services.policy.kept_requests import KeepLimits, KeptRequests, RequestName
 from services.policy.run import GenerationRun
 from services.runtime import calls
-from services.runtime.errors import UnavailableError
+from services.runtime.errors import OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
 
@@ -96,6 +96,10 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                         version = reply.served_by.weights_version
                         calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
                     yield reply
+
+    def refusal(self, method: str) -> OverloadedError | None:
+        """Why a call is refused before its request is read."""
+        return self.budget.refusal() if method.endswith("/Generate") else None
 
     def _run_of(self, hosted: HostedPolicy, request: policy_pb2.GenerateRequest, n: int, context: Any) -> GenerationRun:
         """The work of an earlier call with this request id of the same caller, or new work."""

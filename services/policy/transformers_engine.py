@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import shutil
 import sys
 import threading
@@ -113,6 +114,7 @@ class TransformersEngine:
         self.dtype = self.hosting.dtype_name
         self.vocab_size = 0
         self.max_sequence_tokens = 0
+        self.max_temperature = math.inf
         self.version = 0
         # Alone in its batch a row is never padded, so its sums do not depend on companions.
         self._slots = 1 if settings.deterministic else settings.max_concurrent

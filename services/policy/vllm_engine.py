@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quartet import tracing
 from services.policy.adapter_config import AdapterConfig
 from services.policy.config import PolicySettings
 from services.policy.engine import (
@@ -18,6 +19,7 @@ from services.policy.engine import (
     Finish,
     Generated,
     GenerationFailedError,
+    GenerationRefusedError,
     GenerationTask,
     InFlight,
     Piece,
@@ -38,6 +40,8 @@ _PAUSE_MODES = {InFlight.KEEP: "keep", InFlight.FINISH: "wait", InFlight.ABORT: 
 _FINISHES = {"stop": Finish.STOP, "length": Finish.LENGTH, "abort": Finish.ABORTED}
 # On a processor, where a step takes some and more.
 _WAIT_MS = "2"
+# Larger ones vLLM refuses.
+_MAX_TEMPERATURE = 2.0
 # An engine process that is this slow to answer a control call is taken for dead.
 _CONTROL_DEADLINE_S = 600.0
 
@@ -53,6 +57,7 @@ class VllmEngine:
         self.version = 0
         self.vocab_size = 0
         self.max_sequence_tokens = 0
+        self.max_temperature = _MAX_TEMPERATURE
         self.dtype = ""
         self.adapter_modules: Mapping[str, tuple[int, int]] = {}
         self._adapters = VllmAdapters()
@@ -93,6 +98,9 @@ class VllmEngine:
             options |= {"max_num_seqs": 1, "enable_prefix_caching": False, "async_scheduling": False}
         else:
             options |= {"max_num_seqs": settings.max_concurrent}
+        if (endpoint := _trace_endpoint(settings)) is not None:
+            options |= {"otlp_traces_endpoint": endpoint}
+            os.environ.setdefault("OTEL_SERVICE_NAME", "vllm")
         if settings.max_adapters:
             self.adapter_modules = linear_modules_of(self.folder, trust_remote_code=settings.trust_remote_code)
             options |= lora_options(settings, on_cpu)
@@ -106,10 +114,10 @@ class VllmEngine:
             generation_config="vllm",  # Sampling is what the request says, never a file's defaults.
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            enforce_eager=not settings.compile,
+            enforce_eager=settings.compile == "off" or (settings.compile == "auto" and on_cpu),
             gpu_memory_utilization=settings.gpu_memory_share,
             tensor_parallel_size=settings.tensor_parallel,
-            disable_log_stats=True,
+            disable_log_stats="otlp_traces_endpoint" not in options,  # A trace tells how long its request waited.
             **options,
         )
         _check_heads(arguments, on_cpu)
@@ -166,6 +174,7 @@ class VllmEngine:
     async def _outputs(self, task: GenerationTask, *, by_token: bool) -> AsyncGenerator[RequestOutput, None]:
         """What vLLM says of the request: once at its end, or its new tokens each time."""
         self._require_alive()
+        from vllm.exceptions import VLLMClientError
         from vllm.v1.engine.exceptions import EngineDeadError, EngineGenerateError
 
         try:
@@ -175,6 +184,7 @@ class VllmEngine:
                     _sampling_params(task, by_token=by_token),
                     task.request_id,
                     lora_request=lora,
+                    trace_headers=task.trace,
                 )
                 # Closed at once, which takes the request out of the engine, and not when the collector gets to it.
                 async with contextlib.aclosing(stream):
@@ -185,6 +195,8 @@ class VllmEngine:
             raise EngineFailedError(self._failure) from error
         except EngineGenerateError as error:
             raise GenerationFailedError(f"the engine failed on this request: {error.__cause__ or error}") from error
+        except (VLLMClientError, ValueError) as error:
+            raise GenerationRefusedError(f"the engine takes no such request: {error}") from error
 
     def _span_starts(self, output: RequestOutput) -> list[tuple[str, int]]:
         """(version, first token) so far of a request that runs on; vLLM tells the public its spans only at the end."""
@@ -313,7 +325,7 @@ def _set_environment(settings: PolicySettings) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if not settings.compile:
+    if settings.compile == "off" or (settings.compile == "auto" and _is_cpu_build()):
         # vLLM compiles a function or two even in eager mode, and would need a C++ compiler for it.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
@@ -340,6 +352,22 @@ def _engine_name() -> str:
         with contextlib.suppress(metadata.PackageNotFoundError):
             return f"{distribution} {metadata.version(distribution)}"
     raise StartError("vLLM is not installed; install the extra quartet[policy], or choose --engine transformers")
+
+
+def _trace_endpoint(settings: PolicySettings) -> str | None:
+    """Where vLLM sends its own spans: where we do, if it can speak to it. It knows no TLS there."""
+    from vllm.tracing import is_otel_available
+
+    if not tracing.active() or not is_otel_available():
+        return None
+    variables = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT")
+    endpoint = settings.otlp_endpoint or next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    return endpoint if endpoint.startswith("http://") else None
+
+
+def _is_cpu_build() -> bool:
+    """By its name, for vLLM itself must not be imported yet."""
+    return _engine_name().startswith("vllm-cpu ")
 
 
 def _sampling_params(task: GenerationTask, *, by_token: bool) -> SamplingParams:

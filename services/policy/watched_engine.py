@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import time
 from collections.abc import AsyncGenerator, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -73,13 +73,13 @@ class WatchedEngine:
         return getattr(self._engine, name)
 
     async def generate(self, task: GenerationTask) -> Generated:
-        with self._watch(task) as seen:
+        with self._watch(task) as (seen, task):
             generated = await self._engine.generate(task)
             seen.tokens, seen.finish = len(generated.token_ids), str(generated.finish)
             return generated
 
     async def stream(self, task: GenerationTask) -> AsyncGenerator[Piece, None]:
-        with self._watch(task) as seen:
+        with self._watch(task) as (seen, task):
             async with contextlib.aclosing(self._engine.stream(task)) as pieces:
                 async for piece in pieces:
                     if not seen.tokens and piece.token_ids:
@@ -109,14 +109,17 @@ class WatchedEngine:
         )
 
     @contextlib.contextmanager
-    def _watch(self, task: GenerationTask) -> Iterator[_Watched]:
-        """Counts and traces a completion as long as it is in the engine; measures it when it was finished."""
+    def _watch(self, task: GenerationTask) -> Iterator[tuple[_Watched, GenerationTask]]:
+        """Counts and traces a completion as long as it is in the engine; measures it when it was finished.
+
+        Gives the task with its place in the trace, where the engine's own spans belong.
+        """
         seen = _Watched(len(task.prompt_ids), time.monotonic())
         self._inside[seen] = None
         try:
             with tracing.span("generate") as span:
                 try:
-                    yield seen
+                    yield seen, task if span is tracing.NO_SPAN else replace(task, trace=dict(span.metadata))
                 finally:
                     if span is not tracing.NO_SPAN:
                         span.set(self._attributes(task, seen))

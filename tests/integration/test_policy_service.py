@@ -307,6 +307,19 @@ async def test_bad_prompts_are_refused_alone_and_bad_requests_whole(service, fin
                 "temperature is nan",
                 "sampling.temperature",
             ),
+            *(
+                [
+                    (
+                        PROMPTS,
+                        Sampling(max_new_tokens=5, temperature=2.1),
+                        {},
+                        r"temperature is 2\.1.*, must be at most 2, as the engine has it",
+                        "sampling.temperature",
+                    )
+                ]
+                if service.engine == "vllm"
+                else []
+            ),
             (
                 PROMPTS,
                 Sampling(max_new_tokens=5, top_p=0.0),
@@ -392,6 +405,7 @@ async def test_a_dead_engine_ends_the_service_and_a_killed_service_leaves_no_eng
                 PROMPTS * 50,
                 Sampling(max_new_tokens=120, min_new_tokens=120),
                 tokenizer_fingerprint=fingerprint,
+                patience_s=0.0,
             )
         )
         await asyncio.sleep(0.3)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -83,6 +84,22 @@ async def test_spans_of_client_service_engine_wait_and_batch_join_at_the_collect
         assert service.stop() == 0
     info = [span for service, span in servicer.spans()[before:] if service == "quartet-reward"]
     assert len(info) == 5
+
+
+@pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
+async def test_vllms_own_spans_join_those_of_the_service(collector, start_service, make_policy):
+    servicer, endpoint = collector
+    policy = start_service("policy", make_policy(), "--engine", "vllm", "--otlp-endpoint", endpoint, timeout_s=240)
+    with tracing.phase("rollout"):
+        async with PolicyClient(policy.address) as client:
+            sampling = Sampling(max_new_tokens=5, min_new_tokens=5, seed=1)
+            assert len([x async for x in client.generate([TEXT], sampling)]) == 1
+    assert policy.stop() == 0
+    found = servicer.wait_for(("quartet-policy", "generate"), ("vllm", "llm_request"))
+    assert inside(found["vllm", "llm_request"], found["quartet-policy", "generate"])
+    attributes = {x.key: x.value for x in found["vllm", "llm_request"].attributes}
+    assert attributes["gen_ai.usage.completion_tokens"].int_value == 5
+    assert attributes["gen_ai.latency.time_in_queue"].double_value >= 0
 
 
 async def test_a_collector_that_is_away_costs_a_service_nothing_but_a_line_in_its_log(start_service, make_reward_model):

@@ -67,6 +67,7 @@ class ScriptedEngine:
     name: str = "scripted"
     vocab_size: int = 300
     max_sequence_tokens: int = 128
+    max_temperature: float = 2.0
     dtype: str = "float32"
     answer: Callable[[GenerationTask], Awaitable[Generated]] = at_once
     gate: asyncio.Event = field(default_factory=asyncio.Event)

@@ -15,7 +15,14 @@ import pytest
 
 from quartet.common.v1 import common_pb2
 from quartet.policy.v1 import policy_pb2
-from services.policy.engine import EngineFailedError, Finish, GenerationFailedError, GenerationTask, Piece
+from services.policy.engine import (
+    EngineFailedError,
+    Finish,
+    GenerationFailedError,
+    GenerationRefusedError,
+    GenerationTask,
+    Piece,
+)
 from services.policy.text_stream import decode
 from tests.unit.services.policy.scripted_engine import until
 from tests.unit.services.policy.served import MOST, House, params
@@ -134,15 +141,18 @@ async def test_refused_prompts_and_failures_have_no_deltas_and_take_back_what_wa
         await asyncio.sleep(0.05)
         if task.prompt_ids == [6]:
             raise GenerationFailedError("out of luck")
+        if task.prompt_ids == [4]:
+            raise GenerationRefusedError("no such request is taken")
         yield piece([10], Finish.LENGTH, logprob=math.nan if task.prompt_ids == [7] else -1.0)
 
     house.engine.pieces = give
-    replies = await house.generate([[5], [6], [7], []], stream_tokens=True)
-    by_prompt = {p: [r for r in replies if r.prompt_index == p] for p in range(4)}
+    replies = await house.generate([[5], [6], [7], [], [4]], stream_tokens=True)
+    by_prompt = {p: [r for r in replies if r.prompt_index == p] for p in range(5)}
     assert assert_joined(by_prompt[0]).token_ids == [8, 9, 10]
-    assert [told(by_prompt[p])[0] for p in (1, 2, 3)] == [[8, 9], [8, 9], []]
-    reasons = [by_prompt[p][-1].status for p in (1, 2, 3)]
-    assert [status.code for status in reasons] == [3, 2, 2]
+    assert [told(by_prompt[p])[0] for p in (1, 2, 3, 4)] == [[8, 9], [8, 9], [], [8, 9]]
+    reasons = [by_prompt[p][-1].status for p in (1, 2, 3, 4)]
+    assert [status.code for status in reasons] == [3, 2, 2, 2]
+    assert reasons[3].reason == "no such request is taken"
     assert reasons[0].reason == "out of luck"
     assert "not a finite number" in reasons[1].reason
 
