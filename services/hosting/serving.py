@@ -7,7 +7,7 @@ import contextlib
 import math
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -15,7 +15,8 @@ import jinja2
 from pydantic import Field
 
 from quartet.common.v1 import common_pb2
-from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveInt
+from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from services.runtime import calls
 from services.runtime.batcher import BatchLimits
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import FailedPreconditionError, InvalidArgumentError
@@ -49,6 +50,11 @@ class ForwardSettings(ServiceSettings):
     max_held_mib: PositiveInt = Field(
         256, description="most MiB of requests in hand; a request that would exceed it is refused before any work"
     )
+    max_queue_s: PositiveFloat = Field(
+        120.0,
+        description="most seconds of work that may wait, by the speed measured so far; a request that would exceed it "
+        "is refused whole and told when to come back. Online: what a caller may wait",
+    )
     max_request_items: PositiveInt = Field(
         MAX_REQUEST_ITEMS, description="most items of a request; a longer one is refused before any work"
     )
@@ -71,6 +77,7 @@ class ForwardSettings(ServiceSettings):
             max_batch_items=1 if self.deterministic else self.max_batch_items,
             max_queued_tokens=self.max_queued_tokens,
             max_held_bytes=self.max_held_mib * 2**20,
+            max_queue_s=self.max_queue_s,
             max_wait_s=self.max_wait_s,
         )
 
@@ -198,10 +205,11 @@ class WorkClock:
         return common_pb2.WorkInterval(start_unix_ns=self.start_unix_ns, end_unix_ns=time.time_ns())
 
 
-def caller(context: Any) -> str:
-    """Whose turns a call takes: one connection is one caller."""
+def caller(context: Any) -> Hashable:
+    """Whose turns a call takes, and whose share of the queue: who shows a certificate or token, else a connection."""
+    identity = calls.identity_of(context)
     peer: str = context.peer()
-    return peer
+    return identity if any(identity) else peer
 
 
 def time_remaining_s(context: Any) -> float | None:

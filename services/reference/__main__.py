@@ -36,6 +36,7 @@ async def serve(settings: ReferenceSettings) -> int:
         port=settings.port,
         services=(SERVICE,),
         add=lambda server: reference_pb2_grpc.add_ReferenceServiceServicer_to_server(servicer, server),
+        refusal=servicer.refusal,
     )
 
     def load(on_death: Callable[[str], None]) -> HostedReference:

@@ -14,7 +14,7 @@ from services.reference.logprobs import ReferenceItem, ReferenceModel, Reference
 from services.runtime import calls
 from services.runtime.admission import Hold
 from services.runtime.batcher import Batcher, ItemError
-from services.runtime.errors import InvalidArgumentError, UnavailableError
+from services.runtime.errors import InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
 
@@ -40,6 +40,10 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
         if self.hosted is None:
             raise UnavailableError("the reference model is still loading; try again later")
         return self.hosted
+
+    def refusal(self, method: str) -> OverloadedError | None:
+        """Why a call is refused before its request is read."""
+        return self.hosted.batcher.admission.refusal() if self.hosted and method.endswith("/LogProbs") else None
 
     async def GetModelInfo(
         self, request: reference_pb2.GetModelInfoRequest, context: Any

@@ -41,6 +41,7 @@ async def serve(settings: RewardSettings) -> int:
         port=settings.port,
         services=(SERVICE,),
         add=lambda server: reward_pb2_grpc.add_RewardServiceServicer_to_server(servicer, server),
+        refusal=servicer.refusal,
     )
     admin_listener = Listener(
         name="model swaps (--admin-port)",

@@ -18,7 +18,7 @@ from services.reward.score_watch import ScoreWatch
 from services.runtime import calls
 from services.runtime.admission import Hold
 from services.runtime.batcher import ItemError
-from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, UnavailableError
+from services.runtime.errors import FailedPreconditionError, InvalidArgumentError, OverloadedError, UnavailableError
 from services.runtime.telemetry import ServiceMetrics
 
 # Of float32.
@@ -63,6 +63,12 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
         if self.hosted is None:
             raise UnavailableError("the reward model is still loading; try again later")
         return self.hosted
+
+    def refusal(self, method: str) -> OverloadedError | None:
+        """Why a call is refused before its request is read."""
+        return (
+            self.hosted.batcher.admission.refusal() if self.hosted and method.endswith(("/Score", "/Compare")) else None
+        )
 
     async def GetModelInfo(
         self, request: reward_pb2.GetModelInfoRequest, context: Any

@@ -19,6 +19,13 @@ from services.runtime.telemetry import ServiceMetrics
 # Seconds of the model's work, and bytes of requests, after which a measurement counts half.
 _RATE_HALF_LIFE_S = 10.0
 _RATIO_HALF_LIFE_BYTES = 1e6
+# A caller who has something waiting may hold so many times what it leaves free: alone 8/9 of the queue, so that the
+# rest is there for others. The rule of shared buffers in switches: Choudhury & Hahne 1998, "Dynamic Queue Length
+# Thresholds for Shared-Memory Packet Switches".
+_SHARE = 8
+# Whoever wants no more than this part of the queue is waited for before the door opens again: a larger request is not
+# worth an emptier queue.
+_WAITED_FOR = 1 / 8
 # Asked for while nothing has been measured yet, and the least and most that is ever asked for.
 _UNMEASURED_MS, _LEAST_MS, _MOST_MS = 1000, 10, 60_000
 
@@ -53,7 +60,14 @@ class Hold:
 class Admission:
     """Counts what is in hand, refuses what would exceed it, and says when to come back. Safe for threads."""
 
-    def __init__(self, *, max_queued_tokens: int, max_held_bytes: int, metrics: ServiceMetrics) -> None:
+    def __init__(
+        self, *, max_queued_tokens: int, max_held_bytes: int, metrics: ServiceMetrics, max_queue_s: float = math.inf
+    ) -> None:
+        """``max_queue_s``: longest that the model may have to work on what waits, by the rate measured so far.
+
+        A request that finds nothing before it is taken whatever it needs itself.
+        """
+        self._max_queue_s = max_queue_s
         self._max_tokens = max_queued_tokens
         self._max_bytes = max_held_bytes
         self._metrics = metrics
@@ -61,6 +75,7 @@ class Admission:
         self._expected_tokens = 0
         self._rate = MovingRatio(_RATE_HALF_LIFE_S)
         self._tokens_per_byte = MovingRatio(_RATIO_HALF_LIFE_BYTES)
+        self._wanted_tokens = 0  # By the last one refused for want of room, until there is as much.
         self.queued_tokens = 0
         self.held_bytes = 0
         self.holds = 0
@@ -90,11 +105,13 @@ class Admission:
             expected = min(math.ceil(size_bytes * self._tokens_per_byte.value), self._max_tokens)
             ahead = self.queued_tokens + self._expected_tokens
             if ahead + expected > self._max_tokens:
+                self._shut(expected)
                 raise self.overloaded(
                     "queue_tokens",
                     f"{ahead} tokens are waiting or being read, about {expected} more would exceed "
                     f"{self._max_tokens}; try again later",
                 )
+            self._refuse_long_wait(ahead, expected)
             hold = Hold(size_bytes, expected)
             self.held_bytes += size_bytes
             self.holds += 1
@@ -107,8 +124,10 @@ class Admission:
                 self.holds -= 1
                 self._expected_tokens -= hold.expected_tokens
 
-    def enqueue(self, tokens: int, hold: Hold | None = None) -> None:
+    def enqueue(self, tokens: int, hold: Hold | None = None, *, own_tokens: int = 0) -> None:
         """Counts ``tokens`` as waiting, in place of what was expected of ``hold``, or refuses them whole.
+
+        ``own_tokens``: what the same caller has waiting already.
 
         Raises:
             InvalidArgumentError: they are more than may ever wait.
@@ -126,12 +145,50 @@ class Admission:
                     "(max_queued_tokens); split it"
                 )
             if self.queued_tokens + tokens > self._max_tokens:
+                self._shut(tokens)
                 raise self.overloaded(
                     "queue_tokens",
                     f"{self.queued_tokens} tokens are waiting, {tokens} more would exceed {self._max_tokens}; "
                     "try again later",
                 )
+            free = self._max_tokens - self.queued_tokens - tokens
+            if own_tokens and own_tokens + tokens > _SHARE * free:
+                raise self.overloaded(
+                    "caller_tokens",
+                    f"{own_tokens} tokens of this caller are waiting, {tokens} more would leave only {free} of "
+                    f"{self._max_tokens} to others; try again later",
+                )
+            self._refuse_long_wait(self.queued_tokens, tokens)
             self.queued_tokens += tokens
+
+    def refusal(self) -> OverloadedError | None:
+        """Why whoever comes now is refused unread: since the last one was for want of room, as much has not come free.
+
+        So refusing costs next to nothing where it is done most. It may meet one that is smaller than that, and would
+        have found room: it is told when to come back, as all are.
+        """
+        with self._lock:
+            if not self._wanted_tokens:
+                return None
+            ahead = self.queued_tokens + self._expected_tokens
+            if ahead + self._wanted_tokens <= self._max_tokens:
+                self._wanted_tokens = 0
+                return None
+            return self.overloaded(
+                "queue_tokens",
+                f"{ahead} tokens are waiting or being read of at most {self._max_tokens}; try again later",
+            )
+
+    def _shut(self, tokens: int) -> None:
+        self._wanted_tokens = max(1, min(tokens, int(_WAITED_FOR * self._max_tokens)))
+
+    def _refuse_long_wait(self, ahead: int, tokens: int) -> None:
+        if ahead and self.tokens_per_s > 0 and (wait_s := (ahead + tokens) / self.tokens_per_s) > self._max_queue_s:
+            raise self.overloaded(
+                "queue_seconds",
+                f"{ahead} tokens are waiting; with {tokens} more the model would need {wait_s:.0f} s for them, at most "
+                f"{self._max_queue_s:g} s may wait (max_queue_s); try again later",
+            )
 
     def leave(self, tokens: int) -> None:
         """Counts ``tokens`` as waiting no more: they go to the model, or nobody wants them."""

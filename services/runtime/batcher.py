@@ -11,6 +11,7 @@ for the loop beyond that: what a batch has finished goes to the loop in one call
 from __future__ import annotations
 
 import asyncio
+import math
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterable, Sequence
@@ -52,14 +53,15 @@ class ItemError:
 class BatchLimits:
     """Budgets. Tokens count padding (items x longest) in a batch that is ``padded``, and never in the queue.
 
-    ``max_held_bytes``: of all requests from arrival to answer. ``max_wait_s``: age from which the oldest item begins
-    every second batch.
+    ``max_held_bytes``: of all requests from arrival to answer. ``max_queue_s``: most seconds of the model's work that
+    may wait. ``max_wait_s``: age from which the oldest item begins every second batch.
     """
 
     max_batch_tokens: int
     max_batch_items: int
     max_queued_tokens: int
     max_held_bytes: int = 256 * 2**20
+    max_queue_s: float = math.inf
     max_wait_s: float = 2.0
     padded: bool = True
 
@@ -105,7 +107,10 @@ class Batcher(Generic[Item, Result]):
         self._failures = 0  # On end.
         self._metrics = metrics
         self.admission = Admission(
-            max_queued_tokens=limits.max_queued_tokens, max_held_bytes=limits.max_held_bytes, metrics=metrics
+            max_queued_tokens=limits.max_queued_tokens,
+            max_held_bytes=limits.max_held_bytes,
+            max_queue_s=limits.max_queue_s,
+            metrics=metrics,
         )
         self._line: WaitingLine[_Request[Item, Result]] = WaitingLine(
             max_batch_tokens=limits.max_batch_tokens,
@@ -156,7 +161,9 @@ class Batcher(Generic[Item, Result]):
             raise DeadlineExceededError("the deadline had passed before the request could wait")
         total = sum(tokens)
         now_s = time.monotonic()
-        self.admission.enqueue(total, hold)  # Before anything is made for each item: refusing is cheap.
+        with self._changed:
+            own = 0 if caller is None else self._line.tokens_of(caller)
+        self.admission.enqueue(total, hold, own_tokens=own)  # Before anything is made for each item: refusing is cheap.
         loop = asyncio.get_running_loop()
         request: _Request[Item, Result] = _Request(
             loop,

@@ -38,6 +38,8 @@ _HEALTH_SLOW = 2
 _HEALTH_CALLS_PER_CONNECTION = 64
 
 Message = TypeVar("Message")
+Refusal = Callable[[str], ServiceError | None]
+"""Why a call of a method is refused before its request is read; None: it is not."""
 
 
 class _Arrival:
@@ -110,9 +112,16 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """
 
     def __init__(
-        self, *, tokens: TokenCheck | None, max_calls: int, max_slow_requests: int, request_timeout_s: float
+        self,
+        *,
+        tokens: TokenCheck | None,
+        max_calls: int,
+        max_slow_requests: int,
+        request_timeout_s: float,
+        refusal: Refusal | None = None,
     ) -> None:
         self.tokens = tokens
+        self.refusal = refusal
         self.max_calls = max_calls
         self.arrivals = Arrivals(max_slow=max_slow_requests, timeout_s=request_timeout_s)
         self.calls = 0
@@ -141,6 +150,8 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     refused_as="calls",
                 )
             )
+        if self.refusal is not None and (error := self.refusal(method)) is not None:
+            return _refusing(error)
         return self._admit(handler)
 
     def _admit(self, handler: Any) -> Any:

@@ -27,7 +27,7 @@ from quartet import tracing
 from quartet.model_folder import ModelFolderError
 from services.runtime.config import ServiceSettings
 from services.runtime.errors import StartError
-from services.runtime.gate import Gate
+from services.runtime.gate import Gate, Refusal
 from services.runtime.health import NOT_SERVING, SERVING, Health
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.logs import configure_logging
@@ -50,7 +50,7 @@ class Listener:
     """One gRPC listener: where it binds, what it serves, and to whom.
 
     ``add`` registers the servicers; ``services`` are their full names, for health and reflection; ``security`` is
-    that of the settings where it is None.
+    that of the settings where it is None; ``refusal`` says of a method why its calls are refused unread, if they are.
     """
 
     name: str
@@ -58,6 +58,7 @@ class Listener:
     services: tuple[str, ...]
     add: Callable[[grpc.aio.Server], None]
     security: ListenerSecurity | None = None
+    refusal: Refusal | None = None
     server: grpc.aio.Server | None = field(default=None, init=False)
 
 
@@ -124,6 +125,7 @@ class ServiceRuntime:
                 max_calls=self.settings.max_calls,
                 max_slow_requests=self.settings.max_slow_requests,
                 request_timeout_s=self.settings.request_timeout_s,
+                refusal=listener.refusal,
             )
             server = grpc.aio.server(
                 interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings, listener)

@@ -117,13 +117,17 @@ class Call(Generic[Payload]):
 
 
 class _Caller(Generic[Payload]):
-    """Whose calls share turns. ``credit``: what it may have before the next one's turn, in batches."""
+    """Whose calls share turns.
 
-    __slots__ = ("calls", "credit", "key")
+    ``credit``: what it may have before the next one's turn, in batches. ``tokens``: what it has waiting.
+    """
+
+    __slots__ = ("calls", "credit", "key", "tokens")
 
     def __init__(self, key: Hashable, credit: float) -> None:
         self.key = key
         self.credit = credit
+        self.tokens = 0
         self.calls: OrderedDict[Call[Payload], None] = OrderedDict()
 
 
@@ -168,6 +172,7 @@ class WaitingLine(Generic[Payload]):
             else:
                 self._end_turn(caller)
         caller.calls[call] = None
+        caller.tokens += call.waiting_tokens
         for entry in call.entries:
             bucket = self._buckets.get(entry.tokens)
             if bucket is None:
@@ -222,6 +227,11 @@ class WaitingLine(Generic[Payload]):
             self._callers[call.caller].calls.move_to_end(call)
         self._charge(batch)
         return batch
+
+    def tokens_of(self, caller: Hashable) -> int:
+        """What a caller has waiting."""
+        known = self._callers.get(caller)
+        return known.tokens if known is not None else 0
 
     def _in_turn(self) -> Iterator[Call[Payload]]:
         """Calls of those whose turn it is, then of those who are next. May be taken from meanwhile, but nothing added.
@@ -400,9 +410,10 @@ class WaitingLine(Generic[Payload]):
         call = entry.call
         call.waiting -= 1
         call.waiting_tokens -= entry.tokens
+        caller = self._callers[call.caller]
+        caller.tokens -= entry.tokens
         if not call.waiting:
             del self._calls[call]
-            caller = self._callers[call.caller]
             del caller.calls[call]
             if not caller.calls:
                 self._leave(caller)

@@ -127,3 +127,40 @@ def test_the_counts_never_pass_their_limits_and_return_to_zero(steps):
                 queued -= tokens
     admission.leave(queued)
     assert (admission.held_bytes, admission.queued_tokens, admission._expected_tokens) == (0, 0, 0)
+
+
+def test_a_caller_leaves_room_for_others_and_whoever_has_nothing_waiting_may_fill_the_queue():
+    admission = make(tokens=900)
+    admission.enqueue(400)
+    admission.enqueue(400, own_tokens=400)  # 800 of its own, 8 times the 100 that it leaves.
+    with pytest.raises(
+        OverloadedError, match="800 tokens of this caller are waiting, 1 more would leave only 99 of 900"
+    ):
+        admission.enqueue(1, own_tokens=800)
+    assert refusals(admission) == {"caller_tokens": 1.0}
+    admission.enqueue(100)  # Another's.
+    assert admission.queued_tokens == 900
+    admission.leave(900)
+    admission.enqueue(900)
+    assert admission.queued_tokens == 900
+
+
+def test_no_more_waits_than_the_model_does_in_the_set_time_by_its_measured_rate():
+    admission = Admission(
+        max_queued_tokens=10_000, max_held_bytes=10_000, metrics=ServiceMetrics("test"), max_queue_s=2.0
+    )
+    admission.enqueue(5000)  # Nothing is measured yet.
+    admission.leave(5000)
+    admission.served(100, 1.0)
+    admission.enqueue(500)  # It finds nothing before it: it would never be taken else.
+    with pytest.raises(
+        OverloadedError, match=r"with 1 more the model would need 5 s for them, at most 2 s may wait"
+    ) as e:
+        admission.enqueue(1)
+    assert e.value.retry_after_ms == 5000
+    with pytest.raises(OverloadedError, match="max_queue_s"), admission.hold(1):
+        pytest.fail("it was let in")
+    admission.leave(400)
+    admission.enqueue(100)
+    assert admission.queued_tokens == 200
+    assert refusals(admission) == {"queue_seconds": 2.0}

@@ -119,6 +119,9 @@ class AnyMix(RuleBasedStateMachine):
         assert self.line.tokens == sum(entry.tokens for entry in self.waiting)
         assert len(self.line) == len({entry.call for entry in self.waiting})
         assert self.line.oldest_s() == min((entry.call.arrived_s for entry in self.waiting), default=None)
+        for caller in ("a", "b"):
+            own = sum(entry.tokens for entry in self.waiting if entry.call.caller == caller)
+            assert self.line.tokens_of(caller) == own
 
     def teardown(self):
         while self.waiting:
