@@ -92,10 +92,12 @@ def test_every_make_target_exists():
 
 
 def test_the_rows_shown_are_read_as_what_they_are_shown_for(tmp_path):
-    rows = re.findall(r"^\| (SFT|reward model|PPO) \| `(\{.*?\})`(?:,| \|)", section("On your own data"), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (SFT|reward model, DPO|PPO) \| `(\{.*?\})`(?:,| \|)", section("On your own data"), re.MULTILINE
+    )
     assert [kind for kind, _ in rows].count("SFT") == 4
     assert len(rows) == 8
-    loaders = {"SFT": load_demonstrations, "reward model": load_preferences, "PPO": load_prompts}
+    loaders = {"SFT": load_demonstrations, "reward model, DPO": load_preferences, "PPO": load_prompts}
     read = []
     for number, (kind, row) in enumerate(rows):
         file = tmp_path / f"{number}.jsonl"

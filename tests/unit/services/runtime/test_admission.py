@@ -164,3 +164,32 @@ def test_no_more_waits_than_the_model_does_in_the_set_time_by_its_measured_rate(
     admission.enqueue(100)
     assert admission.queued_tokens == 200
     assert refusals(admission) == {"queue_seconds": 2.0}
+
+
+def test_while_there_is_no_room_whoever_comes_is_refused_unread_until_there_is_as_much_as_was_wanted():
+    admission = make(tokens=1000)
+    assert admission.refusal() is None
+    admission.served(100, 1.0)
+    admission.enqueue(950)
+    assert admission.refusal() is None  # Nobody was refused: who is small may fit.
+    with pytest.raises(OverloadedError):
+        admission.enqueue(100)
+    shut = admission.refusal()
+    assert shut is not None
+    assert (str(shut), shut.retry_after_ms) == (
+        "950 tokens are waiting or being read of at most 1000; try again later",
+        9500,
+    )
+    admission.leave(40)
+    assert admission.refusal() is not None  # 90 are free, 100 were wanted.
+    admission.leave(10)
+    assert admission.refusal() is None
+    admission.enqueue(100)
+    # A large one is not waited for: an eighth of the queue opens the door.
+    with pytest.raises(OverloadedError):
+        admission.enqueue(900)
+    admission.leave(124)
+    assert admission.refusal() is not None
+    admission.leave(1)
+    assert admission.refusal() is None
+    assert refusals(admission) == {"queue_tokens": 5.0}

@@ -126,6 +126,25 @@ async def test_a_refused_call_is_not_read(open_house, tokens):
     assert refused.value.code() is grpc.StatusCode.UNAUTHENTICATED
 
 
+async def test_what_is_full_refuses_calls_of_its_work_unread_and_answers_all_others(open_house):
+    gate = gate_of()
+    full: list[errors.OverloadedError] = [errors.OverloadedError("no room", retry_after_ms=1500)]
+    gate.refusal = lambda method: full[0] if full and method == SCORE else None
+    house, address = await open_house(gate)
+    async with grpc.aio.insecure_channel(address) as channel:
+        # Bytes that are no message would be refused as such, were they read.
+        with pytest.raises(grpc.aio.AioRpcError) as refused:
+            await channel.unary_unary(SCORE)(b"\xff\xff")
+        assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert pushback_s(refused.value) == 1.5
+        assert house.counted("RESOURCE_EXHAUSTED") == 1
+        await health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest())
+        full.clear()
+        with pytest.raises(grpc.aio.AioRpcError) as read:
+            await channel.unary_unary(SCORE)(b"\xff\xff")
+        assert read.value.code() is grpc.StatusCode.INVALID_ARGUMENT
+
+
 async def test_no_more_calls_are_taken_than_allowed_and_each_makes_room_however_it_ends(open_house):
     gate = gate_of(max_calls=3)
     house, address = await open_house(gate)
