@@ -245,6 +245,11 @@ def _make_room(channel: grpc.Channel, messages: list[bytes]) -> list[bytes]:
     return messages
 
 
+def _open(address: str) -> grpc.Channel:
+    """Takes replies of any size: reflection sends back what it was asked, which may be longer than clients take."""
+    return grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
+
+
 def _caller(channel: grpc.Channel, method: Method) -> Callable[[list[bytes]], grpc.StatusCode]:
     """Sends serialised requests and returns the status."""
     path = f"/{method.path}"
@@ -302,7 +307,7 @@ def method(request, methods) -> Method:
 @pytest.fixture
 def call(live, method) -> Iterator[Callable[[list[bytes]], grpc.StatusCode]]:
     service = live[method.service]
-    with grpc.insecure_channel(service.admin_address if method.admin else service.address) as channel:
+    with _open(service.admin_address if method.admin else service.address) as channel:
         yield _caller(channel, method)
 
 
@@ -353,7 +358,7 @@ def test_whatever_sampling_is_asked_of_vllm_gets_a_clear_status_and_it_serves_on
                 request.sampling.MergeFrom(part)
         return [request.SerializeToString()]
 
-    with grpc.insecure_channel(service.address) as channel:
+    with _open(service.address) as channel:
         call = _caller(channel, method)
 
         @settings(
@@ -377,7 +382,7 @@ def test_whatever_sampling_is_asked_of_vllm_gets_a_clear_status_and_it_serves_on
 def test_after_all_of_it_every_service_does_its_work(live, methods):
     for method in methods:
         if method.path.endswith(("/Score", "/LogProbs", "/Generate")):
-            with grpc.insecure_channel(live[method.service].address) as channel:
+            with _open(live[method.service].address) as channel:
                 assert _caller(channel, method)([method.valid[0].SerializeToString()]) is grpc.StatusCode.OK
     for service in live.values():
         assert '"level": "error"' not in service.log.read_text()

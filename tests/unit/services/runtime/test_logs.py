@@ -83,7 +83,7 @@ async def house(tmp_path) -> AsyncIterator[tuple[House, str]]:
     service = House()
     (tmp_path / "tokens").write_text(SECRET)
     gate = Gate(
-        tokens=TokenCheck(tmp_path / "tokens", "--token-file"), max_calls=10, max_slow_requests=8, request_timeout_s=5.0
+        tokens=TokenCheck(tmp_path / "tokens", "--token-file"), max_calls=32, max_slow_requests=8, request_timeout_s=5.0
     )
     server = grpc.aio.server(interceptors=[CallInterceptor(service.metrics), gate])
     reward_pb2_grpc.add_RewardServiceServicer_to_server(service, server)
