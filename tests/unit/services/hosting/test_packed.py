@@ -16,7 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from services.hosting import packed
-from services.hosting.packed import HiddenStates, lay_out
+from services.hosting import row as row_
+from services.hosting.packed import HiddenStates
+from services.hosting.row import lay_out
 from services.runtime.errors import StartError
 
 SMALL: dict[str, Any] = {
@@ -252,7 +254,7 @@ def test_a_model_that_gives_no_hidden_states_is_refused():
 def test_a_row_holds_every_sequence_and_every_piece_sees_what_comes_before_it(rows, share):
     # Few different tokens and a low threshold, so that beginnings are shared all the time.
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(packed, "_MIN_SHARED", 2)
+        patch.setattr(row_, "MIN_SHARED", 2)
         row = lay_out(rows, share=share)
     for sequence, place in zip(rows, row.places, strict=True):
         assert row.ids_N[place].tolist() == sequence
