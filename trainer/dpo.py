@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -104,23 +104,20 @@ def main(settings: DpoSettings) -> None:
     sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
 
 
-@contextlib.contextmanager
-def _reference(settings: DpoSettings, answers: Answers, tokenizer: Any) -> Iterator[Reference]:
+def _reference(settings: DpoSettings, answers: Answers, tokenizer: Any) -> contextlib.AbstractContextManager[Reference]:
     """The service where one is named, else the model as it is now."""
     if settings.reference is None:
-        yield ModelReference(answers, settings.micro_batch_tokens, f"{settings.model}, where training starts")
-        return
-    service = ServiceReference(
-        settings.reference,
-        tokenizer,
-        security=settings.security,
-        ready_timeout_s=settings.ready_timeout_s,
-        call_deadline_s=settings.call_deadline_s,
+        start = f"{settings.model}, where training starts"
+        return contextlib.nullcontext(ModelReference(answers, settings.micro_batch_tokens, start))
+    return contextlib.closing(
+        ServiceReference(
+            settings.reference,
+            tokenizer,
+            security=settings.security,
+            ready_timeout_s=settings.ready_timeout_s,
+            call_deadline_s=settings.call_deadline_s,
+        )
     )
-    try:
-        yield service
-    finally:
-        service.close()
 
 
 def _answers_of(pairs: Sequence[EncodedPreference | Pair]) -> list[EncodedResponse]:

@@ -99,6 +99,8 @@ def kto_loss(
 ) -> Tensor:
     """The mean over answers, judged one by one, of w (1 - sigmoid(+-beta (gain - max(0, kl)))).
 
+    For answers that stand alone, which no stage trains on yet.
+
     Args:
         gain_N: (N,) log pi - log pi_ref of each answer, summed over its tokens.
         desirable_N: (N,) True where the answer was judged good.

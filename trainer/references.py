@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from quartet.client import CallPolicy, ReferenceClient, Security
-from quartet.client.errors import DeadlineError
 from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.answers import Answers
 from trainer.encoding import EncodedResponse
 from trainer.errors import CheckpointError, ServicesError
 from trainer.runs import write_json
+from trainer.service_checks import deadline_explained, require_same_tokenizer
 
 REFERENCE_FILE = "reference.json"
 # Of one call: large enough that the service batches by length, small enough for every service's limits.
@@ -59,7 +59,7 @@ class ModelReference:
 
 
 class ServiceReference:
-    """A reference service. Leaving it as a context closes its connections."""
+    """A reference service; ``close`` ends its connections."""
 
     def __init__(
         self, address: str, tokenizer: Any, *, security: Security, ready_timeout_s: float, call_deadline_s: float
@@ -79,12 +79,7 @@ class ServiceReference:
         try:
             self._loop.run(self._client.wait_ready(ready_timeout_s))
             info = self._loop.run(self._client.get_model_info())
-            if info.served_by.tokenizer_fingerprint != self._fingerprint:
-                raise ServicesError(
-                    f"the reference service hosts {info.served_by.model_id!r}, whose tokenizer is another one than "
-                    "that of --model: token ids would mean something else there; start it with a model of that "
-                    "tokenizer"
-                )
+            require_same_tokenizer("reference", info, self._fingerprint)
         except BaseException:
             self.close()
             raise
@@ -96,7 +91,8 @@ class ServiceReference:
             QuartetError: the service stayed away or refused a call.
             ServicesError: it failed at an answer, or took longer than a call may.
         """
-        return self._loop.run(self._sums(rows))
+        with deadline_explained(self._call_deadline_s):
+            return self._loop.run(self._sums(rows))
 
     def close(self) -> None:
         """Closes the connections."""
@@ -132,17 +128,12 @@ class ServiceReference:
                 for part in parts:
                     group.create_task(ask(part))
         except BaseExceptionGroup as failures:
-            first = failures.exceptions[0]
-            if isinstance(first, DeadlineError):
-                raise ServicesError(
-                    f"{first}: one call took longer than --call-deadline-s, which is {self._call_deadline_s:g}; raise "
-                    "it, or give the service more capacity"
-                ) from failures
-            raise first from failures
+            raise failures.exceptions[0] from failures
         return found
 
 
 async def _connect(address: str, policy: CallPolicy, security: Security) -> ReferenceClient:
+    # Within the loop: a channel belongs to that which it is made in.
     return ReferenceClient(address, policy=policy, security=security)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self, TypeVar
 
@@ -42,6 +42,7 @@ from trainer.data import Prompt
 from trainer.errors import ServicesError
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Publisher, Weights
+from trainer.service_checks import deadline_explained, require_same_tokenizer
 from trainer.service_time import covered_s, within_call
 
 T = TypeVar("T")
@@ -173,11 +174,7 @@ class Services:
         reward, normalisation = await self.reward.get_model_info()
         reference = await self.reference.get_model_info()
         for name, info in (("policy", policy), ("reference", reference)):
-            if info.served_by.tokenizer_fingerprint != self.tokenizer_fingerprint:
-                raise ServicesError(
-                    f"the {name} service hosts {info.served_by.model_id!r}, whose tokenizer is another one than that "
-                    "of --model: token ids would mean something else there; start it with a model of that tokenizer"
-                )
+            require_same_tokenizer(name, info, self.tokenizer_fingerprint)
         self._info = ServiceInfo(policy=policy, reward=reward, reference=reference, normalisation=normalisation)
         return self._info
 
@@ -188,7 +185,7 @@ class Services:
             QuartetError: a replica refused them or stayed away.
             ServicesError: it took longer than a call may.
         """
-        with self._deadline_explained():
+        with deadline_explained(self._call_deadline_s):
             return await self._publisher.publish(weights)
 
     async def collect(
@@ -200,18 +197,8 @@ class Services:
             QuartetError: a service stayed away or refused the request as a whole.
             ServicesError: a service answers with other weights than it should, or took longer than a call may.
         """
-        with self._deadline_explained():
+        with deadline_explained(self._call_deadline_s):
             return await self._collect(tasks, settings, top_p, top_k)
-
-    @contextlib.contextmanager
-    def _deadline_explained(self) -> Iterator[None]:
-        try:
-            yield
-        except DeadlineError as error:
-            raise ServicesError(
-                f"{error}: one call took longer than --call-deadline-s, which is {self._call_deadline_s:g}; raise it, "
-                "or give the service more capacity"
-            ) from error
 
     async def _collect(
         self, tasks: Sequence[PromptTask], settings: SamplingSettings, top_p: float, top_k: int
