@@ -170,20 +170,27 @@ class Admission:
         with self._lock:
             if not self._wanted_tokens:
                 return None
-            ahead = self.queued_tokens + self._expected_tokens
-            if ahead + self._wanted_tokens <= self._max_tokens:
+            ahead, room = self.queued_tokens + self._expected_tokens, self._room
+            if not ahead or ahead + self._wanted_tokens <= room:
                 self._wanted_tokens = 0
                 return None
             return self.overloaded(
-                "queue_tokens",
-                f"{ahead} tokens are waiting or being read of at most {self._max_tokens}; try again later",
+                "queue_tokens" if room == self._max_tokens else "queue_seconds",
+                f"{ahead} tokens are waiting or being read of at most {room}; try again later",
             )
+
+    @property
+    def _room(self) -> int:
+        """Tokens that may wait, by their number and by the time that the model would need for them."""
+        rate = self.tokens_per_s
+        return self._max_tokens if not rate else int(min(self._max_tokens, rate * self._max_queue_s))
 
     def _shut(self, tokens: int) -> None:
         self._wanted_tokens = max(1, min(tokens, int(_WAITED_FOR * self._max_tokens)))
 
     def _refuse_long_wait(self, ahead: int, tokens: int) -> None:
         if ahead and self.tokens_per_s > 0 and (wait_s := (ahead + tokens) / self.tokens_per_s) > self._max_queue_s:
+            self._shut(tokens)
             raise self.overloaded(
                 "queue_seconds",
                 f"{ahead} tokens are waiting; with {tokens} more the model would need {wait_s:.0f} s for them, at most "

@@ -158,12 +158,15 @@ def test_no_more_waits_than_the_model_does_in_the_set_time_by_its_measured_rate(
     ) as e:
         admission.enqueue(1)
     assert e.value.retry_after_ms == 5000
+    shut = admission.refusal()
+    assert str(shut) == "500 tokens are waiting or being read of at most 200; try again later"
     with pytest.raises(OverloadedError, match="max_queue_s"), admission.hold(1):
         pytest.fail("it was let in")
     admission.leave(400)
+    assert admission.refusal() is None
     admission.enqueue(100)
     assert admission.queued_tokens == 200
-    assert refusals(admission) == {"queue_seconds": 2.0}
+    assert refusals(admission) == {"queue_seconds": 3.0}
 
 
 def test_while_there_is_no_room_whoever_comes_is_refused_unread_until_there_is_as_much_as_was_wanted():
