@@ -67,7 +67,8 @@ def test_a_killed_run_resumes_to_the_same_bits_with_the_service_gone_and_back(
     make_policy, preferences, start_service, tmp_path
 ):
     folder = make_policy(seed=6)
-    service = start_service("reference", folder)
+    # Each run asks it anew: without this its answers depend, by their last bits, on who else is in the batch.
+    service = start_service("reference", folder, "--deterministic")
     flags = ("--reference", service.address, "--dropout", "0.1", "--save-every", "3", "--epochs", "6")
     whole = subprocess.run(command(folder, preferences, tmp_path / "whole", *flags), capture_output=True, text=True)
     assert whole.returncode == 0, whole.stderr
@@ -87,7 +88,7 @@ def test_a_killed_run_resumes_to_the_same_bits_with_the_service_gone_and_back(
     assert away.returncode == 2
     assert "reference service" in away.stderr
     assert service.address in away.stderr
-    start_service("reference", folder, like=service)
+    start_service("reference", folder, "--deterministic", like=service)
     resumed = subprocess.run(
         [*command(folder, preferences, output, *flags), "--resume"], capture_output=True, text=True
     )
