@@ -97,7 +97,7 @@ class PolicyServicer(policy_pb2_grpc.PolicyServiceServicer):
                         calls.note(items=1, tokens=len(reply.completion.token_ids), weights_version=version)
                     yield reply
 
-    def refusal(self, method: str) -> OverloadedError | None:
+    def refusal(self, method: str, context: Any) -> OverloadedError | None:
         """Why a call is refused before its request is read."""
         return self.budget.refusal() if method.endswith("/Generate") else None
 

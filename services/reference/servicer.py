@@ -41,9 +41,11 @@ class ReferenceServicer(reference_pb2_grpc.ReferenceServiceServicer):
             raise UnavailableError("the reference model is still loading; try again later")
         return self.hosted
 
-    def refusal(self, method: str) -> OverloadedError | None:
+    def refusal(self, method: str, context: Any) -> OverloadedError | None:
         """Why a call is refused before its request is read."""
-        return self.hosted.batcher.admission.refusal() if self.hosted and method.endswith("/LogProbs") else None
+        if self.hosted is None or not method.endswith("/LogProbs"):
+            return None
+        return self.hosted.batcher.refusal(serving.caller(context))
 
     async def GetModelInfo(
         self, request: reference_pb2.GetModelInfoRequest, context: Any

@@ -64,11 +64,11 @@ class RewardServicer(reward_pb2_grpc.RewardServiceServicer):
             raise UnavailableError("the reward model is still loading; try again later")
         return self.hosted
 
-    def refusal(self, method: str) -> OverloadedError | None:
+    def refusal(self, method: str, context: Any) -> OverloadedError | None:
         """Why a call is refused before its request is read."""
-        return (
-            self.hosted.batcher.admission.refusal() if self.hosted and method.endswith(("/Score", "/Compare")) else None
-        )
+        if self.hosted is None or not method.endswith(("/Score", "/Compare")):
+            return None
+        return self.hosted.batcher.refusal(serving.caller(context))
 
     async def GetModelInfo(
         self, request: reward_pb2.GetModelInfoRequest, context: Any

@@ -75,7 +75,9 @@ class Admission:
         self._expected_tokens = 0
         self._rate = MovingRatio(_RATE_HALF_LIFE_S)
         self._tokens_per_byte = MovingRatio(_RATIO_HALF_LIFE_BYTES)
-        self._wanted_tokens = 0  # By the last one refused for want of room, until there is as much.
+        # By the last one refused for want of room, and of room in its caller's share, until there is as much.
+        self._wanted_tokens = 0
+        self._wanted_of_share = 0
         self.queued_tokens = 0
         self.held_bytes = 0
         self.holds = 0
@@ -105,7 +107,7 @@ class Admission:
             expected = min(math.ceil(size_bytes * self._tokens_per_byte.value), self._max_tokens)
             ahead = self.queued_tokens + self._expected_tokens
             if ahead + expected > self._max_tokens:
-                self._shut(expected)
+                self._wanted_tokens = self._waited_for(expected)
                 raise self.overloaded(
                     "queue_tokens",
                     f"{ahead} tokens are waiting or being read, about {expected} more would exceed "
@@ -145,39 +147,52 @@ class Admission:
                     "(max_queued_tokens); split it"
                 )
             if self.queued_tokens + tokens > self._max_tokens:
-                self._shut(tokens)
+                self._wanted_tokens = self._waited_for(tokens)
                 raise self.overloaded(
                     "queue_tokens",
                     f"{self.queued_tokens} tokens are waiting, {tokens} more would exceed {self._max_tokens}; "
                     "try again later",
                 )
-            free = self._max_tokens - self.queued_tokens - tokens
-            if own_tokens and own_tokens + tokens > _SHARE * free:
-                raise self.overloaded(
-                    "caller_tokens",
-                    f"{own_tokens} tokens of this caller are waiting, {tokens} more would leave only {free} of "
-                    f"{self._max_tokens} to others; try again later",
-                )
+            if self._exceeds_share(own_tokens, tokens):
+                self._wanted_of_share = self._waited_for(tokens)
+                raise self._share_taken(own_tokens, tokens)
             self._refuse_long_wait(self.queued_tokens, tokens)
             self.queued_tokens += tokens
 
-    def refusal(self) -> OverloadedError | None:
-        """Why whoever comes now is refused unread: since the last one was for want of room, as much has not come free.
+    def refusal(self, *, own_tokens: int = 0) -> OverloadedError | None:
+        """Why one who comes now is refused unread: since the last one was for want of room, as much has not come free.
 
         So refusing costs next to nothing where it is done most. It may meet one that is smaller than that, and would
         have found room: it is told when to come back, as all are.
+
+        Args:
+            own_tokens: what the same caller has waiting already.
         """
         with self._lock:
-            if not self._wanted_tokens:
-                return None
-            ahead, room = self.queued_tokens + self._expected_tokens, self._room
-            if not ahead or ahead + self._wanted_tokens <= room:
+            if self._wanted_tokens:
+                ahead, room = self.queued_tokens + self._expected_tokens, self._room
+                if ahead and ahead + self._wanted_tokens > room:
+                    return self.overloaded(
+                        "queue_tokens" if room == self._max_tokens else "queue_seconds",
+                        f"{ahead} tokens are waiting or being read of at most {room}; try again later",
+                    )
                 self._wanted_tokens = 0
-                return None
-            return self.overloaded(
-                "queue_tokens" if room == self._max_tokens else "queue_seconds",
-                f"{ahead} tokens are waiting or being read of at most {room}; try again later",
-            )
+            if self._wanted_of_share and own_tokens:
+                if self._exceeds_share(own_tokens, self._wanted_of_share):
+                    return self._share_taken(own_tokens, self._wanted_of_share)
+                self._wanted_of_share = 0
+            return None
+
+    def _exceeds_share(self, own_tokens: int, tokens: int) -> bool:
+        """Whether a caller who has ``own_tokens`` waiting would hold more than its share with ``tokens`` more."""
+        return bool(own_tokens) and own_tokens + tokens > _SHARE * (self._max_tokens - self.queued_tokens - tokens)
+
+    def _share_taken(self, own_tokens: int, tokens: int) -> OverloadedError:
+        return self.overloaded(
+            "caller_tokens",
+            f"{own_tokens} tokens of this caller are waiting, {tokens} more would leave only "
+            f"{max(0, self._max_tokens - self.queued_tokens - tokens)} of {self._max_tokens} to others; try again later",
+        )
 
     @property
     def _room(self) -> int:
@@ -185,12 +200,13 @@ class Admission:
         rate = self.tokens_per_s
         return self._max_tokens if not rate else int(min(self._max_tokens, rate * self._max_queue_s))
 
-    def _shut(self, tokens: int) -> None:
-        self._wanted_tokens = max(1, min(tokens, int(_WAITED_FOR * self._max_tokens)))
+    def _waited_for(self, tokens: int) -> int:
+        """What must come free before one like that which wanted ``tokens`` is read again."""
+        return max(1, min(tokens, int(_WAITED_FOR * self._max_tokens)))
 
     def _refuse_long_wait(self, ahead: int, tokens: int) -> None:
         if ahead and self.tokens_per_s > 0 and (wait_s := (ahead + tokens) / self.tokens_per_s) > self._max_queue_s:
-            self._shut(tokens)
+            self._wanted_tokens = self._waited_for(tokens)
             raise self.overloaded(
                 "queue_seconds",
                 f"{ahead} tokens are waiting; with {tokens} more the model would need {wait_s:.0f} s for them, at most "

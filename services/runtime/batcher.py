@@ -24,7 +24,7 @@ import structlog
 from quartet import tracing
 from services.runtime import batch_spans, calls
 from services.runtime.admission import Admission, Hold
-from services.runtime.errors import DeadlineExceededError, ServiceError, UnavailableError
+from services.runtime.errors import DeadlineExceededError, OverloadedError, ServiceError, UnavailableError
 from services.runtime.telemetry import QueueState, ServiceMetrics
 from services.runtime.waiting import Call, Entry, WaitingLine
 
@@ -125,6 +125,12 @@ class Batcher(Generic[Item, Result]):
         metrics.queues.watch(self)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
+
+    def refusal(self, caller: Hashable) -> OverloadedError | None:
+        """Why a call of ``caller`` is refused before its request is read; see ``Admission.refusal``."""
+        with self._changed:
+            own = self._line.tokens_of(caller)
+        return self.admission.refusal(own_tokens=own)
 
     def hold(self, size_bytes: int) -> AbstractContextManager[Hold]:
         """Admits a request by its size, before any work; to be held until it is answered. See ``Admission.hold``."""

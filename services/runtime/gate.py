@@ -38,8 +38,8 @@ _HEALTH_SLOW = 2
 _HEALTH_CALLS_PER_CONNECTION = 64
 
 Message = TypeVar("Message")
-Refusal = Callable[[str], ServiceError | None]
-"""Why a call of a method is refused before its request is read; None: it is not."""
+Refusal = Callable[[str, Any], ServiceError | None]
+"""Why a call, of a method and in a context, is refused before its request is read; None: it is not."""
 
 
 class _Arrival:
@@ -150,11 +150,9 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
                     refused_as="calls",
                 )
             )
-        if self.refusal is not None and (error := self.refusal(method)) is not None:
-            return _refusing(error)
-        return self._admit(handler)
+        return self._admit(handler, method)
 
-    def _admit(self, handler: Any) -> Any:
+    def _admit(self, handler: Any, method: str) -> Any:
         """The handler, its call counted until its task ends, and its request waited for no longer than allowed."""
         task = asyncio.current_task()
         assert task is not None
@@ -180,6 +178,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.response_streaming:
 
             async def streaming(_: Any, context: Any) -> AsyncIterator[Any]:
+                self._require_room(method, context)
                 request = await _only_request(context, self.arrivals)
                 async with contextlib.aclosing(handler.unary_stream(request, context)) as replies:
                     async for reply in replies:
@@ -188,9 +187,14 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             return grpc.stream_stream_rpc_method_handler(streaming, deserialise, serialise)
 
         async def unary(_: Any, context: Any) -> Any:
+            self._require_room(method, context)
             return await handler.unary_unary(await _only_request(context, self.arrivals), context)
 
         return grpc.stream_unary_rpc_method_handler(unary, deserialise, serialise)
+
+    def _require_room(self, method: str, context: Any) -> None:
+        if self.refusal is not None and (error := self.refusal(method, context)) is not None:
+            raise error
 
     def _release(self, _: Any) -> None:
         self.calls -= 1

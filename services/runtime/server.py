@@ -50,7 +50,7 @@ class Listener:
     """One gRPC listener: where it binds, what it serves, and to whom.
 
     ``add`` registers the servicers; ``services`` are their full names, for health and reflection; ``security`` is
-    that of the settings where it is None; ``refusal`` says of a method why its calls are refused unread, if they are.
+    that of the settings where it is None; ``refusal`` says why a call of a method is refused unread, if it is.
     """
 
     name: str

@@ -145,6 +145,28 @@ def test_a_caller_leaves_room_for_others_and_whoever_has_nothing_waiting_may_fil
     assert admission.queued_tokens == 900
 
 
+def test_who_holds_all_of_its_share_is_refused_unread_until_as_much_is_free_and_others_are_not():
+    admission = make(tokens=900)
+    admission.enqueue(800)
+    assert admission.refusal(own_tokens=800) is None  # Nobody was refused: who is small may fit.
+    with pytest.raises(OverloadedError):
+        admission.enqueue(50, own_tokens=800)
+    shut = admission.refusal(own_tokens=800)
+    assert str(shut) == (
+        "800 tokens of this caller are waiting, 50 more would leave only 50 of 900 to others; try again later"
+    )
+    assert admission.refusal(own_tokens=0) is None
+    assert admission.refusal(own_tokens=100) is None  # 150 of its own and 50 free: 8 times 50 are 400.
+    with pytest.raises(OverloadedError):
+        admission.enqueue(50, own_tokens=800)
+    admission.leave(49)
+    assert admission.refusal(own_tokens=751) is not None  # 801 of its own would be more than 8 times 99.
+    admission.leave(1)
+    assert admission.refusal(own_tokens=750) is None  # 800 and 100.
+    admission.enqueue(50, own_tokens=750)
+    assert refusals(admission) == {"caller_tokens": 4.0}
+
+
 def test_no_more_waits_than_the_model_does_in_the_set_time_by_its_measured_rate():
     admission = Admission(
         max_queued_tokens=10_000, max_held_bytes=10_000, metrics=ServiceMetrics("test"), max_queue_s=2.0

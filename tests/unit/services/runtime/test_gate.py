@@ -129,7 +129,7 @@ async def test_a_refused_call_is_not_read(open_house, tokens):
 async def test_what_is_full_refuses_calls_of_its_work_unread_and_answers_all_others(open_house):
     gate = gate_of()
     full: list[errors.OverloadedError] = [errors.OverloadedError("no room", retry_after_ms=1500)]
-    gate.refusal = lambda method: full[0] if full and method == SCORE else None
+    gate.refusal = lambda method, context: full[0] if full and method == SCORE else None
     house, address = await open_house(gate)
     async with grpc.aio.insecure_channel(address) as channel:
         # Bytes that are no message would be refused as such, were they read.
