@@ -19,21 +19,43 @@ def sentence(draw: random.Random, words: int) -> str:
     return " ".join("".join(draw.choices(_SYLLABLES, k=draw.randint(1, 3))) for _ in range(words))
 
 
-def make_models(folder: Path) -> tuple[Path, Path]:
-    """A Llama of 5 M parameters and a reward model of the same size; returns both folders."""
+def make_models(folder: Path, *, larger: bool = False) -> tuple[Path, Path]:
+    """A Llama of 5 M parameters (``larger``: 29 M) and a reward model of the same size; returns both folders."""
     import torch
-    from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+    from transformers import LlamaForCausalLM, LlamaForSequenceClassification
     from transformers.utils import logging
 
     logging.disable_progress_bar()
-    tokenizer = _tokenizer()
-    config = LlamaConfig(
+    torch.manual_seed(0)
+    for name, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
+        kind(_config(larger=larger)).save_pretrained(folder / name)
+        save_tokenizer(folder / name)
+    return folder / "policy", folder / "reward"
+
+
+def make_larger_policy(folder: Path) -> Path:
+    """A Llama of 29 M parameters with the same tokenizer; returns its folder."""
+    import torch
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(0)
+    LlamaForCausalLM(_config(larger=True)).save_pretrained(folder)
+    save_tokenizer(folder)
+    return folder
+
+
+def _config(*, larger: bool) -> Any:
+    from transformers import LlamaConfig
+
+    # Heads are 64 wide: on a CPU vLLM takes 32, 64, 80 and a few more.
+    width, inner, layers = (512, 1536, 8) if larger else (256, 1024, 4)
+    return LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=1024,
-        num_hidden_layers=4,
-        num_attention_heads=4,  # 64 wide: on a CPU vLLM takes 32, 64, 80 and a few more.
-        num_key_value_heads=4,
+        hidden_size=width,
+        intermediate_size=inner,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64,
+        num_key_value_heads=width // 64,
         max_position_embeddings=512,
         tie_word_embeddings=True,
         pad_token_id=0,
@@ -41,35 +63,6 @@ def make_models(folder: Path) -> tuple[Path, Path]:
         eos_token_id=END,
         num_labels=1,
     )
-    torch.manual_seed(0)
-    for name, kind in (("policy", LlamaForCausalLM), ("reward", LlamaForSequenceClassification)):
-        kind(config).save_pretrained(folder / name)
-        tokenizer.save_pretrained(folder / name)
-    return folder / "policy", folder / "reward"
-
-
-def make_larger_policy(folder: Path) -> Path:
-    """A Llama of 29 M parameters with the same tokenizer; returns its folder."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    config = LlamaConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=512,
-        intermediate_size=1536,
-        num_hidden_layers=8,
-        num_attention_heads=8,
-        num_key_value_heads=8,
-        max_position_embeddings=512,
-        tie_word_embeddings=True,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=END,
-    )
-    torch.manual_seed(0)
-    LlamaForCausalLM(config).save_pretrained(folder)
-    save_tokenizer(folder)
-    return folder
 
 
 def write_prompts(path: Path, count: int, words: int) -> None:

@@ -40,7 +40,8 @@ Name = Literal["policy", "reward", "reference"]
 _ITEMS, _PROMPT, _RESPONSE = 4, 112, 16
 _TOKENS = _ITEMS * (_PROMPT + _RESPONSE)
 _WAITING_S = 1.0
-"""The queue holds what the model does in so many seconds."""
+"""The queue holds what the model does in so many seconds, but for no fewer requests than this."""
+_LEAST_WAITING = 40
 _CALLERS = (8, 16, 32)
 """That capacity is measured with: the most that any of them gets. Of the policy, so many times its slots are filled."""
 _SLOTS = 32
@@ -138,15 +139,20 @@ def percentile(values: Sequence[float], percent: int) -> float:
     return statistics.quantiles(values, n=100, method="inclusive")[percent - 1] if len(values) > 1 else 0.0
 
 
-def measure(name: Name, *, seconds: float = 10.0, factor: float = 5.0, flags: Sequence[str] = ()) -> Found:
-    """Starts the service, with further ``flags``, and does it all, in about twice ``seconds`` and the starts."""
+def measure(
+    name: Name, *, seconds: float = 10.0, factor: float = 5.0, flags: Sequence[str] = (), larger: bool = False
+) -> Found:
+    """Starts the service, with further ``flags``, and does it all, in about twice ``seconds`` and the starts.
+
+    ``larger``: with a model of 29 M parameters instead of 5 M.
+    """
     with tempfile.TemporaryDirectory() as folder:
-        policy, reward = make_models(Path(folder))
+        policy, reward = make_models(Path(folder), larger=larger)
         model = reward if name == "reward" else policy
         # First with a queue that nothing fills, to learn what a queue of a second is.
         with _running(name, model, *flags) as (_, address):
             capacity = asyncio.run(_capacity(name, address, seconds / 3))
-        queued = max(10 * _TOKENS, int(capacity * _TOKENS * _WAITING_S))
+        queued = max(_LEAST_WAITING * _TOKENS, int(capacity * _TOKENS * _WAITING_S))
         # What the policy is generating counts as well, and what waits while its capacity is measured.
         queued += _SLOTS // _ITEMS * _TOKENS if name == "policy" else 0
         with _running(name, model, *flags, "--max-queued-tokens", str(queued)) as (process, address):
@@ -256,20 +262,28 @@ async def _closed_loop(ask: Callable[[], Awaitable[object]], seconds: float, cal
     alone_s = await _timed(ask)
     begin_s = time.perf_counter() + 0.2 * seconds
     end_s = time.perf_counter() + seconds
-    answered, last_s = 0, begin_s
+    answered_s: list[float] = []
     enough = False
 
     async def caller(place: int) -> None:
-        nonlocal answered, last_s, enough
+        nonlocal enough
         await asyncio.sleep(min(alone_s, 1.0) * place / callers)
         while not enough:
             await ask()
             if (now_s := time.perf_counter()) >= begin_s:
-                answered, last_s = answered + 1, now_s
-                enough = now_s >= end_s and answered >= 4 * callers
+                answered_s.append(now_s)
+                enough = now_s >= end_s and len(answered_s) >= 4 * callers
 
     await asyncio.gather(*map(caller, range(callers)))
-    return answered / (last_s - begin_s)
+    return per_second(answered_s)
+
+
+def per_second(times_s: Sequence[float]) -> float:
+    """How many answers come in a second: the slope of their number over time, by least squares.
+
+    They come a batch at a time. Counted from a moment to another, one batch more or less would lie between them.
+    """
+    return float(np.polyfit(np.array(times_s) - times_s[0], np.arange(len(times_s)), 1)[0])
 
 
 async def _measure(
@@ -305,13 +319,12 @@ async def _timed(ask: Callable[[], Awaitable[object]]) -> float:
 
 
 async def _overload(ask: Callable[[], Awaitable[object]], found: Found, seconds: float) -> None:
-    """Requests arrive evenly at ``found.offered`` for ``seconds``; the first second fills the queue."""
+    """Requests arrive evenly at ``found.offered`` for ``seconds``; those until the queue is full are not counted."""
     start_s = time.perf_counter()
-    counted_s, end_s = start_s + _WAITING_S, start_s + seconds
-    served = 0
+    counted_s, end_s = start_s + found.queue_s, start_s + seconds
+    answered_s: list[float] = []
 
     async def one() -> None:
-        nonlocal served
         asked_s = time.perf_counter()
         try:
             await ask()
@@ -323,7 +336,8 @@ async def _overload(ask: Callable[[], Awaitable[object]], found: Found, seconds:
             now_s = time.perf_counter()
             found.codes["OK"] += 1
             found.served_s.append(now_s - asked_s)
-            served += counted_s <= now_s <= end_s
+            if counted_s <= now_s <= end_s:
+                answered_s.append(now_s)
 
     async with asyncio.TaskGroup() as tasks:
         asked = 0
@@ -332,7 +346,7 @@ async def _overload(ask: Callable[[], Awaitable[object]], found: Found, seconds:
                 tasks.create_task(one())
                 asked += 1
             await asyncio.sleep(0.005)
-    found.served = served / (end_s - counted_s)
+    found.served = per_second(answered_s)
 
 
 @contextlib.asynccontextmanager
@@ -354,14 +368,15 @@ async def _peak(processes: Sequence[psutil.Process]) -> AsyncIterator[list[int]]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=20.0, help="how long the load lasts")
+    parser.add_argument("--seconds", type=float, default=40.0, help="how long the load lasts")
+    parser.add_argument("--small", action="store_true", help="a model of 5 M parameters instead of 29 M")
     parser.add_argument("--services", nargs="+", choices=typing.get_args(Name), default=typing.get_args(Name))
     options = parser.parse_args()
     verdicts: list[Verdict] = []
     figures: dict[str, Any] = {}
     for name in options.services:
         print(f"measuring the {name} service", flush=True)
-        found = measure(name, seconds=options.seconds)
+        found = measure(name, seconds=options.seconds, larger=not options.small)
         figures[name] = found.figures()
         verdicts += [Verdict(verdict.held, f"{name}: {verdict.text}") for verdict in found.verdicts()]
     conclude("overload", verdicts, figures)
