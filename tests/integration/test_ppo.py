@@ -258,6 +258,7 @@ async def test_a_run_outlives_the_death_of_reward_and_policy_service(
 def test_a_killed_and_resumed_run_ends_with_the_same_bits(
     start_three, start_service, make_reward_model, folders, prompts, tmp_path
 ):
+    """Historical: NeMo-RL#3171, the optimiser begun anew on resume."""
     model, _ = folders
     services = addresses(*start_three("--deterministic"))
     flags = ["--steps", "5", "--kl", "adaptive", "--save-every", "1"]

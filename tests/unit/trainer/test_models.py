@@ -62,6 +62,7 @@ def gpt2(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 def test_log_probabilities_do_not_change_with_padding(kind, make_policy, gpt2, tokenizer):
+    """Row 7. Historical: trl#6800, position_ids forgotten under left padding."""
     folder = make_policy(seed=1) if kind == "llama" else gpt2
     policy = load_policy(folder, load_tokenizer(folder))
     logprobs = TokenLogprobs(policy)
@@ -136,6 +137,7 @@ def test_what_is_loaded_from_a_classifier_with_dropout_gives_the_same_bits_twice
 
 
 def test_scores_stand_at_the_last_real_token_on_either_side_padded(make_reward_model):
+    """Historical: trl#2778, left-padded input read as right-padded."""
     folder = make_reward_model(seed=2)
     model = load_reward_model(folder, load_tokenizer(folder))
     direct = AutoModelForSequenceClassification.from_pretrained(folder).eval()
@@ -173,6 +175,7 @@ def test_a_model_without_a_pad_token_of_its_own_is_trained_and_saved_in_the_shap
 
 @pytest.mark.parametrize("pad", [None, "<eos>"])
 def test_the_end_token_is_scored_where_it_is_the_pad_token_too(pad, make_policy, tmp_path):
+    """Row 7. Historical: trl#5303, a mask derived from a pad token that is the end token hides the real end."""
     folder = make_policy(seed=2, with_tokenizer=False)
     save_stock_tokenizer(folder, pad)
     tokenizer = load_tokenizer(folder)
@@ -242,6 +245,15 @@ def test_what_is_no_policy_or_no_reward_model_is_refused(make_policy, make_rewar
     with pytest.raises(ModelError, match=r"is not a whole causal language model: its checkpoint lacks lm_head\.weight"):
         load_policy(make_reward_model(), tokenizer)
     assert longest_sequence(load_policy(make_policy(), tokenizer)) == llama_config().max_position_embeddings
+
+
+def test_a_reward_model_has_one_score_whatever_its_checkpoint_says(make_policy, make_reward_model):
+    """Historical: OpenRLHF#1039, a head of two labels, which is what transformers makes where nothing else is said."""
+    tokenizer = load_tokenizer(make_policy())
+    begun = load_reward_model(make_policy(), tokenizer, new_head_seed=0)
+    assert begun.score.out_features == begun.config.num_labels == 1
+    with pytest.raises(ModelError, match="does not load"):
+        load_reward_model(make_reward_model(num_labels=2), tokenizer)
 
 
 def test_added_tokens_make_the_embeddings_grow(make_policy):
