@@ -9,9 +9,10 @@
 PYTHON ?= python3
 BIN := .venv/bin
 TESTS ?=
+ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward
+.PHONY: help setup demo test lint pytest test-oracles $(ORACLES:%=oracle-%) proto bench bench-generate bench-overload bench-reference bench-reward
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-15s %s\n", name, $$0 }'
@@ -27,7 +28,7 @@ setup: .venv/.ready  ## make .venv and install quartet with the generation engin
 demo: setup  ## train a policy by PPO against three live services; prints figures and where the report is
 	$(BIN)/python -m deploy.demo $(if $(DATA),--data $(DATA)) $(if $(MODEL),--model $(MODEL))
 
-test: lint pytest  ## lint, then run all tests
+test: lint pytest $(if $(TESTS),,test-oracles)  ## lint, then run all tests
 
 lint: setup  ## ruff, mypy, import contracts, buf
 	$(BIN)/ruff check
@@ -38,6 +39,17 @@ lint: setup  ## ruff, mypy, import contracts, buf
 
 pytest: setup lint
 	$(BIN)/python -m pytest $(TESTS)
+
+test-oracles: $(ORACLES:%=oracle-%)  ## our losses and estimators against verl's and TRL's, each with a folder of its own
+
+$(ORACLES:%=oracle-%): oracle-%: .venv/oracles/%/.ready
+	PYTHONPATH=.venv/oracles/$*:$$PYTHONPATH $(BIN)/python -m pytest tests/oracles/$*
+
+# The libraries alone, not what they depend on: torch and transformers are .venv's, and nothing in .venv changes.
+$(ORACLES:%=.venv/oracles/%/.ready): .venv/oracles/%/.ready: tests/oracles/%/requirements.txt .venv/.ready
+	rm -rf $(@D)
+	$(BIN)/python -m pip --disable-pip-version-check install --quiet --no-deps --target $(@D) --requirement $<
+	@touch $@
 
 proto: setup  ## generate the Python stubs of protos/ anew
 	$(BIN)/python deploy/generate_stubs.py

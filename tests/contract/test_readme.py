@@ -22,7 +22,7 @@ SETTINGS = {
     "quartet-reward": "services.reward.config:RewardSettings",
     "quartet-reference": "services.reference.config:ReferenceSettings",
 } | {f"quartet-train {name}": command.settings for name, command in COMMANDS.items()}
-OF_MAKE = set(re.findall(r"^([a-z]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
+OF_MAKE = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
 
 def section(title: str) -> str:
