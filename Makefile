@@ -12,7 +12,7 @@ TESTS ?=
 ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest test-oracles $(ORACLES:%=oracle-%) proto bench bench-generate bench-overload bench-reference bench-reward
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-15s %s\n", name, $$0 }'
@@ -40,6 +40,7 @@ lint: setup  ## ruff, mypy, import contracts, buf
 pytest: setup lint
 	$(BIN)/python -m pytest $(TESTS)
 
+.PHONY: test-oracles $(ORACLES:%=oracle-%)
 test-oracles: $(ORACLES:%=oracle-%)  ## our losses and estimators against verl's and TRL's, each with a folder of its own
 
 $(ORACLES:%=oracle-%): oracle-%: .venv/oracles/%/.ready
