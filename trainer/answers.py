@@ -12,19 +12,22 @@ import torch
 from torch import Tensor
 
 from trainer.batching import micro_batches, pad_right, response_mask
+from trainer.config import Packing
 from trainer.encoding import EncodedResponse
 from trainer.models import TokenLogprobs, padding_id
 from trainer.optimisation import Precision, autocast
+from trainer.packing import pack
 
 
 class Answers:
     """A policy that is asked how likely given answers are."""
 
-    def __init__(self, policy: Any, tokenizer: Any, precision: Precision) -> None:
+    def __init__(self, policy: Any, tokenizer: Any, precision: Precision, packing: Packing = "auto") -> None:
         self.policy = policy
         self.device = policy.device
         self.pad_id = padding_id(tokenizer)
         self.precision: Precision = precision
+        self.packed = pack(policy, packing, precision)
         self.logprobs = TokenLogprobs(policy)
 
     def sums(self, rows: Sequence[EncodedResponse]) -> Tensor:
@@ -41,7 +44,7 @@ class Answers:
         """(B,) the same of any number of answers, on the CPU, in evaluation mode, batch by batch."""
         self.policy.eval()
         found_B = torch.zeros(len(rows), dtype=torch.float64)
-        for part in micro_batches([len(row) for row in rows], micro_batch_tokens):
+        for part in micro_batches([len(row) for row in rows], micro_batch_tokens, packed=self.packed):
             found_B[part] = self.sums([rows[index] for index in part]).cpu()
         return found_B
 

@@ -91,18 +91,21 @@ class RowStream:
         return drawn
 
 
-def micro_batches(lengths: Sequence[int], max_padded_tokens: int) -> list[list[int]]:
-    """Cuts a batch into parts of at most ``max_padded_tokens`` tokens, padding counted, sorted by length.
+def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
+    """Cuts a batch into parts of at most ``max_tokens`` tokens, padding counted unless ``packed``, sorted by length.
 
     A sequence that is longer by itself forms a part of its own. Indices refer to ``lengths``.
     """
     parts: list[list[int]] = []
+    tokens = 0
     for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
         # Longest first, so the first of a part is what its others are padded to.
-        if parts and lengths[parts[-1][0]] * (len(parts[-1]) + 1) <= max_padded_tokens:
+        tokens += lengths[index] if packed or not parts else lengths[parts[-1][0]]
+        if parts and tokens <= max_tokens:
             parts[-1].append(index)
         else:
             parts.append([index])
+            tokens = lengths[index]
     return parts
 
 

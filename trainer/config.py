@@ -20,6 +20,12 @@ from quartet.settings import (
 from trainer.encoding import Truncation
 from trainer.service_credentials import Address, ServiceCredentials
 
+# Whether sequences are trained as one row without padding.
+Packing = Literal["auto", "on", "off"]
+PACKING = (
+    "train sequences as one row without padding, what they begin with in common computed once; auto: where that is "
+    "exact for the model; on: refuse other models; off: pad"
+)
 # Sets some of the rows apart, but never all.
 HeldOutFraction = Annotated[UnitFloat, Field(lt=1)]
 Smoothing = Annotated[NonNegativeFloat, Field(lt=0.5)]
@@ -42,7 +48,10 @@ class TrainingSettings(Settings):
     epochs: PositiveInt = Field(1, description="passes over the rows")
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimiser steps")
     batch_size: PositiveInt = Field(64, description="rows an optimiser step")
-    micro_batch_tokens: PositiveInt = Field(16384, description="tokens at once on the device, padding included")
+    micro_batch_tokens: PositiveInt = Field(
+        16384, description="tokens at once on the device; padding, where there is any, included"
+    )
+    packing: Packing = Field("auto", description=PACKING)
     learning_rate: PositiveFloat = Field(description="peak of the learning rate")
     warmup_fraction: UnitFloat = Field(0.03, description="share of the steps over which the learning rate rises")
     weight_decay: NonNegativeFloat = Field(0.0, description="AdamW's, of matrices alone: not of biases and norms")

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
-from trainer.batching import micro_batches
 from trainer.config import DpoSettings
 from trainer.data import load_preferences
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import choose_device
+from trainer.packing import pair_micro_batches
 from trainer.references import ModelReference, Reference, ServiceReference, Sums, known_sums
 from trainer.runs import (
     EVALUATION_FILE,
@@ -64,7 +64,7 @@ def main(settings: DpoSettings) -> None:
         f"DPO of {policy.num_parameters():,} parameters on {len(train):,} pairs ({cut:,} of them cut to "
         f"{token_limit(settings, policy)} tokens), {len(held_out):,} held out\n"
     )
-    with _reference(settings, Answers(policy, tokenizer, settings.precision), tokenizer) as reference:
+    with _reference(settings, Answers(policy, tokenizer, settings.precision, settings.packing), tokenizer) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         trainer = DpoTrainer(policy, tokenizer, settings, reference)
         known = known_sums(
@@ -180,7 +180,7 @@ class DpoTrainer:
 
     def __init__(self, policy: Any, tokenizer: Any, settings: DpoSettings, reference: Reference) -> None:
         self.settings = settings
-        self.answers = Answers(policy, tokenizer, settings.precision)
+        self.answers = Answers(policy, tokenizer, settings.precision, settings.packing)
         self.reference = reference
 
     def accumulate(self, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -221,8 +221,7 @@ class DpoTrainer:
         return figures
 
     def _parts(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        # A pair is two sequences, each padded to the longer one.
-        return micro_batches([2 * len(pair) for pair in pairs], self.settings.micro_batch_tokens)
+        return pair_micro_batches(pairs, self.settings.micro_batch_tokens, packed=self.answers.packed)
 
     def _loss(self, seen: _Seen) -> Tensor:
         settings = self.settings

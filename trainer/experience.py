@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from trainer.batching import pad_right
 from trainer.encoding import Ids
@@ -67,6 +68,11 @@ class Padded:
         """(B, S) True on response tokens."""
         places_S = torch.arange(self.ids_BS.shape[1], device=self.ids_BS.device)
         return self.mask_BS & (places_S[None, :] >= self.starts_B[:, None])
+
+    @property
+    def before_BS(self) -> Tensor:
+        """(B, S) True one place before each response token: in the states that response tokens are chosen in."""
+        return functional.pad(self.wanted_BS[:, 1:], (0, 1))
 
     def of_tokens(self, x_BS: Tensor) -> Tensor:
         """(B, T) what stands at the place of each response token; 0 on padding."""

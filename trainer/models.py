@@ -23,6 +23,7 @@ from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder, written
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
+from trainer.packing import is_packed, packed_outputs
 
 # Where a configuration says how long a sequence may be.
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -245,15 +246,26 @@ def last_hidden(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     return hidden_BSD
 
 
+def hidden_at(model: Any, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor) -> Tensor:
+    """(M, D) last hidden states at the true places of ``wanted_BS``, in order; packed where ``model`` is.
+
+    Args:
+        model, ids_BS, mask_BS: as ``last_hidden`` takes them.
+        wanted_BS: (B, S) True where hidden states are wanted, on real tokens alone.
+    """
+    if is_packed(model):
+        return packed_outputs(model.base_model, ids_BS, mask_BS, wanted_BS)
+    return last_hidden(model, ids_BS, mask_BS)[wanted_BS]
+
+
 def score_tokens(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """(B,) score of each sequence: the head on the last hidden state at the last real token, in float32.
 
     Padding may stand on either side: the position is read from the mask, never from ids, side or the last column.
     """
-    hidden_BSD = last_hidden(model, ids_BS, mask_BS)
     places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     last_B = (mask_BS * places_S).argmax(dim=1)
-    hidden_BD = hidden_BSD[torch.arange(len(ids_BS), device=ids_BS.device), last_B]
+    hidden_BD = hidden_at(model, ids_BS, mask_BS, places_S[None, :] == last_B[:, None])
     return _linear_float32(hidden_BD, model.score)[:, 0]
 
 
@@ -303,53 +315,49 @@ class TokenLogprobs(nn.Module):
         """
         if wanted_BS[:, 0].any():
             raise ValueError("the first token of a sequence has no log-probability: nothing stands before it")
-        hidden_BSD = last_hidden(self.policy, ids_BS, mask_BS)[:, :-1]
-        next_ids_BS, next_wanted_BS = ids_BS[:, 1:], wanted_BS[:, 1:]
-        entropy_BS: Tensor | None
+        # What predicts a token is the state before it.
+        before_BS = functional.pad(wanted_BS[:, 1:], (0, 1))
+        ids_M = ids_BS[wanted_BS]
+        entropy_M: Tensor | None = None
         if self.plain_head:
             head = self.policy.get_output_embeddings()
             vocabulary = head.weight.shape[0]
-            part = min(_CPU_PART, vocabulary) if ids_BS.device.type == "cpu" else vocabulary
-            chunk = max(64, _LOGIT_BYTES.get(ids_BS.device.type, 2**28) // (4 * part))
-            logprobs_BS, entropy_BS = chunked_selective_logprobs(
-                hidden_BSD,
+            chunk, part = chunk_sizes(vocabulary, ids_BS.device.type)
+            logprobs_M, entropy_M = chunked_selective_logprobs(
+                hidden_at(self.policy, ids_BS, mask_BS, before_BS),
                 head.weight,
                 head.bias,
-                next_ids_BS,
+                ids_M,
                 temperature,
                 chunk_tokens=chunk,
                 part_size=part,
-                mask_BT=next_wanted_BS,
                 want_entropy=want_entropy,
             )
         else:
-            logprobs_BS, entropy_BS = self._with_own_head(
-                ids_BS, mask_BS, next_ids_BS, next_wanted_BS, temperature, want_entropy
-            )
-        shifted_BS = functional.pad(logprobs_BS, (1, 0))
-        return shifted_BS, None if entropy_BS is None else functional.pad(entropy_BS, (1, 0))
+            logits_MV = _own_logits(self.policy, ids_BS, mask_BS, before_BS)
+            logprobs_M = selective_logprobs(logits_MV, ids_M, temperature)
+            entropy_M = entropy_from_logits(logits_MV / temperature) if want_entropy else None
 
-    def _with_own_head(
-        self,
-        ids_BS: Tensor,
-        mask_BS: Tensor,
-        next_ids_BS: Tensor,
-        wanted_BS: Tensor,
-        temperature: float,
-        want_entropy: bool,
-    ) -> tuple[Tensor, Tensor | None]:
-        logits_BSV = _own_logits(self.policy, ids_BS, mask_BS)[:, :-1]
-        logprobs_BS = selective_logprobs(logits_BSV, next_ids_BS, temperature).masked_fill(~wanted_BS, 0.0)
-        if not want_entropy:
-            return logprobs_BS, None
-        return logprobs_BS, entropy_from_logits(logits_BSV / temperature).masked_fill(~wanted_BS, 0.0)
+        def laid_out(x_M: Tensor) -> Tensor:
+            return x_M.new_zeros(ids_BS.shape).masked_scatter(wanted_BS, x_M)
+
+        return laid_out(logprobs_M), None if entropy_M is None else laid_out(entropy_M)
 
 
-def _own_logits(policy: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+def chunk_sizes(vocabulary: int, device: str) -> tuple[int, int]:
+    """Of how many tokens, and for how many of the vocabulary, logits exist at a time on a ``device`` of that type."""
+    part = min(_CPU_PART, vocabulary) if device == "cpu" else vocabulary
+    return max(64, _LOGIT_BYTES.get(device, 2**28) // (4 * part)), part
+
+
+def _own_logits(policy: Any, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor) -> Tensor:
+    """(M, V) of the model's own head at the true places of ``wanted_BS``."""
+    if is_packed(policy):
+        return packed_outputs(policy, ids_BS, mask_BS, wanted_BS)
     logits_BSV: Tensor = policy(
         input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
     ).logits
-    return logits_BSV
+    return logits_BSV[wanted_BS]
 
 
 @torch.no_grad()
@@ -362,11 +370,11 @@ def _has_plain_head(policy: Any) -> bool:
     mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
     was_training = policy.training
     policy.eval()
-    expected_BSV = _own_logits(policy, ids_BS, mask_BS).float()
-    logits_BSV = head(last_hidden(policy, ids_BS, mask_BS)).float()
+    expected_MV = _own_logits(policy, ids_BS, mask_BS, mask_BS).float()
+    logits_MV = head(hidden_at(policy, ids_BS, mask_BS, mask_BS)).float()
     policy.train(was_training)
-    scale = max(1.0, float(expected_BSV.abs().max()))
-    return bool((logits_BSV - expected_BSV).abs().max() <= _HEAD_TOLERANCE * scale)
+    scale = max(1.0, float(expected_MV.abs().max()))
+    return bool((logits_MV - expected_MV).abs().max() <= _HEAD_TOLERANCE * scale)
 
 
 class Critic(nn.Module):
@@ -420,12 +428,17 @@ class Critic(nn.Module):
         policy = load_policy(model, tokenizer, dtype=dtype)
         return cls(policy.base_model, _value_head(policy, head, seed, None)).train()
 
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-        """(B, S) float32 value after each token of what is still to come. Padding holds arbitrary finite numbers."""
-        hidden_BSD: Tensor = self.body(
-            input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
-        ).last_hidden_state
-        return _linear_float32(hidden_BSD, self.head)[..., 0]
+    def forward(self, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor | None = None) -> Tensor:
+        """(B, S) float32 value after each token of what is still to come; 0 where it was not asked for.
+
+        Args:
+            ids_BS: (B, S) token ids.
+            mask_BS: (B, S) True on real tokens, on either side padded.
+            wanted_BS: (B, S) True on real tokens after which it is asked for; None: after all of them.
+        """
+        wanted_BS = mask_BS if wanted_BS is None else wanted_BS
+        values_M = _linear_float32(hidden_at(self.body, ids_BS, mask_BS, wanted_BS), self.head)[:, 0]
+        return values_M.new_zeros(ids_BS.shape).masked_scatter(wanted_BS, values_M)
 
 
 def _value_head(model: Any, init: HeadInit, seed: int, reward_head: nn.Linear | None) -> nn.Linear:

@@ -36,6 +36,7 @@ from trainer.losses import ImportanceWeights, OffPolicyCorrection, old_policy, p
 from trainer.masked import masked_mean, masked_var
 from trainer.models import TokenLogprobs, export_tensors, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
+from trainer.packing import pack
 from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun, Trained
 from trainer.publishing import Weights
@@ -137,6 +138,8 @@ class Learner:
         self.normalisation = run.normalisation
         self.policy = run.policy.to(run.device)
         self.critic = run.critic.to(run.device)
+        packed = [pack(model, settings.packing, settings.precision) for model in (self.policy, self.critic.body)]
+        self.packed = all(packed)  # They see the same micro-batches.
         self.logprobs = TokenLogprobs(self.policy)
         self.optimisers = {
             name: make_adamw(
@@ -200,13 +203,13 @@ class Learner:
     def evaluate(self, experience: Experience) -> Evaluated:
         """Log-probabilities, entropies and values of every response token under the present weights."""
         grids = [torch.zeros_like(experience.ref_logprobs_NT) for _ in range(3)]
-        for rows in micro_batches(experience.lengths, self.settings.micro_batch_tokens):
+        for rows in micro_batches(experience.lengths, self.settings.micro_batch_tokens, packed=self.packed):
             batch = experience.pad(rows, self.pad_id)
             with autocast(self.device, self.settings.precision):
                 logprobs_BS, entropies_BS = self.logprobs(
                     batch.ids_BS, batch.mask_BS, batch.wanted_BS, self.settings.temperature, want_entropy=True
                 )
-                values_BS = self.critic(batch.ids_BS, batch.mask_BS)
+                values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
             width = batch.response_mask_BT.shape[1]
             found = (batch.of_tokens(logprobs_BS), batch.of_tokens(entropies_BS), batch.of_states(values_BS))
             for grid_NT, found_BT in zip(grids, found, strict=True):
@@ -285,7 +288,7 @@ class Learner:
         for rows_of_minibatch in self.minibatches(len(experience.sequences), step):
             tokens = float(experience.mask_NT[rows_of_minibatch].sum())
             lengths = [experience.lengths[row] for row in rows_of_minibatch]
-            for part in micro_batches(lengths, self.settings.micro_batch_tokens):
+            for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
                 rows = [rows_of_minibatch[index] for index in part]
                 figures, ratio = self.accumulate(experience, targets, rows, tokens)
                 for name, value in figures.items():
@@ -332,7 +335,7 @@ class Learner:
         )
         actor.loss.backward()  # type: ignore[no-untyped-call]
         with autocast(self.device, settings.precision):
-            values_BS = self.critic(batch.ids_BS, batch.mask_BS)
+            values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
         critic = value_loss(
             batch.of_states(values_BS),
             cut(targets.old_values_NT),

@@ -19,6 +19,7 @@ from quartet.settings import (
     Settings,
     UnitFloat,
 )
+from trainer.config import PACKING, Packing
 from trainer.service_credentials import Address, AdminCredentials, ServiceCredentials
 
 # Response tokens of a rollout: of fewer, mean and variance would be noise.
@@ -98,7 +99,10 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
 
     epochs: PositiveInt = Field(4, description="passes over each rollout; LMHP's default")
     minibatches: PositiveInt = Field(1, description="optimiser steps an epoch")
-    micro_batch_tokens: PositiveInt = Field(16384, description="tokens at once on the device, padding included")
+    micro_batch_tokens: PositiveInt = Field(
+        16384, description="tokens at once on the device; padding, where there is any, included"
+    )
+    packing: Packing = Field("auto", description=PACKING)
     learning_rate: PositiveFloat = Field(3e-6, description="of the policy at the start; falls linearly to 0")
     critic_learning_rate: PositiveFloat = Field(9e-6, description="of the critic at the start; falls linearly to 0")
     warmup_fraction: UnitFloat = Field(0.0, description="share of the steps over which the learning rates rise")

@@ -25,6 +25,7 @@ from trainer.golden import golden_items
 from trainer.losses import bradley_terry, centering
 from trainer.models import load_reward_model, load_tokenizer, padding_id, save_model, score_tokens
 from trainer.optimisation import autocast, choose_device, clip_weights
+from trainer.packing import pack, pair_micro_batches
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -125,13 +126,13 @@ class RewardTrainer:
         self.device = model.device
         self.pad_id = padding_id(tokenizer)
         self.model = model
+        self.packed = pack(model, settings.packing, settings.precision)
 
     def accumulate(self, pairs: Sequence[EncodedPreference]) -> dict[str, float]:
         """Adds the gradient of the mean loss over ``pairs``, however they are cut."""
         settings = self.settings
         loss_sum = right = margin = 0.0
-        # A pair is two sequences, each padded to the longer one.
-        for part in micro_batches([2 * len(pair) for pair in pairs], settings.micro_batch_tokens):
+        for part in pair_micro_batches(pairs, settings.micro_batch_tokens, packed=self.packed):
             chosen_B, rejected_B = self.scores([pairs[index] for index in part])
             loss = bradley_terry(
                 chosen_B, rejected_B, settings.margin or None, settings.label_smoothing, settings.robust
@@ -178,7 +179,7 @@ class RewardTrainer:
         """(N,) scores of the chosen and of the rejected answers, in evaluation mode, batch by batch."""
         self.model.eval()
         chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
-        for part in micro_batches([2 * len(pair) for pair in pairs], self.settings.micro_batch_tokens):
+        for part in pair_micro_batches(pairs, self.settings.micro_batch_tokens, packed=self.packed):
             chosen_B, rejected_B = self.scores([pairs[index] for index in part])
             chosen[part], rejected[part] = chosen_B.cpu().numpy(), rejected_B.cpu().numpy()
         return chosen, rejected
@@ -194,7 +195,8 @@ class RewardTrainer:
             return None
         self.model.eval()
         scores = np.zeros(len(samples))
-        for part in micro_batches([len(sample) for sample in samples], self.settings.micro_batch_tokens):
+        lengths = [len(sample) for sample in samples]
+        for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
             ids_BS, mask_BS = pad_right([samples[index].ids for index in part], self.pad_id, self.device)
             with autocast(self.device, self.settings.precision):
                 scores[part] = score_tokens(self.model, ids_BS, mask_BS).cpu().numpy()

@@ -84,13 +84,14 @@ class SftTrainer:
     def __init__(self, policy: Any, tokenizer: Any, settings: SftSettings) -> None:
         self.settings = settings
         self.policy = policy
-        self.answers = Answers(policy, tokenizer, settings.precision)
+        self.answers = Answers(policy, tokenizer, settings.precision, settings.packing)
 
     def accumulate(self, rows: Sequence[EncodedResponse]) -> dict[str, float]:
         """Adds the gradient of the mean cross entropy over all response tokens of ``rows``, however they are cut."""
         tokens = sum(answer_tokens(row) for row in rows)
         total = 0.0
-        for part in micro_batches([len(row) for row in rows], self.settings.micro_batch_tokens):
+        lengths = [len(row) for row in rows]
+        for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.answers.packed):
             loss = -self.answers.sums([rows[index] for index in part]).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             total += float(loss.detach())
