@@ -95,7 +95,8 @@ def measure(options: argparse.Namespace) -> dict[str, list[Side]]:
         for stage in options.stages:
             for precision in PRECISIONS[:1] if stage == "logprobs" else options.precisions:
                 tokens = count_tokens(stage, pairs)
-                print(f"\n{stage}, {precision}: {options.steps} steps of {_BATCH} rows, {tokens:,} tokens", flush=True)
+                load = "once" if stage == "logprobs" else f"{options.steps} steps of {_BATCH} rows"
+                print(f"\n{stage}, {precision}: {load}, {tokens:,} tokens", flush=True)
                 commands = {
                     side: ["-m", "bench.trainer", "--side", side, stage, precision, name] for side in sides_of(stage)
                 }
@@ -228,8 +229,9 @@ def _trl(stage: str, precision: str, folder: Path, *, reference_before: bool = F
         kind, options = trl.RewardTrainer, trl.RewardConfig(**common)
         rows = [{f"{name}_ids": pair["prompt"] + pair[name] for name in ("chosen", "rejected")} for pair in pairs]
     else:
-        kind = trl.DPOTrainer
+        kind = type("DPOTrainer", (trl.DPOTrainer,), {"_prepare_dataset": lambda _, dataset, *__, **___: dataset})
         options = trl.DPOConfig(**common, beta=_BETA, precompute_ref_log_probs=reference_before)
+        # Of all three it alone takes no rows of token ids: it is given them as it would have made them.
         rows = [{f"{name}_ids": pair[name] for name in _LENGTHS} for pair in pairs]
     clock = _clock(transformers.TrainerCallback)
     trainer = kind(
