@@ -45,6 +45,13 @@ class Experience:
         """Token ids of each sequence's prompt."""
         return [tuple(ids[:count].tolist()) for ids, count in zip(self.sequences, self.prompt_tokens, strict=True)]
 
+    @property
+    def groups_N(self) -> Tensor:
+        """(N,) int64, equal for samples of one prompt."""
+        places: dict[tuple[int, ...], int] = {}
+        groups = [places.setdefault(prompt, len(places)) for prompt in self.prompts]
+        return torch.tensor(groups, device=self.mask_NT.device)
+
     def pad(self, rows: Sequence[int], pad_id: int) -> Padded:
         """The sequences of ``rows`` as a batch for the models."""
         device = self.mask_NT.device

@@ -2,7 +2,7 @@
 
     rollout      the policy service samples; reward and reference service judge each response as it arrives
     rewards      score on the last token, less beta times KL on every token
-    advantages   generalised advantage estimation over the critic's values
+    advantages   generalised advantage estimation over the critic's values, or a comparison of samples without one
     update       epochs of clipped losses for policy and critic
     publish      the new weights go to the policy service
 
@@ -16,24 +16,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from quartet import tracing
 from quartet.client import QuartetError
 from quartet.fingerprint import derive_seed
-from trainer import rewards
-from trainer.advantages import gae, whiten
 from trainer.batching import micro_batches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
-from trainer.kl import AdaptiveKlController, FixedKlController, k3, sequence_kl
-from trainer.losses import ImportanceWeights, OffPolicyCorrection, old_policy, policy_loss, value_loss
-from trainer.masked import masked_mean, masked_var
+from trainer.kl import AdaptiveKlController, FixedKlController
+from trainer.losses import policy_loss, value_loss
 from trainer.models import TokenLogprobs, export_tensors, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
 from trainer.packing import pack
@@ -41,7 +37,7 @@ from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun, Trained
 from trainer.publishing import Weights
 from trainer.rollout import Rollout
-from trainer.statistics import mean_interval_of_groups
+from trainer.shaping import Evaluated, Shaping, Targets
 from trainer.tracking import RunTracker
 
 WATCHED = (
@@ -74,7 +70,8 @@ def train(run: PPORun, stop: StopRequest) -> None:
     settings = run.settings
     learner = Learner(run)
     run.restore(learner.trained)
-    with RunTracker(settings.output, settings.steps, WATCHED, "PPO", run.resumed_step) as tracker:
+    watched = [name for name in WATCHED if settings.has_critic or not name.startswith("value/")]
+    with RunTracker(settings.output, settings.steps, watched, "PPO", run.resumed_step) as tracker:
         try:
             publish(run, learner)
             if not stop.requested:
@@ -108,62 +105,44 @@ def publish(run: PPORun, learner: Learner) -> float:
     return time.perf_counter() - start_s
 
 
-@dataclass(frozen=True, kw_only=True)
-class Evaluated:
-    """What the trainer's own models say of a rollout before any update: (N, T), 0 on padding."""
-
-    logprobs_NT: Tensor
-    entropies_NT: Tensor
-    values_NT: Tensor
-
-
-@dataclass(frozen=True, kw_only=True)
-class Targets:
-    """What the update learns from: (N, T), 0 on padding."""
-
-    old_logprobs_NT: Tensor
-    weights: ImportanceWeights | None
-    old_values_NT: Tensor
-    advantages_NT: Tensor
-    returns_NT: Tensor
-
-
 class Learner:
-    """Policy, critic and what optimises them."""
+    """Policy, critic (where the advantages need one) and what optimises them."""
 
     def __init__(self, run: PPORun) -> None:
         settings = self.settings = run.settings
         self.device = run.device
         self.pad_id = padding_id(run.tokenizer)
-        self.normalisation = run.normalisation
         self.policy = run.policy.to(run.device)
-        self.critic = run.critic.to(run.device)
-        packed = [pack(model, settings.packing, settings.precision) for model in (self.policy, self.critic.body)]
+        self.critic = None if run.critic is None else run.critic.to(run.device)
+        bodies = [self.policy] if self.critic is None else [self.policy, self.critic.body]
+        packed = [pack(model, settings.packing, settings.precision) for model in bodies]
         self.packed = all(packed)  # They see the same micro-batches.
         self.logprobs = TokenLogprobs(self.policy)
+        self.shaping = Shaping(settings, run.normalisation)
+        self.rates = {"policy": settings.learning_rate}
+        self.modules: dict[str, nn.Module] = {"policy": self.policy}
+        if self.critic is not None:
+            self.rates["critic"], self.modules["critic"] = settings.critic_learning_rate, self.critic
         self.optimisers = {
             name: make_adamw(
                 model,
-                learning_rate=rate,
+                learning_rate=self.rates[name],
                 betas=(settings.adam_beta1, settings.adam_beta2),
                 weight_decay=settings.weight_decay,
                 eps=settings.adam_eps,
             )
-            for name, model, rate in (
-                ("policy", self.policy, settings.learning_rate),
-                ("critic", self.critic, settings.critic_learning_rate),
-            )
+            for name, model in self.modules.items()
         }
-        self.kl: FixedKlController | AdaptiveKlController = (
-            FixedKlController(settings.kl_beta)
-            if settings.kl == "fixed"
-            else AdaptiveKlController(settings.kl_beta, settings.kl_target, settings.kl_horizon)
-        )
+
+    @property
+    def kl(self) -> FixedKlController | AdaptiveKlController:
+        """The price of KL."""
+        return self.shaping.kl
 
     @property
     def trained(self) -> Trained:
         """What a checkpoint keeps of it."""
-        return Trained(modules={"policy": self.policy, "critic": self.critic}, optimisers=self.optimisers, kl=self.kl)
+        return Trained(modules=self.modules, optimisers=self.optimisers, kl=self.kl)
 
     @tracing.traced("learn")
     def step(self, rollout: Rollout, step: int) -> dict[str, float]:
@@ -180,7 +159,7 @@ class Learner:
         settings = self.settings
         check_rollout(rollout.samples)
         share = linear_schedule(step, settings.steps, settings.warmup_fraction)
-        for name, rate in (("policy", settings.learning_rate), ("critic", settings.critic_learning_rate)):
+        for name, rate in self.rates.items():
             set_learning_rate(self.optimisers[name], share * rate)
         start_s = time.perf_counter()
         experience = make_experience(rollout.samples, self.device)
@@ -209,75 +188,17 @@ class Learner:
                 logprobs_BS, entropies_BS = self.logprobs(
                     batch.ids_BS, batch.mask_BS, batch.wanted_BS, self.settings.temperature, want_entropy=True
                 )
-                values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
+                values_BS = None if self.critic is None else self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
             width = batch.response_mask_BT.shape[1]
-            found = (batch.of_tokens(logprobs_BS), batch.of_tokens(entropies_BS), batch.of_states(values_BS))
-            for grid_NT, found_BT in zip(grids, found, strict=True):
+            found = [batch.of_tokens(logprobs_BS), batch.of_tokens(entropies_BS)]
+            found += [] if values_BS is None else [batch.of_states(values_BS)]
+            for grid_NT, found_BT in zip(grids, found, strict=False):
                 grid_NT[rows, :width] = found_BT
         return Evaluated(logprobs_NT=grids[0], entropies_NT=grids[1], values_NT=grids[2])
 
     def shape(self, experience: Experience, before: Evaluated) -> tuple[Targets, dict[str, float]]:
-        """Rewards, advantages and returns; the price of KL moves after it was used."""
-        settings, mask_NT = self.settings, experience.mask_NT
-        old_logprobs_NT, weights = old_policy(
-            OffPolicyCorrection(settings.correction),
-            before.logprobs_NT,
-            experience.rollout_logprobs_NT,
-            mask_NT,
-            settings.importance_cap,
-        )
-        scores_N = self.final_scores(experience)
-        beta = self.kl.beta
-        rewards_NT, kl_NT = rewards.shape_rewards(scores_N, old_logprobs_NT, experience.ref_logprobs_NT, mask_NT, beta)
-        if settings.whiten_rewards:
-            rewards_NT = whiten(rewards_NT, mask_NT, shift_mean=False)
-        advantages_NT, returns_NT = gae(rewards_NT, before.values_NT, mask_NT, settings.gamma, settings.lam)
-        if settings.whiten_advantages:
-            advantages_NT = whiten(advantages_NT, mask_NT)
-        kl_N = sequence_kl(kl_NT, mask_NT)
-        self.kl.update(float(kl_N.mean()), len(kl_N))
-        targets = Targets(
-            old_logprobs_NT=old_logprobs_NT,
-            weights=weights,
-            old_values_NT=before.values_NT,
-            advantages_NT=advantages_NT,
-            returns_NT=returns_NT,
-        )
-        metrics = {
-            **score_metrics(experience),
-            "reward/final_mean": float(scores_N.mean()),
-            "kl/sequence_mean": float(kl_N.mean()),
-            "kl/token_mean": float(masked_mean(kl_NT, mask_NT)),
-            "kl/k3_token_mean": float(masked_mean(k3(old_logprobs_NT, experience.ref_logprobs_NT), mask_NT)),
-            "kl/beta": beta,
-            "policy/entropy_mean": float(masked_mean(before.entropies_NT, mask_NT)),
-            "value/mean": float(masked_mean(before.values_NT, mask_NT)),
-            "value/explained_variance": explained_variance(before.values_NT, returns_NT, mask_NT),
-            # Both are 0 on padding.
-            "rollout/logprob_max_abs_difference": float(
-                (before.logprobs_NT - experience.rollout_logprobs_NT).abs().max()
-            ),
-        }
-        if weights is not None:
-            metrics |= {
-                "rollout/importance_weight_mean": float(weights.mean),
-                "rollout/ess": float(weights.ess),
-                "rollout/kl_old": float(weights.kl),
-            }
-        return targets, metrics
-
-    def final_scores(self, experience: Experience) -> Tensor:
-        """(N,) scores as PPO uses them: normalised, clipped, and less what a response that never ended loses."""
-        settings, scores_N = self.settings, experience.scores_N
-        if self.normalisation is not None:
-            scores_N = rewards.normalise(scores_N, self.normalisation.mean, self.normalisation.std)
-        if settings.score_clip is not None:
-            scores_N = rewards.clip_scores(scores_N, settings.score_clip)
-        if settings.missing_eos != "none":
-            scores_N = rewards.apply_missing_eos(
-                scores_N, experience.finished_N, settings.missing_eos, settings.missing_eos_value
-            )
-        return scores_N
+        """``Shaping.targets``: rewards, advantages and returns, and their figures."""
+        return self.shaping.targets(experience, before)
 
     @tracing.traced("update")
     def update(self, experience: Experience, targets: Targets, step: int) -> dict[str, float]:
@@ -334,24 +255,24 @@ class Learner:
             denominator=tokens,
         )
         actor.loss.backward()  # type: ignore[no-untyped-call]
-        with autocast(self.device, settings.precision):
-            values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
-        critic = value_loss(
-            batch.of_states(values_BS),
-            cut(targets.old_values_NT),
-            cut(targets.returns_NT),
-            mask_BT,
-            settings.value_clip_range,
-            denominator=tokens,
-        )
-        (settings.value_coefficient * critic.loss).backward()  # type: ignore[no-untyped-call]
         figures = {
             "policy/loss": float(actor.loss.detach()),
             "policy/clip_fraction": float(actor.clip_fraction),
             "policy/approx_kl": float(actor.approx_kl),
-            "value/loss": float(critic.loss.detach()),
-            "value/clip_fraction": float(critic.clip_fraction),
         }
+        if self.critic is not None:
+            with autocast(self.device, settings.precision):
+                values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
+            critic = value_loss(
+                batch.of_states(values_BS),
+                cut(targets.old_values_NT),
+                cut(targets.returns_NT),
+                mask_BT,
+                settings.value_clip_range,
+                denominator=tokens,
+            )
+            (settings.value_coefficient * critic.loss).backward()  # type: ignore[no-untyped-call]
+            figures |= {"value/loss": float(critic.loss.detach()), "value/clip_fraction": float(critic.clip_fraction)}
         return figures, float((logprobs_BT.detach() - old_logprobs_BT).abs().max())
 
     def minibatches(self, count: int, step: int) -> Iterator[list[int]]:
@@ -360,30 +281,6 @@ class Learner:
             random = np.random.default_rng(derive_seed("minibatches", self.settings.seed, step, epoch))
             parts = np.array_split(random.permutation(count), min(self.settings.minibatches, count))
             yield from (part.tolist() for part in parts)
-
-
-def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:
-    """Share of the returns' variance that the values foretold: 1 is all, 0 none; below 0 they mislead.
-
-    Where all returns are equal there is nothing to explain: 0.
-    """
-    variance = float(masked_var(returns_NT, mask_NT))
-    return 1.0 - float(masked_var(returns_NT - values_NT, mask_NT)) / variance if variance > 0 else 0.0
-
-
-def score_metrics(experience: Experience) -> dict[str, float]:
-    """Raw scores with their interval, which is over prompts, and the lengths of the responses."""
-    score = mean_interval_of_groups(experience.scores_N.tolist(), experience.prompts)
-    lengths_N = experience.mask_NT.sum(dim=1).float()
-    return {
-        "reward/score_mean": score.value,
-        "reward/score_std": float(experience.scores_N.std()),
-        "reward/score_ci95": (score.high - score.low) / 2,
-        "reward/missing_eos_share": 1.0 - float(experience.finished_N.float().mean()),
-        "response/finished_share": float(experience.finished_N.float().mean()),
-        "response/length_mean": float(lengths_N.mean()),
-        "response/length_p95": float(lengths_N.quantile(0.95)),
-    }
 
 
 def time_metrics(rollout: Rollout, metrics: dict[str, float], publish_s: float, step_s: float) -> dict[str, float]:

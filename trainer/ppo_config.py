@@ -114,10 +114,19 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     clip_range: ClipRange = Field(0.2, description="of the policy's ratio around 1")
     value_clip_range: PositiveFloat = Field(0.2, description="of the value around the old one, in reward units")
     value_coefficient: PositiveFloat = Field(0.1, description="of the value loss")
-    gamma: UnitFloat = Field(1.0, description="discount")
+    advantage: Literal["gae", "rloo", "grpo", "reinforce++", "reinforce++-baseline"] = Field(
+        "gae",
+        description="what a token's reward is compared with: a critic's values (gae), the mean of the other samples "
+        "of the prompt (rloo), the mean and standard deviation of all of them (grpo), nothing (reinforce++), or "
+        "their mean (reinforce++-baseline); all but gae have no critic",
+    )
+    group_std: bool = Field(True, description="of grpo: divide by the standard deviation; without, it is Dr. GRPO")
+    gamma: UnitFloat = Field(1.0, description="discount, of gae and reinforce++")
     lam: UnitFloat = Field(0.95, description="lambda of generalised advantage estimation")
     whiten_rewards: bool = Field(False, description="scale the rewards to variance 1, keeping their mean")
-    whiten_advantages: bool = Field(True, description="shift and scale the advantages to mean 0 and variance 1")
+    whiten_advantages: Literal["auto", "on", "off"] = Field(
+        "auto", description="shift and scale the advantages to mean 0 and variance 1; auto: of all but rloo and grpo"
+    )
     correction: Literal["decoupled", "bypass"] = Field(
         "decoupled",
         description="how the difference between engine and trainer is corrected: truncated importance weights, or "
@@ -161,6 +170,21 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
         return self.prompts_per_step * self.samples_per_prompt
 
     @property
+    def has_critic(self) -> bool:
+        """Whether advantages come from a critic's values."""
+        return self.advantage == "gae"
+
+    @property
+    def compares_samples(self) -> bool:
+        """Whether advantages come from the other samples of the prompt."""
+        return self.advantage in ("rloo", "grpo", "reinforce++-baseline")
+
+    @property
+    def whitens_advantages(self) -> bool:
+        by_itself = self.advantage not in ("rloo", "grpo")
+        return by_itself if self.whiten_advantages == "auto" else self.whiten_advantages == "on"
+
+    @property
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
         free = {
@@ -194,6 +218,17 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
             raise ValueError(
                 f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
             )
+        if self.compares_samples and self.samples_per_prompt < 2:
+            raise ValueError(
+                f"--samples-per-prompt is {self.samples_per_prompt}: --advantage {self.advantage} compares the samples "
+                "of a prompt with each other, so it must be at least 2; of one, every advantage would be 0"
+            )
+        if self.compares_samples and self.gamma != 1:
+            raise ValueError(
+                f"--gamma is {self.gamma:g}: --advantage {self.advantage} judges whole responses, it must be 1"
+            )
+        if not self.has_critic and self.whiten_rewards:
+            raise ValueError(f"--whiten-rewards is set: it is of --advantage gae, not of {self.advantage}")
         if self.missing_eos == "subtract" and self.missing_eos_value < 0:
             raise ValueError(f"--missing-eos-value is {self.missing_eos_value:g}: subtracted, it must be at least 0")
         if self.kl == "adaptive" and self.kl_beta == 0:

@@ -86,7 +86,7 @@ class PPORun:
             self.normalisation = _normalisation(settings, self._info)
             self._judges = _judges(self._info, self.normalisation)
             self._check_judges(folder)
-            self.critic = self._load_critic(folder)
+            self.critic = self._load_critic(folder) if settings.has_critic else None
             self._encode(rows, held_out)
         except BaseException:
             self.close()
@@ -228,7 +228,7 @@ class PPORun:
             CheckpointError: a resumed run would go on with other prompts.
         """
         settings = self.settings
-        own = (longest_sequence(self.policy), longest_sequence(self.critic.body))
+        own = [longest_sequence(self.policy), *([] if self.critic is None else [longest_sequence(self.critic.body)])]
         limit = longest_prompt(self._info, settings.max_new_tokens, *own)
         advice = (
             f"lower --max-new-tokens {settings.max_new_tokens}, which the models' longest sequence includes; or choose "

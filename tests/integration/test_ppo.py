@@ -151,6 +151,26 @@ async def test_a_run_trains_publishes_exports_and_reports(start_three, folders, 
     assert "it already holds a run; go on with it by --resume, or choose another" in again.stderr
 
 
+def test_a_run_without_a_critic_loads_and_keeps_none(
+    start_three, start_service, make_reward_model, folders, prompts, tmp_path
+):
+    model, _ = folders
+    policy, _, reference = start_three()
+    # A reward model of other tokens: a critic could not start from it.
+    reward = start_service("reward", make_reward_model(seed=5, save_tokenizer=train_tokenizer(270)))
+    flags = ["--advantage", "grpo", "--samples-per-prompt", "2", "--steps", "2", "--max-eval-prompts", "4"]
+    done = run(ppo(model, prompts, tmp_path / "run", addresses(policy, reward, reference), *flags))
+    assert done.returncode == 0, done.stderr
+    records = read_metrics(tmp_path / "run")
+    assert [record["episodes"] for record in records] == [32, 64]
+    assert all(0 <= record["advantage/zero_share"] < 0.5 for record in records)
+    assert not [name for name in records[0] if name.startswith("value/")]
+    kept = {file.name for file in (tmp_path / "run" / "checkpoint-000002").iterdir()}
+    assert "policy.safetensors" in kept
+    assert not [name for name in kept if "critic" in name]
+    assert (tmp_path / "run" / "report.html").stat().st_size > 10_000
+
+
 @pytest.mark.parametrize("pad", [None, "<eos>"])
 async def test_a_stock_model_without_a_pad_token_of_its_own_is_trained_and_published(
     pad, start_service, make_policy, make_reward_model, prompts, tmp_path

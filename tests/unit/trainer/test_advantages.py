@@ -4,13 +4,24 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.advantages import combine_moments, gae, masked_mean, masked_moments, masked_var, whiten
+from trainer.advantages import (
+    combine_moments,
+    gae,
+    group_mean_baseline,
+    leave_one_out,
+    masked_mean,
+    masked_moments,
+    masked_var,
+    rewards_to_go,
+    whiten,
+)
 
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 1, 0, 0]], dtype=torch.bool)
 REWARDS = torch.tensor([[-0.02, 0.01, 0.05, 0, 1.47], [0.01, -0.05, -0.54, 0, 0]], dtype=torch.float64)
@@ -107,6 +118,66 @@ def test_gae_refuses_shapes_that_differ_and_left_padding() -> None:
         gae(REWARDS, VALUES[:, :4], MASK)
     with pytest.raises(ValueError, match="in rows 1 a valid token follows padding"):
         gae(REWARDS, VALUES, MASK.flip(1))
+
+
+# Without a critic
+
+
+GROUPED = st.lists(st.tuples(st.integers(0, 3), st.integers(1, 6)), min_size=1, max_size=9)
+
+
+@given(seed=SEEDS, samples=GROUPED)
+def test_comparisons_of_samples_equal_their_definitions_whatever_the_sizes_and_order_of_groups(
+    seed: int, samples: list[tuple[int, int]]
+) -> None:
+    """Groups that failed samples left smaller are those of fewer members; of one there is no signal, and no NaN."""
+    groups, lengths = [group for group, _ in samples], [length for _, length in samples]
+    rewards_BT, _, mask_BT = _ragged(seed, lengths)
+    groups_B = torch.tensor(groups) * 7 - 3  # Any numbers will do.
+    totals = [sum(rewards_BT[b, :length].tolist()) for b, length in enumerate(lengths)]
+    found = {
+        "rloo": leave_one_out(rewards_BT, mask_BT, groups_B),
+        "grpo": group_mean_baseline(rewards_BT, mask_BT, groups_B),
+        "dr": group_mean_baseline(rewards_BT, mask_BT, groups_B, divide_by_std=False),
+    }
+    for b, length in enumerate(lengths):
+        members = [totals[i] for i, group in enumerate(groups) if group == groups[b]]
+        others = [totals[i] for i, group in enumerate(groups) if group == groups[b] and i != b]
+        expected = dict.fromkeys(found, 0.0)
+        if others:
+            centred = totals[b] - np.mean(members)
+            scaled = centred / (np.std(members, ddof=1) + 1e-6)
+            expected = {"rloo": totals[b] - np.mean(others), "grpo": scaled, "dr": centred}
+        for name, advantages_BT in found.items():
+            assert advantages_BT[b, :length].tolist() == pytest.approx([expected[name]] * length, abs=1e-9)
+            assert (advantages_BT[b, length:] == 0).all()
+
+
+@given(seed=SEEDS, lengths=LENGTHS, gamma=UNIT)
+def test_rewards_to_go_are_the_discounted_sums(seed: int, lengths: list[int], gamma: float) -> None:
+    rewards_BT, _, mask_BT = _ragged(seed, lengths)
+    found_BT = rewards_to_go(rewards_BT, mask_BT, gamma)
+    for b, length in enumerate(lengths):
+        r = rewards_BT[b].tolist()
+        for t in range(length):
+            assert found_BT[b, t].item() == pytest.approx(sum(gamma ** (k - t) * r[k] for k in range(t, length)))
+        assert (found_BT[b, length:] == 0).all()
+
+
+def test_a_group_of_equal_rewards_gives_no_signal_and_is_not_blown_up_by_its_rounding() -> None:
+    rewards_BT = torch.full((3, 2), 0.1)
+    rewards_BT[2] = torch.tensor([0.2, 0.0])  # The same sum.
+    mask_BT = torch.ones(3, 2, dtype=torch.bool)
+    for advantages_BT in (
+        leave_one_out(rewards_BT, mask_BT, torch.zeros(3, dtype=torch.long)),
+        group_mean_baseline(rewards_BT, mask_BT, torch.zeros(3, dtype=torch.long)),
+    ):
+        assert float(advantages_BT.abs().max()) < 0.02
+
+
+def test_groups_of_another_number_of_rows_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"groups_B has shape \(3,\): mask_BT has 2 rows, one group each"):
+        leave_one_out(REWARDS, MASK, torch.zeros(3, dtype=torch.long))
 
 
 # Whitening

@@ -26,10 +26,11 @@ from trainer.checkpoint import StopRequest
 from trainer.errors import CheckpointError, DivergedError, RolloutError, ServicesError, TrainerError
 from trainer.experience import make_experience
 from trainer.models import Critic, disable_dropout
-from trainer.ppo import Learner, explained_variance, score_metrics, time_metrics, train
+from trainer.ppo import Learner, time_metrics, train
 from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun
 from trainer.rollout import Rollout, Sample
+from trainer.shaping import explained_variance, score_metrics
 from trainer.tracking import read_metrics
 
 
@@ -57,7 +58,7 @@ def make_learner(options: PPOSettings, *, seed: int = 0, normalisation: Any = No
         tokenizer=SimpleNamespace(eos_token_id=1),
         normalisation=normalisation,
         policy=policy,
-        critic=critic,
+        critic=critic if options.has_critic else None,
     )
     return Learner(run)  # type: ignore[arg-type]
 
@@ -212,7 +213,7 @@ def test_scores_are_normalised_then_clipped_then_penalised() -> None:
         ("replace", -5.0, lambda x, done: x if done else -5.0),
     ):
         learner = make_learner(settings(missing_eos=mode, missing_eos_value=value, score_clip=3.0), normalisation=stats)
-        final = learner.final_scores(make_experience(samples, learner.device)).tolist()
+        final = learner.shaping.final_scores(make_experience(samples, learner.device)).tolist()
         clipped = [min(max((score - 2.0) / 0.5, -3.0), 3.0) for score in raw]
         assert final == pytest.approx([expected(x, s.finished) for x, s in zip(clipped, samples, strict=True)])
 
@@ -489,3 +490,80 @@ def test_explained_variance_is_one_less_the_unexplained_share() -> None:
     expected = 1.0 - errors.var(ddof=1) / returns.var(ddof=1)
     assert explained_variance(values_NT, returns_NT, mask_NT) == pytest.approx(expected, abs=1e-6)
     assert explained_variance(values_NT, torch.ones(2, 2), mask_NT) == 0.0
+
+
+def without_critic(advantage: str, **changes: Any) -> PPOSettings:
+    return settings(advantage=advantage, samples_per_prompt=4, kl_beta=0.1, **changes)
+
+
+def grouped_samples() -> tuple[Sample, ...]:
+    """Of prompts with 4, 3 and 1 samples left: the others failed."""
+    left = [(0, 4), (1, 3), (2, 1)]
+    prompts = [prompt for prompt, count in left for _ in range(count)]
+    return tuple(
+        replace(sample, prompt_ids=(5, 6 + prompt)) for sample, prompt in zip(make_samples(8), prompts, strict=True)
+    )
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "dr-grpo", "reinforce++", "reinforce++-baseline"])
+def test_advantages_without_a_critic_equal_the_naive_ones_also_where_samples_failed(advantage: str) -> None:
+    options = without_critic("grpo", group_std=False) if advantage == "dr-grpo" else without_critic(advantage)
+    learner, samples = make_learner(options), grouped_samples()
+    experience = make_experience(samples, learner.device)
+    before = learner.evaluate(experience)
+    assert not before.values_NT.any()
+    targets, metrics = learner.shape(experience, before)
+    token_rewards = []
+    for row, sample in enumerate(samples):
+        kl = before.logprobs_NT[row, : len(sample.response_ids)].double().numpy() - np.array(sample.ref_logprobs)
+        rewards = -0.1 * kl
+        rewards[-1] += sample.score - (0.0 if sample.finished else 0.7)
+        token_rewards.append(rewards)
+    totals = np.array([rewards.sum() for rewards in token_rewards])
+    naive = []
+    for row, sample in enumerate(samples):
+        members = totals[[s.prompt_ids == sample.prompt_ids for s in samples]]
+        alone, length = len(members) == 1, len(sample.response_ids)
+        if advantage == "rloo":
+            value = 0.0 if alone else totals[row] - (members.sum() - totals[row]) / (len(members) - 1)
+        elif advantage == "grpo":
+            value = 0.0 if alone else (totals[row] - members.mean()) / (members.std(ddof=1) + 1e-6)
+        else:
+            value = totals[row] - members.mean()
+        to_go = token_rewards[row][::-1].cumsum()[::-1]
+        naive.append(to_go if advantage == "reinforce++" else np.full(length, value))
+    flat = np.concatenate(naive)
+    if advantage.startswith("reinforce++"):
+        flat = (flat - flat.mean()) / np.sqrt(flat.var(ddof=1) + 1e-8)
+    assert targets.advantages_NT[experience.mask_NT].numpy() == pytest.approx(flat, abs=2e-5)
+    if advantage == "reinforce++":
+        assert "advantage/zero_share" not in metrics
+    else:
+        assert metrics["advantage/zero_share"] == pytest.approx(1 / 8)
+
+
+@pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++", "reinforce++-baseline"])
+def test_without_gae_no_critic_is_optimised_or_kept(advantage: str) -> None:
+    learner = make_learner(without_critic(advantage, learning_rate=1e-3))
+    assert learner.critic is None
+    assert set(learner.trained.modules) == set(learner.trained.optimisers) == {"policy"}
+    weight = learner.policy.lm_head.weight.detach().clone()
+    metrics = learner.step(rollout_of(*grouped_samples()), 0)
+    assert not learner.policy.lm_head.weight.equal(weight)
+    assert not [name for name in metrics if name.startswith("value/")]
+    assert metrics["policy/optimiser_steps"] == 4
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"advantage": "rloo"}, "--samples-per-prompt is 1: --advantage rloo compares the samples"),
+        ({"advantage": "reinforce++-baseline"}, r"--samples-per-prompt is 1: --advantage reinforce\+\+-baseline"),
+        ({"advantage": "grpo", "samples_per_prompt": 2, "gamma": 0.9}, "--gamma is 0.9: --advantage grpo judges whole"),
+        ({"advantage": "reinforce++", "whiten_rewards": True}, "--whiten-rewards is set: it is of --advantage gae"),
+    ],
+)
+def test_an_estimator_refuses_what_gives_it_no_signal_or_no_meaning(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        settings(**changes)
+    settings(advantage="reinforce++", gamma=0.9)
