@@ -1,4 +1,4 @@
-"""KL divergence from the reference policy: estimators, where each may stand, and the controllers of its price.
+"""KL divergence from the reference policy: estimators, the loss made of them, and the controllers of its price.
 
 Shapes: B sequences, T response tokens, V vocabulary. KL is always KL(pi, ref) at tokens sampled from pi, in nats.
 """
@@ -6,21 +6,17 @@ Shapes: B sequences, T response tokens, V vocabulary. KL is always KL(pi, ref) a
 from __future__ import annotations
 
 import math
-from enum import StrEnum
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from trainer.kl_placement import KlEstimator as KlEstimator
+from trainer.kl_placement import check_kl_placement as check_kl_placement
 from trainer.masked import check_batch, check_same_shape, fill_padding
 
-
-class KlEstimator(StrEnum):
-    """Per-token estimators of KL(pi, ref) from one sample of pi (Schulman 2020, "Approximating KL Divergence")."""
-
-    K1 = "k1"
-    K2 = "k2"
-    K3 = "k3"
+# As in trainer.losses: far beyond every cap, and no overflow.
+_MAX_LOG_RATIO = 20.0
 
 
 def k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
@@ -33,10 +29,7 @@ def k1(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
 
 
 def k2(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
-    """(log pi - log ref)^2 / 2: biased, of low variance; as a differentiable loss its gradient is KL's on-policy.
-
-    PPO does not use it: for estimators that put the KL into the loss.
-    """
+    """(log pi - log ref)^2 / 2: biased, of low variance; as a differentiable loss its gradient is KL's on-policy."""
     return 0.5 * k1(logprobs_BT, ref_logprobs_BT).square()
 
 
@@ -47,28 +40,53 @@ def k3(logprobs_BT: Tensor, ref_logprobs_BT: Tensor) -> Tensor:
     return torch.expm1(log_ratio_BT) - log_ratio_BT
 
 
-def check_kl_placement(estimator: KlEstimator, placement: Literal["reward", "loss"]) -> None:
-    """Refuses pairings whose gradient is not that of KL(pi, ref).
+def kl_loss(
+    estimator: KlEstimator,
+    logprobs_BT: Tensor,
+    ref_logprobs_BT: Tensor,
+    old_logprobs_BT: Tensor,
+    mask_BT: Tensor,
+    *,
+    denominator: float,
+    weights_BT: Tensor | None = None,
+    ratio_cap: float = 2.0,
+) -> Tensor:
+    """Differentiable KL(pi, ref), before its price: the mean over valid tokens of k2 or k3, weighted by pi / pi_old.
 
-    As a detached reward only k1 works: k2 and k3 there push with about 1 % of the gradient. As a differentiable loss
-    k1 has no expected gradient at all, k2 is exact on-policy, and k3 follows the forward KL(ref, pi).
-    PPO has k1 in the reward and asks nothing; this is for settings that leave the choice open.
+    The tokens were sampled before the update, so from its second optimiser step on they are not pi's: the detached,
+    capped ratio makes up for it. Within the cap k2's expected gradient is that of KL(pi, ref) at every step, k3's that
+    of KL(ref, pi).
+
+    Args:
+        estimator: k2 or k3.
+        logprobs_BT: (B, T) of the policy being trained; the only one that receives a gradient.
+        ref_logprobs_BT: (B, T) of the reference.
+        old_logprobs_BT: (B, T) of the policy at the start of the step.
+        mask_BT: (B, T) True on valid tokens. Padding may hold anything.
+        denominator: as ``trainer.losses.policy_loss`` has it.
+        weights_BT: (B, T) importance weights of ``trainer.losses.importance_weights``; None for 1.
+        ratio_cap: the largest ratio.
+
+    Returns:
+        A 0-dimensional tensor; adds up over micro-batches.
 
     Raises:
-        ValueError: the pairing is refused, with what to use instead.
+        ValueError: shapes differ, or the estimator is k1.
+
+    Source: the estimators as Shao et al. 2024, "DeepSeekMath", eq. 4 has them; the ratio as DeepSeek-AI 2025,
+    "DeepSeek-V3.2", section 3.1.
     """
-    if placement not in ("reward", "loss"):
-        raise ValueError(f"kl placement is {placement!r}: it must be 'reward' or 'loss'")
-    if placement == "reward" and estimator != KlEstimator.K1:
-        raise ValueError(
-            f"kl estimator {estimator} cannot be the reward: detached, its gradient is not that of the KL "
-            "and nearly vanishes close to the reference; use k1 in the reward, or k2 or k3 in the loss"
-        )
-    if placement == "loss" and estimator == KlEstimator.K1:
-        raise ValueError(
-            "kl estimator k1 cannot be the loss: its expected gradient is 0, so nothing would hold the policy near "
-            "the reference; use k2 or k3 in the loss, or k1 in the reward"
-        )
+    check_kl_placement(estimator, "loss")
+    check_batch(mask_BT, logprobs_BT=logprobs_BT, ref_logprobs_BT=ref_logprobs_BT, old_logprobs_BT=old_logprobs_BT)
+    logprobs_BT, old_logprobs_BT = fill_padding(logprobs_BT, mask_BT), fill_padding(old_logprobs_BT, mask_BT)
+    log_ratio_BT = (logprobs_BT - old_logprobs_BT).detach().clamp(-_MAX_LOG_RATIO, _MAX_LOG_RATIO)
+    estimate = k2 if estimator == KlEstimator.K2 else k3
+    kl_BT = estimate(logprobs_BT, fill_padding(ref_logprobs_BT.detach(), mask_BT)) * log_ratio_BT.exp().clamp(
+        max=ratio_cap
+    )
+    if weights_BT is not None:
+        kl_BT = kl_BT * fill_padding(weights_BT.detach(), mask_BT)
+    return kl_BT.sum() / denominator
 
 
 def sequence_kl(kl_BT: Tensor, mask_BT: Tensor) -> Tensor:

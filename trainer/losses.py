@@ -46,7 +46,7 @@ class PolicyLoss:
 
     loss: Tensor
     clip_fraction: Tensor
-    """Share of tokens at which the clipped branch was the larger one, where the gradient is 0."""
+    """Share of tokens at which a clipped branch was taken, where the gradient is 0."""
     approx_kl: Tensor
     """.5 (log new - log old)^2: how far this update has gone, never negative."""
     mean_old_minus_new: Tensor
@@ -61,6 +61,7 @@ def policy_loss(
     clip_range: float = 0.2,
     weights_BT: Tensor | None = None,
     denominator: Tensor | float | None = None,
+    dual_clip: float | None = None,
 ) -> PolicyLoss:
     """PPO's max(-A rho, -A clip(rho, 1 - c, 1 + c)) with rho = pi / pi_old, a mean over valid tokens.
 
@@ -74,15 +75,20 @@ def policy_loss(
         denominator: valid tokens of the *global minibatch*, over all micro-batches and processes, so that gradients
             do not depend on how it is cut. Where gradients are averaged over processes rather than summed, pass
             that count divided by the number of processes. None: those of this mask.
+        dual_clip: c > 1: where A < 0 the loss is at most -A c, so that a token that became far likelier since it was
+            sampled does not outweigh all others; None for no such bound.
 
     Raises:
-        ValueError: shapes differ, ``clip_range`` is refused, or the denominator is not positive.
+        ValueError: shapes differ, ``clip_range`` or ``dual_clip`` is refused, or the denominator is not positive.
 
-    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7.
+    Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms", eq. 7; dual clip: Ye et al. 2020,
+    "Mastering Complex Control in MOBA Games with Deep Reinforcement Learning", eq. 5, which has c = 3.
     """
     check_batch(mask_BT, logprobs_BT=logprobs_BT, old_logprobs_BT=old_logprobs_BT, advantages_BT=advantages_BT)
     if not 0.0 < clip_range < 1.0:
         raise ValueError(f"clip_range is {clip_range}: it must lie between 0 and 1")
+    if dual_clip is not None and not 1.0 < dual_clip < math.inf:
+        raise ValueError(f"dual_clip is {dual_clip}: it must be finite and above 1")
     tokens = _tokens(mask_BT, denominator)
     advantages_BT = fill_padding(advantages_BT.detach(), mask_BT)
     log_ratio_BT = fill_padding(logprobs_BT, mask_BT) - fill_padding(old_logprobs_BT.detach(), mask_BT)
@@ -90,13 +96,18 @@ def policy_loss(
     unclipped_BT = -advantages_BT * ratio_BT
     clipped_BT = -advantages_BT * ratio_BT.clamp(1.0 - clip_range, 1.0 + clip_range)
     loss_BT = torch.maximum(unclipped_BT, clipped_BT)
+    cut_BT = clipped_BT > unclipped_BT
+    if dual_clip is not None:
+        most_BT = torch.where(advantages_BT < 0, -advantages_BT * dual_clip, math.inf)
+        cut_BT |= loss_BT > most_BT
+        loss_BT = torch.minimum(loss_BT, most_BT)
     if weights_BT is not None:
         check_batch(mask_BT, weights_BT=weights_BT)
         loss_BT = loss_BT * fill_padding(weights_BT.detach(), mask_BT)
     delta_BT = log_ratio_BT.detach()  # 0 on padding, as loss_BT is: the plain sums below are masked ones.
     return PolicyLoss(
         loss=loss_BT.sum() / tokens,
-        clip_fraction=(clipped_BT > unclipped_BT).sum() / tokens,
+        clip_fraction=cut_BT.sum() / tokens,
         approx_kl=0.5 * delta_BT.square().sum() / tokens,
         mean_old_minus_new=-delta_BT.sum() / tokens,
     )

@@ -28,7 +28,7 @@ from trainer.batching import micro_batches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
-from trainer.kl import AdaptiveKlController, FixedKlController
+from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
 from trainer.losses import policy_loss, value_loss
 from trainer.models import TokenLogprobs, export_tensors, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
@@ -142,7 +142,8 @@ class Learner:
     @property
     def trained(self) -> Trained:
         """What a checkpoint keeps of it."""
-        return Trained(modules=self.modules, optimisers=self.optimisers, kl=self.kl)
+        states = {"kl": self.kl, "score_scale": self.shaping.scale}
+        return Trained(modules=self.modules, optimisers=self.optimisers, states=states)
 
     @tracing.traced("learn")
     def step(self, rollout: Rollout, step: int) -> dict[str, float]:
@@ -202,27 +203,42 @@ class Learner:
 
     @tracing.traced("update")
     def update(self, experience: Experience, targets: Targets, step: int) -> dict[str, float]:
-        """Epochs over the rollout: every sample once an epoch, in minibatches of a fresh permutation each."""
-        sums: dict[str, float] = {}
+        """Epochs over the rollout: every sample once an epoch, in minibatches of a fresh permutation each.
+
+        They end before a minibatch at which the policy has gone further than --max-update-kl.
+        """
+        budget = self.settings.max_update_kl
+        measured: list[dict[str, float]] = []
+        norms: list[dict[str, float]] = []
         first_ratio = 0.0
-        taken = 0
         for rows_of_minibatch in self.minibatches(len(experience.sequences), step):
             tokens = float(experience.mask_NT[rows_of_minibatch].sum())
             lengths = [experience.lengths[row] for row in rows_of_minibatch]
+            sums: dict[str, float] = {}
             for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
                 rows = [rows_of_minibatch[index] for index in part]
                 figures, ratio = self.accumulate(experience, targets, rows, tokens)
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
-                if taken == 0:
+                if not measured:
                     first_ratio = max(first_ratio, ratio)
-            for name, optimiser in self.optimisers.items():
-                norm = apply_gradients(optimiser, self.settings.max_grad_norm)
-                sums[f"{name}/grad_norm"] = sums.get(f"{name}/grad_norm", 0.0) + norm
-            taken += 1
-        return {name: value / taken for name, value in sums.items()} | {
+            measured.append(sums)
+            if budget is not None and sums["policy/approx_kl"] > budget:
+                for optimiser in self.optimisers.values():
+                    optimiser.zero_grad(set_to_none=True)
+                break
+            norms.append(
+                {
+                    f"{name}/grad_norm": apply_gradients(optimiser, self.settings.max_grad_norm)
+                    for name, optimiser in self.optimisers.items()
+                }
+            )
+        return {
+            **means(measured),
+            **means(norms),
             "policy/first_ratio_max_abs_log": first_ratio,
-            "policy/optimiser_steps": taken,
+            "policy/optimiser_steps": len(norms),
+            "policy/stopped_early": float(len(norms) < len(measured)),
         }
 
     def accumulate(
@@ -242,24 +258,50 @@ class Learner:
             return grid_NT[rows, :width]
 
         with autocast(self.device, settings.precision):
-            logprobs_BS, _ = self.logprobs(batch.ids_BS, batch.mask_BS, batch.wanted_BS, settings.temperature)
+            logprobs_BS, entropies_BS = self.logprobs(
+                batch.ids_BS,
+                batch.mask_BS,
+                batch.wanted_BS,
+                settings.temperature,
+                want_entropy=settings.entropy_coefficient > 0,
+            )
         logprobs_BT = batch.of_tokens(logprobs_BS)
         old_logprobs_BT = cut(targets.old_logprobs_NT)
+        weights_BT = None if targets.weights is None else cut(targets.weights.weights_BT)
         actor = policy_loss(
             logprobs_BT,
             old_logprobs_BT,
             cut(targets.advantages_NT),
             mask_BT,
             settings.clip_range,
-            weights_BT=None if targets.weights is None else cut(targets.weights.weights_BT),
+            weights_BT=weights_BT,
             denominator=tokens,
+            dual_clip=settings.dual_clip,
         )
-        actor.loss.backward()  # type: ignore[no-untyped-call]
+        loss = actor.loss
         figures = {
             "policy/loss": float(actor.loss.detach()),
             "policy/clip_fraction": float(actor.clip_fraction),
             "policy/approx_kl": float(actor.approx_kl),
         }
+        if settings.kl_in == "loss":
+            paid = kl_loss(
+                settings.kl_used,
+                logprobs_BT,
+                cut(experience.ref_logprobs_NT),
+                old_logprobs_BT,
+                mask_BT,
+                denominator=tokens,
+                weights_BT=weights_BT,
+                ratio_cap=settings.importance_cap,
+            )
+            loss = loss + targets.kl_price * paid
+            figures["policy/kl_loss"] = float(paid.detach())
+        if entropies_BS is not None:
+            entropy = batch.of_tokens(entropies_BS).sum() / tokens
+            loss = loss - settings.entropy_coefficient * entropy
+            figures["policy/entropy_bonus"] = settings.entropy_coefficient * float(entropy.detach())
+        loss.backward()  # type: ignore[no-untyped-call]
         if self.critic is not None:
             with autocast(self.device, settings.precision):
                 values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
@@ -281,6 +323,11 @@ class Learner:
             random = np.random.default_rng(derive_seed("minibatches", self.settings.seed, step, epoch))
             parts = np.array_split(random.permutation(count), min(self.settings.minibatches, count))
             yield from (part.tolist() for part in parts)
+
+
+def means(records: list[dict[str, float]]) -> dict[str, float]:
+    """The mean of each figure; of no records, none."""
+    return {name: sum(record[name] for record in records) / len(records) for name in (records or [{}])[0]}
 
 
 def time_metrics(rollout: Rollout, metrics: dict[str, float], publish_s: float, step_s: float) -> dict[str, float]:

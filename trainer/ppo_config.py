@@ -20,6 +20,7 @@ from quartet.settings import (
     UnitFloat,
 )
 from trainer.config import PACKING, Packing
+from trainer.kl_placement import KlEstimator, check_kl_placement
 from trainer.service_credentials import Address, AdminCredentials, ServiceCredentials
 
 # Response tokens of a rollout: of fewer, mean and variance would be noise.
@@ -112,6 +113,17 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices alone")
     max_grad_norm: PositiveFloat = Field(1.0, description="each model's gradient is scaled down to this norm")
     clip_range: ClipRange = Field(0.2, description="of the policy's ratio around 1")
+    dual_clip: Annotated[PositiveFloat, Field(gt=1)] | None = Field(
+        None, description="where the advantage is negative, the loss is at most so many times it; usual: 3"
+    )
+    entropy_coefficient: NonNegativeFloat = Field(
+        0.0, description="of the mean entropy a token, which the loss is less"
+    )
+    max_update_kl: PositiveFloat | None = Field(
+        None,
+        description="nats a token that a step's update may go from the policy it began with (approx_kl of a "
+        "minibatch): beyond it the step's epochs end before that minibatch is learned; none: all epochs are taken",
+    )
     value_clip_range: PositiveFloat = Field(0.2, description="of the value around the old one, in reward units")
     value_coefficient: PositiveFloat = Field(0.1, description="of the value loss")
     advantage: Literal["gae", "rloo", "grpo", "reinforce++", "reinforce++-baseline"] = Field(
@@ -127,13 +139,26 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     whiten_advantages: Literal["auto", "on", "off"] = Field(
         "auto", description="shift and scale the advantages to mean 0 and variance 1; auto: of all but rloo and grpo"
     )
+    advantage_clip: PositiveFloat | None = Field(
+        None, description="advantages are kept within this of 0, after whitening; part of MOSS's PPO-max"
+    )
     correction: Literal["decoupled", "bypass"] = Field(
         "decoupled",
         description="how the difference between engine and trainer is corrected: truncated importance weights, or "
         "the engine's log-probabilities as the old policy's",
     )
-    importance_cap: PositiveFloat = Field(2.0, description="largest importance weight of decoupled")
+    importance_cap: PositiveFloat = Field(
+        2.0, description="largest importance weight: of decoupled, and of KL in the loss"
+    )
 
+    kl_in: Literal["reward", "loss"] = Field(
+        "reward", description="where KL to the reference is paid: in the reward of each token, or in the loss beside it"
+    )
+    kl_estimator: Literal["auto", "k1", "k2", "k3"] = Field(
+        "auto",
+        description="k1 in the reward; in the loss k2, whose gradient is that of KL(policy, reference), or GRPO's k3, "
+        "which follows KL(reference, policy); other pairings are refused. auto: k1 or k2",
+    )
     kl: Literal["fixed", "adaptive"] = Field("fixed", description="whether the price of KL follows a target")
     kl_beta: NonNegativeFloat = Field(0.05, description="price of a nat of KL, in reward; the first one of adaptive")
     kl_target: PositiveFloat = Field(6.0, description="of adaptive: nats a response")
@@ -141,7 +166,14 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     normalise_reward: Literal["auto", "on", "off"] = Field(
         "auto", description="by the mean and std kept with the reward model; auto: where it has them"
     )
+    scale_scores: bool = Field(
+        False, description="divide scores by the standard deviation of all so far; MOSS's PPO-max, with --score-clip 10"
+    )
     score_clip: PositiveFloat | None = Field(None, description="scores are kept within this of 0; MOSS's PPO-max: 10")
+    length_penalty: NonNegativeFloat = Field(
+        0.0, description="taken off the score for each response token beyond the next; in scores as used"
+    )
+    length_penalty_after: NonNegativeInt = Field(0, description="response tokens that cost nothing")
     missing_eos: Literal["none", "subtract", "replace"] = Field(
         "subtract", description="what happens to the score of a response that did not end by itself"
     )
@@ -168,6 +200,13 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     def batch_size(self) -> int:
         """Responses of one rollout."""
         return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def kl_used(self) -> KlEstimator:
+        """The estimator of the KL that is paid for."""
+        if self.kl_estimator == "auto":
+            return KlEstimator.K1 if self.kl_in == "reward" else KlEstimator.K2
+        return KlEstimator(self.kl_estimator)
 
     @property
     def has_critic(self) -> bool:
@@ -218,6 +257,12 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
             raise ValueError(
                 f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
             )
+        try:
+            check_kl_placement(self.kl_used, self.kl_in)
+        except ValueError as error:
+            raise ValueError(f"--kl-estimator is {self.kl_estimator} and --kl-in {self.kl_in}: {error}") from None
+        if self.length_penalty_after and not self.length_penalty:
+            raise ValueError(f"--length-penalty-after is {self.length_penalty_after} without --length-penalty")
         if self.compares_samples and self.samples_per_prompt < 2:
             raise ValueError(
                 f"--samples-per-prompt is {self.samples_per_prompt}: --advantage {self.advantage} compares the samples "

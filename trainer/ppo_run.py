@@ -11,7 +11,7 @@ import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
@@ -28,7 +28,6 @@ from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
-from trainer.kl import AdaptiveKlController, FixedKlController
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings
@@ -43,13 +42,21 @@ _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]")
 T = TypeVar("T")
 
 
+class Stateful(Protocol):
+    """What changes from step to step, as JSON values."""
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Trained:
-    """What a checkpoint keeps of the learner."""
+    """What a checkpoint keeps of the learner. ``states``: controllers and statistics, by name."""
 
     modules: Mapping[str, nn.Module]
     optimisers: Mapping[str, Optimizer]
-    kl: FixedKlController | AdaptiveKlController
+    states: Mapping[str, Stateful]
 
 
 class PPORun:
@@ -322,8 +329,9 @@ class PPORun:
             return
         restored = load_checkpoint(path, modules=trained.modules, optimisers=trained.optimisers)
         try:
-            trained.kl.load_state_dict(restored.state["kl"])
-        except ValueError as error:
+            for name, state in trained.states.items():
+                state.load_state_dict(restored.state[name])
+        except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.step, self.episodes = restored.step, int(restored.state["episodes"])
         self._stream.position = int(restored.state["prompts_drawn"])
@@ -343,7 +351,7 @@ class PPORun:
                 "episodes": self.episodes,
                 "elapsed_s": self._elapsed_s(),
                 "prompts_drawn": self._stream.position,
-                "kl": trained.kl.state_dict(),
+                **{name: state.state_dict() for name, state in trained.states.items()},
                 "judges": self._judges,
                 "data": self._data,
             },

@@ -7,14 +7,14 @@ True. Where a response ends, and whether by itself, ``trainer.rollout`` finds ou
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from trainer.kl import k1
-from trainer.masked import check_batch, check_right_padded, fill_padding, rows
+from trainer.masked import Moments, check_batch, check_right_padded, combine_moments, fill_padding, rows
 
 
 def last_token_index(mask_BT: Tensor) -> Tensor:
@@ -94,6 +94,55 @@ def clip_scores(scores_B: Tensor, limit: float) -> Tensor:
     if not limit > 0:
         raise ValueError(f"limit is {limit}: it must be above 0")
     return scores_B.clamp(-limit, limit)
+
+
+class RunningScale:
+    """Scores over the standard deviation of all scores so far, those of the present batch among them.
+
+    The mean stays: it tells good from bad. While all scores were alike they are left as they are.
+
+    Source: Zheng et al. 2023, "Secrets of RLHF in Large Language Models Part I: PPO", section 5.3.1 (PPO-max).
+    """
+
+    def __init__(self) -> None:
+        self.moments = Moments(count=0, mean=0.0, squared_deviations=0.0)
+
+    def scale(self, scores_B: Tensor) -> Tensor:
+        """Takes the scores into the statistics and returns them scaled."""
+        x_B = scores_B.double()
+        mean = float(x_B.mean())
+        new = Moments(count=len(x_B), mean=mean, squared_deviations=float((x_B - mean).square().sum()))
+        self.moments = combine_moments([self.moments, new])
+        std = math.sqrt(self.moments.variance) if self.moments.count > 1 else 0.0
+        return scores_B / std if std > 0 else scores_B
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint keeps."""
+        return asdict(self.moments)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """
+        Raises:
+            ValueError: the state is not one of these statistics.
+        """
+        try:
+            self.moments = Moments(**state)
+        except TypeError as error:
+            raise ValueError(f"the saved statistics of the scores hold {sorted(state)}: {error}") from error
+
+
+def apply_length_penalty(scores_B: Tensor, mask_BT: Tensor, price: float, free_tokens: int = 0) -> Tensor:
+    """(B,) scores less ``price`` for each response token beyond ``free_tokens``.
+
+    Raises:
+        ValueError: ``price`` or ``free_tokens`` is negative, or there is not one score a row.
+    """
+    check_batch(mask_BT)
+    if not 0 <= price < math.inf or free_tokens < 0:
+        raise ValueError(f"price is {price} and free_tokens {free_tokens}: both must be finite and at least 0")
+    if scores_B.shape != mask_BT.shape[:1]:
+        raise ValueError(f"scores_B has shape {tuple(scores_B.shape)}: mask_BT has {len(mask_BT)} rows, one score each")
+    return scores_B - price * (mask_BT.sum(dim=1) - free_tokens).clamp(min=0)
 
 
 def place_scores(scores_B: Tensor, mask_BT: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from trainer.kl import AdaptiveKlController, FixedKlController, k3, sequence_kl
 from trainer.losses import ImportanceWeights, OffPolicyCorrection, old_policy
 from trainer.masked import masked_mean, masked_var
 from trainer.ppo_config import PPOSettings
+from trainer.rewards import RunningScale
 from trainer.statistics import mean_interval_of_groups
 
 
@@ -39,10 +40,14 @@ class Targets:
     old_values_NT: Tensor
     advantages_NT: Tensor
     returns_NT: Tensor  # Of the critic alone.
+    kl_price: float  # Of a nat in the loss; 0 where it is paid in the reward.
 
 
 class Shaping:
-    """From scores to advantages, by the settings; keeps what changes from step to step: the price of KL."""
+    """From scores to advantages, by the settings.
+
+    ``kl`` and ``scale`` change from step to step: the price of KL and the statistics of the scores.
+    """
 
     def __init__(self, settings: PPOSettings, normalisation: Normalisation | None) -> None:
         """
@@ -57,6 +62,7 @@ class Shaping:
             if settings.kl == "fixed"
             else AdaptiveKlController(settings.kl_beta, settings.kl_target, settings.kl_horizon)
         )
+        self.scale = RunningScale()
 
     def targets(self, experience: Experience, before: Evaluated) -> tuple[Targets, dict[str, float]]:
         """Rewards, advantages and returns, and their figures; the price of KL moves after it was used."""
@@ -70,7 +76,13 @@ class Shaping:
         )
         scores_N = self.final_scores(experience)
         beta = self.kl.beta
-        rewards_NT, kl_NT = rewards.shape_rewards(scores_N, old_logprobs_NT, experience.ref_logprobs_NT, mask_NT, beta)
+        rewards_NT, kl_NT = rewards.shape_rewards(
+            scores_N,
+            old_logprobs_NT,
+            experience.ref_logprobs_NT,
+            mask_NT,
+            beta if settings.kl_in == "reward" else 0.0,
+        )
         if settings.whiten_rewards:
             rewards_NT = whiten(rewards_NT, mask_NT, shift_mean=False)
         advantages_NT, returns_NT = self.advantages(experience, rewards_NT, before.values_NT)
@@ -104,6 +116,8 @@ class Shaping:
             }
         if settings.whitens_advantages:
             advantages_NT = whiten(advantages_NT, mask_NT)
+        if settings.advantage_clip is not None:
+            advantages_NT = advantages_NT.clamp(-settings.advantage_clip, settings.advantage_clip)
         return (
             Targets(
                 old_logprobs_NT=old_logprobs_NT,
@@ -111,6 +125,7 @@ class Shaping:
                 old_values_NT=before.values_NT,
                 advantages_NT=advantages_NT,
                 returns_NT=returns_NT,
+                kl_price=beta if settings.kl_in == "loss" else 0.0,
             ),
             metrics,
         )
@@ -130,12 +145,21 @@ class Shaping:
         return advantages_NT, torch.zeros_like(advantages_NT)
 
     def final_scores(self, experience: Experience) -> Tensor:
-        """(N,) scores as PPO uses them: normalised, clipped, and less what a response that never ended loses."""
+        """(N,) scores as PPO uses them: normalised, scaled, clipped, and less what length and a missing end cost.
+
+        Moves the statistics that they are scaled by.
+        """
         settings, scores_N = self.settings, experience.scores_N
         if self.normalisation is not None:
             scores_N = rewards.normalise(scores_N, self.normalisation.mean, self.normalisation.std)
+        if settings.scale_scores:
+            scores_N = self.scale.scale(scores_N)
         if settings.score_clip is not None:
             scores_N = rewards.clip_scores(scores_N, settings.score_clip)
+        if settings.length_penalty:
+            scores_N = rewards.apply_length_penalty(
+                scores_N, experience.mask_NT, settings.length_penalty, settings.length_penalty_after
+            )
         if settings.missing_eos != "none":
             scores_N = rewards.apply_missing_eos(
                 scores_N, experience.finished_N, settings.missing_eos, settings.missing_eos_value

@@ -23,6 +23,7 @@ from trainer.kl import (
     k1,
     k2,
     k3,
+    kl_loss,
     sequence_kl,
 )
 
@@ -160,6 +161,55 @@ def test_k3_as_loss_follows_the_forward_kl() -> None:
     forward_A = _gradient((ref_A.exp() * (ref_A - log_pi_A)).sum(), theta_A)
     torch.testing.assert_close(_as_loss(k3, theta_A, ref_A), forward_A, atol=1e-15, rtol=1e-9)
     assert (forward_A - _kl_gradient(theta_A, ref_A)).norm() > 0.05 * forward_A.norm()
+
+
+def _expected_loss_gradient(estimator: str, *, cap: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Of ``kl_loss`` over samples of an older policy, half of them at a weight of 3 and half at one of -1 (mean 1)."""
+    theta_A, ref_A = _near_policies(0.5)
+    random = torch.Generator().manual_seed(8)
+    old_A = torch.log_softmax(theta_A.detach() + 0.4 * torch.randn(8, generator=random, dtype=torch.float64), dim=0)
+    log_pi_A = torch.log_softmax(theta_A, dim=0)
+    mask_B1, total = torch.ones(8, 1, dtype=torch.bool), torch.zeros((), dtype=torch.float64)
+    for weight in (3.0, -1.0):
+        for action, probability in enumerate(old_A.exp().tolist()):
+            chosen = slice(action, action + 1)
+            loss = kl_loss(
+                KlEstimator(estimator),
+                log_pi_A[chosen, None],
+                ref_A[chosen, None],
+                old_A[chosen, None],
+                mask_B1[chosen],
+                denominator=1.0,
+                weights_BT=torch.full((1, 1), weight, dtype=torch.float64),
+                ratio_cap=cap,
+            )
+            total = total + 0.5 * probability * loss
+    return _gradient(total, theta_A), theta_A, ref_A
+
+
+def test_k2_in_the_loss_keeps_its_gradient_when_the_policy_has_moved_on_from_what_sampled() -> None:
+    found_A, theta_A, ref_A = _expected_loss_gradient("k2", cap=100.0)
+    torch.testing.assert_close(found_A, _kl_gradient(theta_A, ref_A), atol=1e-14, rtol=1e-9)
+    capped_A, _, _ = _expected_loss_gradient("k2", cap=1.0)
+    assert (capped_A - found_A).norm() > 0.01 * found_A.norm()
+
+
+def test_k3_in_the_loss_keeps_its_gradient_when_the_policy_has_moved_on_from_what_sampled() -> None:
+    found_A, theta_A, ref_A = _expected_loss_gradient("k3", cap=100.0)
+    forward_A = _gradient((ref_A.exp() * (ref_A - torch.log_softmax(theta_A, dim=0))).sum(), theta_A)
+    torch.testing.assert_close(found_A, forward_A, atol=1e-14, rtol=1e-9)
+
+
+@pytest.mark.parametrize("padding", [0.0, 1e30, math.nan])
+def test_what_padding_holds_reaches_neither_the_kl_loss_nor_its_gradient(padding: float) -> None:
+    mask_BT = torch.tensor([[True, True, False]])
+    new_BT = torch.tensor([[-1.0, -2.0, padding]]).requires_grad_()
+    ref_BT, old_BT = torch.tensor([[-1.5, -1.0, padding]]), torch.tensor([[-1.0, -2.5, padding]])
+    loss = kl_loss(KlEstimator.K2, new_BT, ref_BT, old_BT, mask_BT, denominator=4.0)
+    # Ratios 1 and e^.5; differences .5 and -1.
+    assert loss.item() == pytest.approx((0.125 + 0.5 * math.exp(0.5)) / 4)
+    (gradient_BT,) = torch.autograd.grad(loss, new_BT)
+    assert gradient_BT.tolist()[0] == pytest.approx([0.125, -math.exp(0.5) / 4, 0.0])
 
 
 @pytest.mark.parametrize(

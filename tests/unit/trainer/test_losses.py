@@ -69,14 +69,15 @@ def test_policy_loss_of_the_reference_vector() -> None:
     clip_range=st.floats(0.05, 0.5),
     weighted=st.booleans(),
     denominator=st.none() | st.integers(1, 50),
+    dual_clip=st.none() | st.floats(1.01, 2),
 )
 def test_policy_loss_and_its_gradient_equal_the_token_by_token_definition(
-    seed: int, lengths: list[int], clip_range: float, weighted: bool, denominator: int | None
+    seed: int, lengths: list[int], clip_range: float, weighted: bool, denominator: int | None, dual_clip: float | None
 ) -> None:
     new_BT, old_BT, advantages_BT, raw_BT, mask_BT = _ragged(seed, lengths, 4)
     new_BT = (old_BT + 0.3 * new_BT).requires_grad_()
     weights_BT = raw_BT.abs() if weighted else None
-    result = policy_loss(new_BT, old_BT, advantages_BT, mask_BT, clip_range, weights_BT, denominator)
+    result = policy_loss(new_BT, old_BT, advantages_BT, mask_BT, clip_range, weights_BT, denominator, dual_clip)
     (gradient_BT,) = torch.autograd.grad(result.loss, new_BT)
 
     n = denominator or sum(lengths)
@@ -88,11 +89,12 @@ def test_policy_loss_and_its_gradient_equal_the_token_by_token_definition(
         ratio = math.exp(delta)
         free = -a * ratio
         held = -a * min(max(ratio, 1 - clip_range), 1 + clip_range)
-        loss += w * max(free, held) / n
-        clipped += (held > free) / n
+        most = -a * dual_clip if dual_clip is not None and a < 0 else math.inf
+        loss += w * min(max(free, held), most) / n
+        clipped += (held > free or free > most) / n
         approx_kl += delta**2 / 2 / n
         drift -= delta / n
-        expected_BT[b, t] = w * free / n if free >= held else 0.0
+        expected_BT[b, t] = w * free / n if held <= free <= most else 0.0
     assert result.loss.item() == pytest.approx(loss, abs=1e-10)
     assert result.clip_fraction.item() == pytest.approx(clipped, abs=1e-6)
     assert result.approx_kl.item() == pytest.approx(approx_kl, abs=1e-10)
@@ -139,6 +141,12 @@ def test_a_ratio_beyond_float32_has_a_finite_loss_and_gradient(advantage: float)
     assert loss.isfinite()
     assert new_BT.grad is not None
     assert new_BT.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("dual_clip", [1.0, 0.5, math.inf, math.nan])
+def test_impossible_dual_clips_are_refused(dual_clip: float) -> None:
+    with pytest.raises(ValueError, match="it must be finite and above 1"):
+        policy_loss(LOGPROBS, LOGPROBS, WHITENED, MASK, dual_clip=dual_clip)
 
 
 @pytest.mark.parametrize("clip_range", [0.0, -0.2, 1.0, math.nan])

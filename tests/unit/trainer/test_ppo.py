@@ -177,6 +177,36 @@ def test_gradients_and_figures_of_a_step_equal_the_naive_ones(temperature: float
         assert metrics[name] == pytest.approx(value, rel=1e-4)
 
 
+@pytest.mark.parametrize("estimator", ["k2", "k3"])
+def test_kl_and_entropy_in_the_loss_add_their_naive_gradients(estimator: str) -> None:
+    options = settings(
+        kl_in="loss", kl_estimator=estimator, kl_beta=0.3, entropy_coefficient=0.2, micro_batch_tokens=30
+    )
+    learner, samples = make_learner(options), make_samples()
+    policy_naive, _, figures = naive_gradients(learner, samples, settings(kl_beta=0.0))
+    policy, tokens = copy.deepcopy(learner.policy).double(), sum(len(sample.response_ids) for sample in samples)
+    paid, entropy = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+    for sample in samples:
+        table = policy(torch.tensor([[*sample.prompt_ids, *sample.response_ids]])).logits[0].log_softmax(-1)
+        start = len(sample.prompt_ids)
+        for t, token in enumerate(sample.response_ids):
+            logps = table[start + t - 1]
+            difference = logps[token] - sample.ref_logprobs[t]
+            kl = difference**2 / 2 if estimator == "k2" else (-difference).exp() - 1 + difference
+            paid = paid + min(math.exp(logps[token].item() - sample.logprobs[t]), 2.0) * kl / tokens
+            entropy = entropy - (logps.exp() * logps).sum() / tokens
+    (0.3 * paid - 0.2 * entropy).backward()
+    expected = {name: policy_naive[name] + parameter.grad for name, parameter in policy.named_parameters()}
+    ours, _, metrics = accumulated(learner, samples)
+    assert_close(ours, expected, 1e-4)
+    assert metrics["policy/kl_loss"] == pytest.approx(paid.item(), rel=1e-4)
+    assert metrics["policy/entropy_bonus"] == pytest.approx(0.2 * entropy.item(), rel=1e-4)
+    assert metrics["policy/loss"] == pytest.approx(figures["policy/loss"], rel=1e-3)
+    # What it is measured by stays k1, and its price what it was.
+    assert metrics["kl/sequence_mean"] == pytest.approx(figures["kl/sequence_mean"], rel=1e-4)
+    assert metrics["kl/beta"] == 0.3
+
+
 @pytest.mark.parametrize("micro_batch_tokens", [1, 20, 10_000])
 def test_gradients_do_not_depend_on_how_a_minibatch_is_cut(micro_batch_tokens: int) -> None:
     samples = make_samples(8)
@@ -241,6 +271,63 @@ def test_a_step_lowers_its_own_loss_and_steers_the_price_of_kl_after_using_it() 
     assert learner.step(rollout, 1)["value/loss"] < metrics["value/loss"]
 
 
+def test_a_step_ends_before_the_minibatch_at_which_the_policy_has_gone_too_far() -> None:
+    rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "epochs": 6, "minibatches": 2}
+    free = make_learner(settings(**rates))
+    whole = free.step(rollout_of(*make_samples(16)), 0)
+    assert (whole["policy/optimiser_steps"], whole["policy/stopped_early"]) == (12, 0)
+    bound = 0.3 * whole["policy/approx_kl"]
+    held = make_learner(settings(**rates, max_update_kl=bound))
+    found = held.step(rollout_of(*make_samples(16)), 0)
+    taken = int(found["policy/optimiser_steps"])
+    assert 1 <= taken < 12
+    assert found["policy/stopped_early"] == 1
+    # As if it had stopped after so many of them: the minibatch that went too far left no gradient behind.
+    cut = make_learner(settings(**rates))
+    batches = list(cut.minibatches(16, 0))[:taken]
+    cut.minibatches = lambda count, step: iter(batches)  # type: ignore[method-assign]
+    cut.step(rollout_of(*make_samples(16)), 0)
+    for name, parameter in held.policy.named_parameters():
+        assert parameter.equal(dict(cut.policy.named_parameters())[name])
+        assert parameter.grad is None
+    # It had indeed gone too far.
+    experience = make_experience(make_samples(16), held.device)
+    targets, _ = cut.shape(experience, make_learner(settings()).evaluate(experience))
+    rows = list(held.minibatches(16, 0))[taken]
+    figures, _ = cut.accumulate(experience, targets, rows, float(experience.mask_NT[rows].sum()))
+    assert figures["policy/approx_kl"] > bound
+
+
+def test_an_update_that_has_gone_too_far_before_it_began_learns_nothing() -> None:
+    learner = make_learner(settings(correction="bypass", max_update_kl=1e-4))
+    before = copy.deepcopy(learner.policy.state_dict())
+    metrics = learner.step(rollout_of(*make_samples()), 0)
+    assert (metrics["policy/optimiser_steps"], metrics["policy/stopped_early"]) == (0, 1)
+    assert all(value.equal(before[name]) for name, value in learner.policy.state_dict().items())
+
+
+def test_ppo_max_scales_and_clips_scores_and_clips_advantages_and_keeps_its_statistics() -> None:
+    options = settings(
+        scale_scores=True, score_clip=0.9, advantage_clip=0.5, missing_eos="none", length_penalty=0.1,
+        length_penalty_after=4,
+    )  # fmt: skip
+    learner = make_learner(options)
+    rollouts = [make_samples(6, seed=1), make_samples(8, seed=2)]
+    seen: list[float] = []
+    for samples in rollouts:
+        experience = make_experience(samples, learner.device)
+        targets, metrics = learner.shape(experience, learner.evaluate(experience))
+        seen += [sample.score for sample in samples]
+        std = np.std(seen, ddof=1)
+        expected = [min(max(s.score / std, -0.9), 0.9) - 0.1 * max(0, len(s.response_ids) - 4) for s in samples]
+        assert metrics["reward/final_mean"] == pytest.approx(np.mean(expected), abs=1e-5)
+        assert float(targets.advantages_NT.abs().max()) == 0.5
+    other = make_learner(options)
+    for name, state in learner.trained.states.items():
+        other.trained.states[name].load_state_dict(state.state_dict())
+    assert other.shaping.scale.moments == learner.shaping.scale.moments
+
+
 def test_the_time_of_a_step_adds_up() -> None:
     rollout = Rollout(samples=make_samples(4), failures=("x",), weights_version=3, duration_s=2.0, service_work_s=1.5)
     found = time_metrics(rollout, {"time/forward_s": 0.5, "time/update_s": 1.0}, publish_s=0.25, step_s=4.0)
@@ -249,12 +336,20 @@ def test_the_time_of_a_step_adds_up() -> None:
     assert found["throughput/generated_tokens_per_s"] == rollout.generated_tokens / 2.0
 
 
-def test_ppo_reaches_the_closed_form_optimum() -> None:
+@pytest.mark.parametrize(
+    "how",
+    [
+        {},
+        {"advantage": "rloo", "samples_per_prompt": 2, "kl_in": "loss", "whiten_advantages": "off"},
+    ],
+    ids=["gae, KL in the reward", "rloo, KL in the loss"],
+)
+def test_ppo_reaches_the_closed_form_optimum(how: dict[str, Any]) -> None:
     """pi*(y) = ref(y) exp(r(y) / beta) / Z has the value beta log Z; all 36 responses of two tokens are enumerated."""
     beta, tokens = 0.3, 6
     options = settings(
         kl_beta=beta, learning_rate=4e-3, critic_learning_rate=4e-3, missing_eos="none", steps=200, minibatches=2,
-        correction="bypass",
+        correction="bypass", **how,
     )  # fmt: skip
     learner = make_learner(options, seed=3, vocab_size=tokens, num_hidden_layers=1, hidden_size=32)
     policy = learner.policy
@@ -557,13 +652,17 @@ def test_without_gae_no_critic_is_optimised_or_kept(advantage: str) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"kl_estimator": "k3"}, "--kl-estimator is k3 and --kl-in reward: .*use k1 in the reward"),
+        ({"kl_in": "loss", "kl_estimator": "k1"}, "--kl-estimator is k1 and --kl-in loss: .* expected gradient is 0"),
+        ({"length_penalty_after": 3}, "--length-penalty-after is 3 without --length-penalty"),
+        ({"dual_clip": 1.0}, "greater than 1"),
         ({"advantage": "rloo"}, "--samples-per-prompt is 1: --advantage rloo compares the samples"),
         ({"advantage": "reinforce++-baseline"}, r"--samples-per-prompt is 1: --advantage reinforce\+\+-baseline"),
         ({"advantage": "grpo", "samples_per_prompt": 2, "gamma": 0.9}, "--gamma is 0.9: --advantage grpo judges whole"),
         ({"advantage": "reinforce++", "whiten_rewards": True}, "--whiten-rewards is set: it is of --advantage gae"),
     ],
 )
-def test_an_estimator_refuses_what_gives_it_no_signal_or_no_meaning(changes: dict[str, Any], message: str) -> None:
+def test_choices_that_give_no_signal_or_have_no_meaning_are_refused(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         settings(**changes)
     settings(advantage="reinforce++", gamma=0.9)

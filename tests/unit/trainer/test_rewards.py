@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -12,6 +14,8 @@ from torch import Tensor
 
 from trainer.rewards import (
     MissingEos,
+    RunningScale,
+    apply_length_penalty,
     apply_missing_eos,
     clip_scores,
     last_token_index,
@@ -194,3 +198,46 @@ def test_a_log_probability_that_is_no_number_is_refused_by_name_and_row(broken: 
     ref_BT[1, 2] = broken
     with pytest.raises(ValueError, match="ref_logprobs_BT is not finite on valid tokens of rows 1"):
         shape_rewards(SCORES, LOGPROBS, ref_BT, MASK, beta=0.1)
+
+
+# PPO-max, length
+
+
+def test_scores_are_divided_by_the_deviation_of_all_so_far_also_after_a_restart() -> None:
+    random = np.random.default_rng(0)
+    batches = [random.normal(3.0, 2.0, size).astype(np.float32) for size in (1, 4, 7, 2)]
+    scale, seen = RunningScale(), np.array([])
+    for batch in batches:
+        seen = np.concatenate([seen, batch])
+        std = seen.std(ddof=1) if len(seen) > 1 else 1.0  # One score has no deviation: it is left as it is.
+        found = scale.scale(torch.from_numpy(batch))
+        assert found.tolist() == pytest.approx((batch / std).tolist(), rel=1e-6)
+        again = RunningScale()
+        again.load_state_dict(json.loads(json.dumps(scale.state_dict())))
+        assert again.moments == scale.moments  # Bit for bit, through JSON.
+        scale = again
+
+
+def test_scores_that_were_all_alike_are_left_as_they_are() -> None:
+    assert RunningScale().scale(torch.full((5,), 0.3)).tolist() == pytest.approx([0.3] * 5)
+
+
+def test_statistics_of_another_shape_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"the saved statistics of the scores hold \['beta'\]"):
+        RunningScale().load_state_dict({"beta": 1.0})
+
+
+@given(lengths=LENGTHS, free=st.integers(0, 7))
+def test_each_token_beyond_the_free_ones_costs_its_price(lengths: list[int], free: int) -> None:
+    mask_BT = torch.arange(6) < torch.tensor(lengths)[:, None]
+    scores_B = torch.linspace(-1, 1, len(lengths), dtype=torch.float64)
+    found = apply_length_penalty(scores_B, mask_BT, 0.25, free).tolist()
+    assert found == pytest.approx(
+        [s - 0.25 * max(0, n - free) for s, n in zip(scores_B.tolist(), lengths, strict=True)]
+    )
+
+
+@pytest.mark.parametrize(("price", "free"), [(-0.1, 0), (math.nan, 0), (0.1, -1)])
+def test_impossible_length_penalties_are_refused(price: float, free: int) -> None:
+    with pytest.raises(ValueError, match="both must be finite and at least 0"):
+        apply_length_penalty(SCORES, MASK, price, free)
