@@ -6,8 +6,8 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,8 @@ class EvaluatedSample:
     score: float
     kl: float
     finished: bool
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Raw, by name, where there are several reward services."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -165,6 +167,7 @@ def summarise(rollout: Rollout, tokenizer: Any) -> Evaluation:
                 score=sample.score,
                 kl=kl_nats,
                 finished=sample.finished,
+                scores=dict(sample.scores),
             )
             for sample, kl_nats in zip(samples, kls, strict=True)
         ),
@@ -202,8 +205,7 @@ def longest_prompt(info: ServiceInfo, max_new_tokens: int, *own_limits: int) -> 
         DataError: the response alone does not fit.
     """
     limits = [info.policy.max_sequence_tokens, info.reference.max_sequence_tokens, *own_limits]
-    if info.reward_takes_tokens:
-        limits.append(info.reward.max_sequence_tokens)
+    limits += info.reward_token_limits
     longest = min(limits) - max_new_tokens
     if longest < 1:
         raise DataError(

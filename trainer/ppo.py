@@ -36,6 +36,7 @@ from trainer.packing import pack
 from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun, Trained
 from trainer.publishing import Weights
+from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout
 from trainer.shaping import Evaluated, Shaping, Targets
 from trainer.tracking import RunTracker
@@ -172,6 +173,7 @@ class Learner:
             )
         forward_s = time.perf_counter() - start_s
         targets, metrics = self.shape(experience, before)
+        metrics |= means_by_name([sample.scores for sample in rollout.samples], "reward")
         metrics |= self.update(experience, targets, step)
         metrics["learning_rate"] = share * settings.learning_rate
         metrics["time/forward_s"] = forward_s

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
-from quartet.client.channel import split_addresses
+from quartet.client.channel import split_addresses, target_of
 from quartet.settings import (
     AdamBeta,
     Finite,
@@ -29,6 +30,19 @@ LEAST_TOKENS = 8
 ClipRange = Annotated[PositiveFloat, Field(lt=1)]
 
 
+def _named(value: str) -> str:
+    name, found, address = value.partition("=")
+    if not found or not re.fullmatch(r"[A-Za-z0-9_.-]{1,40}", name):
+        raise ValueError("must be NAME=host:port, with a name of letters, digits, _, . and -")
+    if name in ("score", "final"):
+        raise ValueError(f"the name {name} is that of the sum in the logs: choose another")
+    target_of(address)  # ValueError: it is none.
+    return value
+
+
+NamedAddress = Annotated[str, AfterValidator(_named)]
+
+
 class ServiceAddresses(ServiceCredentials):
     """Where the services are, and how long to wait for them.
 
@@ -37,6 +51,19 @@ class ServiceAddresses(ServiceCredentials):
 
     policy: Address = Field("127.0.0.1:50051", description="policy service: host:port, or ip:port,ip:port,...")
     reward: Address = Field("127.0.0.1:50052", description="reward service, likewise")
+    rewards: tuple[NamedAddress, ...] = Field(
+        (),
+        description="several reward services in place of --reward: NAME=host:port each; a sample's score is their "
+        "weighted sum, and the name stands in logs",
+    )
+    reward_weights: tuple[Finite, ...] = Field(
+        (), description="of --rewards, in their order; default 1 each. 0: it is logged and not trained on"
+    )
+    normalise_reward: Literal["auto", "on", "off"] = Field(
+        "auto",
+        description="by the mean and std kept with the reward model; auto: where it has them. Evaluation shows the "
+        "scores of a single service raw",
+    )
     reference: Address = Field("127.0.0.1:50053", description="reference service, likewise")
     ready_timeout_s: PositiveFloat = Field(300.0, description="how long a service may take to be ready, seconds")
     call_deadline_s: PositiveFloat = Field(600.0, description="longest that one call may take, seconds")
@@ -45,6 +72,30 @@ class ServiceAddresses(ServiceCredentials):
         description="collector that traces are sent to, OTLP over gRPC (http://127.0.0.1:4317); default "
         "OTEL_EXPORTER_OTLP_ENDPOINT, and no traces without it. Needs the extra otel",
     )
+
+    @property
+    def addresses_of_rewards(self) -> dict[str, str]:
+        """Address of each reward service by its name; of a single one, the name is empty."""
+        return dict(named.split("=", 1) for named in self.rewards) if self.rewards else {"": self.reward}
+
+    @property
+    def weights_of_rewards(self) -> dict[str, float]:
+        """Weight of each reward service by its name, 1 unless it was given."""
+        names = self.addresses_of_rewards
+        return dict(zip(names, self.reward_weights or [1.0] * len(names), strict=True))
+
+    @model_validator(mode="after")
+    def _rewards_fit_together(self) -> Self:
+        names = [named.split("=", 1)[0] for named in self.rewards]
+        if len(set(names)) < len(names):
+            raise ValueError(f"--rewards names {', '.join(names)}: each service needs a name of its own")
+        if self.reward_weights and len(self.reward_weights) != len(names):
+            raise ValueError(
+                f"--reward-weights has {len(self.reward_weights)} and --rewards {len(names)}: one weight a service"
+            )
+        if self.reward_weights and not any(self.reward_weights):
+            raise ValueError("--reward-weights are all 0: there would be nothing to learn from")
+        return self
 
 
 class SamplingSettings(Settings):
@@ -71,8 +122,8 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     model: str = Field(description="policy to start from (the SFT model): a Hugging Face folder or hub id")
     critic: str = Field(
         "reward",
-        description="where the critic starts: reward (the model that the reward service hosts), policy, or a folder "
-        "or hub id of a reward model",
+        description="where the critic starts: reward (the model that the reward service, or the first of --rewards, "
+        "hosts), policy, or a folder or hub id of a reward model",
     )
     critic_head: Literal["zero", "normal", "reward"] = Field("zero", description="the value head's first weights")
     prompts: tuple[str, ...] = Field(
@@ -163,9 +214,6 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     kl_beta: NonNegativeFloat = Field(0.05, description="price of a nat of KL, in reward; the first one of adaptive")
     kl_target: PositiveFloat = Field(6.0, description="of adaptive: nats a response")
     kl_horizon: PositiveFloat = Field(10_000.0, description="of adaptive: episodes over which the price follows")
-    normalise_reward: Literal["auto", "on", "off"] = Field(
-        "auto", description="by the mean and std kept with the reward model; auto: where it has them"
-    )
     scale_scores: bool = Field(
         False, description="divide scores by the standard deviation of all so far; MOSS's PPO-max, with --score-clip 10"
     )
@@ -227,10 +275,12 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
         free = {
-            "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "reference",
+            "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "rewards",
+            "reference",
             "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction", "otlp_endpoint",
         }  # fmt: skip
-        return self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
+        decisive = self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
+        return decisive | {"reward_weights": self.weights_of_rewards}
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:

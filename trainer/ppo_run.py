@@ -9,7 +9,7 @@ import re
 import sys
 import time
 from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 
 from quartet import tracing
 from quartet.client import NotReadyError, QuartetError, UnavailableError, request_ids
-from quartet.client.reward import Normalisation
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import ModelFolderError, find_model
 from trainer.batching import RowStream
@@ -32,6 +31,7 @@ from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings
 from trainer.publishing import Weights
+from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
 from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, require_same_data, write_json
 
@@ -90,8 +90,9 @@ class PPORun:
         self._services = loop.run(_open_services(settings, self.tokenizer))
         try:
             self._info = self._connect()
-            self.normalisation = _normalisation(settings, self._info)
-            self._judges = _judges(self._info, self.normalisation)
+            # Scores of several services come normalised, each by its own statistics.
+            self.normalisation = None if settings.rewards else self._info.reward.normalised_by
+            self._judges = _judges(self._info)
             self._check_judges(folder)
             self.critic = self._load_critic(folder) if settings.has_critic else None
             self._encode(rows, held_out)
@@ -120,7 +121,8 @@ class PPORun:
     def _connect(self) -> ServiceInfo:
         settings = self.settings
         sys.stderr.write(
-            f"waiting for policy {settings.policy}, reward {settings.reward}, reference {settings.reference}\n"
+            f"waiting for policy {settings.policy}, reward {', '.join(settings.addresses_of_rewards.values())}, "
+            f"reference {settings.reference}\n"
         )
         try:
             return self._loop.run(self._services.connect())
@@ -214,8 +216,8 @@ class PPORun:
             return Critic.from_policy(policy_folder, self.tokenizer, head=settings.critic_head, seed=settings.seed)
         named = settings.critic
         if named == "reward":
-            named = self._info.reward.served_by.model_id
-            if not self._info.reward_takes_tokens:
+            named = self._info.reward.model.served_by.model_id
+            if not self._info.reward.takes_tokens:
                 raise ModelError(
                     f"--critic is reward, but the reward model {named!r} reads other tokens than the policy writes: "
                     "choose --critic policy"
@@ -279,6 +281,7 @@ class PPORun:
             "eval/score_ci95": found.score_ci95,
             "eval/kl_sequence_mean": found.kl_sequence_mean,
             "eval/unique_share": found.unique_share,
+            **means_by_name([sample.scores for sample in found.samples], "eval"),
         }
 
     def evaluate_after(self) -> None:
@@ -371,13 +374,12 @@ async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
     return Services(settings, tokenizer, policy_admin=settings.policy_admin, admin_security=settings.admin_security)
 
 
-def _judges(info: ServiceInfo, normalisation: Normalisation | None) -> dict[str, object]:
+def _judges(info: ServiceInfo) -> dict[str, object]:
     """What decides the rewards besides the settings, as JSON values: it must be the same when a run goes on."""
-    return {
-        "reward": info.reward.served_by.result_fingerprint,
-        "reference": info.reference.served_by.result_fingerprint,
-        "normalisation": None if normalisation is None else asdict(normalisation),
-    }
+    judges: dict[str, object] = {"reference": info.reference.served_by.result_fingerprint}
+    for reward in info.rewards:
+        judges |= reward.as_judge()
+    return judges
 
 
 def _in_deviations(before: Evaluation, after: Evaluation) -> str:
@@ -396,7 +398,11 @@ def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:
             "engine": model.engine,
             "dtype": model.dtype,
         }
-        for name, model in (("policy", info.policy), ("reward", info.reward), ("reference", info.reference))
+        for name, model in (
+            ("policy", info.policy),
+            *((f"reward {reward.name}".rstrip(), reward.model) for reward in info.rewards),
+            ("reference", info.reference),
+        )
     }
     content = settings.model_dump(mode="json") | {"services": hosted, "torch": torch.__version__}
     write_json(settings.output / SETTINGS_FILE, content)
@@ -410,17 +416,3 @@ def _read_prompts(settings: PPOSettings) -> tuple[list[PromptRow], list[PromptRo
     if shared := shared_groups(rows, held_out):
         sys.stderr.write(f"warning: {shared} of the {len(held_out)} held-out prompts are also trained on\n")
     return rows, held_out
-
-
-def _normalisation(settings: PPOSettings, info: ServiceInfo) -> Normalisation | None:
-    """The statistics that scores are normalised by, None for raw scores.
-
-    Raises:
-        ServicesError: they are asked for, and none are kept with the reward model.
-    """
-    if settings.normalise_reward == "on" and info.normalisation is None:
-        raise ServicesError(
-            f"--normalise-reward is on, but no mean and std are kept with the reward model "
-            f"{info.reward.served_by.model_id!r}; train it with --calibrate-on, or choose off"
-        )
-    return None if settings.normalise_reward == "off" else info.normalisation

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Self, TypeVar
 
 from quartet.client import (
@@ -35,13 +36,13 @@ from quartet.client import (
     UnavailableError,
 )
 from quartet.client.channel import split_addresses
-from quartet.client.reward import Normalisation
 from quartet.client.types import WorkInterval
 from quartet.fingerprint import derive_seed, tokenizer_fingerprint
 from trainer.data import Prompt
 from trainer.errors import ServicesError
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Publisher, Weights
+from trainer.reward_services import HostedReward, ask_rewards, combined, service_title
 from trainer.service_checks import deadline_explained, require_same_tokenizer
 from trainer.service_time import covered_s, within_call
 
@@ -77,9 +78,11 @@ class Sample:
     ref_logprobs: tuple[float, ...]
     """T of the reference, at the same temperature."""
     score: float
-    """As the reward model gives it, neither normalised nor penalised."""
+    """As the reward model gives it, neither normalised nor penalised; of several, the weighted sum."""
     finished: bool
     """Whether a stop token ended it."""
+    scores: Mapping[str, float] = field(default_factory=dict)
+    """Raw score of each of several reward services, by name; empty where there is one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,18 +107,22 @@ class ServiceInfo:
     """What the services host, as they said when they were first asked."""
 
     policy: ModelInfo
-    reward: ModelInfo
+    rewards: tuple[HostedReward, ...]
     reference: ModelInfo
-    normalisation: Normalisation | None
 
     @property
-    def reward_takes_tokens(self) -> bool:
-        """Whether the reward model reads the policy's token ids; else text goes over the wire."""
-        return self.reward.served_by.tokenizer_fingerprint == self.policy.served_by.tokenizer_fingerprint
+    def reward(self) -> HostedReward:
+        """The reward service; of several, the first."""
+        return self.rewards[0]
+
+    @property
+    def reward_token_limits(self) -> list[int]:
+        """Longest sequence of each reward model that reads the policy's tokens."""
+        return [reward.model.max_sequence_tokens for reward in self.rewards if reward.takes_tokens]
 
 
 class Services:
-    """The three services as the trainer uses them. Use it as an async context manager."""
+    """The services as the trainer uses them. Use it as an async context manager."""
 
     def __init__(
         self,
@@ -135,11 +142,17 @@ class Services:
         call_policy = CallPolicy(deadline_s=addresses.call_deadline_s, patience_s=addresses.ready_timeout_s)
         self._ready_timeout_s = addresses.ready_timeout_s
         self._call_deadline_s = addresses.call_deadline_s
+        self._addresses = addresses
         self.tokenizer = tokenizer
         self.tokenizer_fingerprint = tokenizer_fingerprint(tokenizer)
         security = addresses.security
         self.policy = PolicyClient(addresses.policy, policy=call_policy, security=security)
-        self.reward = RewardClient(addresses.reward, policy=call_policy, security=security)
+        self.rewards = {
+            name: RewardClient(address, policy=call_policy, security=security)
+            for name, address in addresses.addresses_of_rewards.items()
+        }
+        for name, client in self.rewards.items():
+            client.name = service_title(name)
         self.reference = ReferenceClient(addresses.reference, policy=call_policy, security=security)
         self._publisher = Publisher(policy_admin, call_policy, addresses.ready_timeout_s, admin_security)
         # A stream is answered by one replica, so there are as many streams.
@@ -151,7 +164,7 @@ class Services:
 
     async def __aexit__(self, *exception: object) -> None:
         await self._publisher.close()
-        for client in (self.policy, self.reward, self.reference):
+        for client in (self.policy, *self.rewards.values(), self.reference):
             await client.close()
 
     @property
@@ -165,17 +178,17 @@ class Services:
 
         Raises:
             NotReadyError: one did not become ready in time; names it.
-            ServicesError: a tokenizer is another one than the trainer's.
+            ServicesError: a tokenizer is another one than the trainer's, or statistics that were asked for are missing.
         """
-        clients = (self.policy, self.reward, self.reference)
+        clients = (self.policy, *self.rewards.values(), self.reference)
         await asyncio.gather(*(client.wait_ready(self._ready_timeout_s) for client in clients))
         await self._publisher.wait_ready()
         policy = await self.policy.get_model_info()
-        reward, normalisation = await self.reward.get_model_info()
+        rewards = await ask_rewards(self._addresses, self.rewards, policy.served_by.tokenizer_fingerprint)
         reference = await self.reference.get_model_info()
         for name, info in (("policy", policy), ("reference", reference)):
             require_same_tokenizer(name, info, self.tokenizer_fingerprint)
-        self._info = ServiceInfo(policy=policy, reward=reward, reference=reference, normalisation=normalisation)
+        self._info = ServiceInfo(policy=policy, rewards=rewards, reference=reference)
         return self._info
 
     async def publish(self, weights: Weights) -> int:
@@ -342,7 +355,7 @@ class _Judge:
         self._stop_ids = frozenset((*services.info.policy.eos_token_ids, *settings.stop_token_ids))
         self._arrived: asyncio.Queue[tuple[int, Completion] | None] = asyncio.Queue()
         self._responses: dict[int, Completion] = {}
-        self._scores: dict[int, float] = {}
+        self._scores: dict[str, dict[int, float]] = {reward.name: {} for reward in services.info.rewards}
         self._references: dict[int, tuple[float, ...]] = {}
         self._failures: dict[int, str] = {}
         self.work: list[WorkInterval] = []
@@ -375,7 +388,9 @@ class _Judge:
             open_ = None not in batch
             items = [item for item in batch if item is not None]
             if items:
-                group.create_task(self._settle("reward service", items, self._score, self._scores))
+                for reward in self._services.info.rewards:
+                    ask = functools.partial(self._score, reward)
+                    group.create_task(self._settle(reward.title, items, ask, self._scores[reward.name]))
                 group.create_task(self._settle("reference service", items, self._reference, self._references))
 
     async def _settle(self, name: str, items: Sequence[_Item], ask: _Ask[T], into: dict[int, T]) -> None:
@@ -393,17 +408,16 @@ class _Judge:
                 return
             items = again
 
-    async def _score(self, items: Sequence[_Item]) -> list[float | ItemFailure]:
+    async def _score(self, reward: HostedReward, items: Sequence[_Item]) -> list[float | ItemFailure]:
         services = self._services
-        takes_tokens = services.info.reward_takes_tokens
         asked_ns = time.time_ns()
-        scores = await services.reward.score(
-            [self._score_item(index, completion, takes_tokens) for index, completion in items],
-            tokenizer_fingerprint=services.tokenizer_fingerprint if takes_tokens else "",
+        scores = await services.rewards[reward.name].score(
+            [self._score_item(index, completion, reward.takes_tokens) for index, completion in items],
+            tokenizer_fingerprint=services.tokenizer_fingerprint if reward.takes_tokens else "",
             # Token ids fit: prompts were cut to the shortest model's length. How long text is, the service alone knows.
-            truncation=Truncation.REFUSE if takes_tokens else self._truncation,
+            truncation=Truncation.REFUSE if reward.takes_tokens else self._truncation,
         )
-        require_same_judge("reward", scores.served_by, services.info.reward.served_by)
+        require_same_judge(reward.title, scores.served_by, reward.model.served_by)
         self.work.append(within_call(scores.work, asked_ns, time.time_ns()))
         return [result if isinstance(result, ItemFailure) else result.score for result in scores.results]
 
@@ -427,25 +441,30 @@ class _Judge:
         batch = await services.reference.logprobs(
             sequences, tokenizer_fingerprint=services.tokenizer_fingerprint, temperature=self._temperature
         )
-        require_same_judge("reference", batch.served_by, services.info.reference.served_by)
+        require_same_judge("reference service", batch.served_by, services.info.reference.served_by)
         self.work.append(within_call(batch.work, asked_ns, time.time_ns()))
         return [result if isinstance(result, ItemFailure) else result.logprobs for result in batch.results]
 
     def results(self) -> tuple[tuple[Sample, ...], tuple[str, ...]]:
         """Samples and failures in the order of the tasks, whatever order they arrived in."""
-        samples = [
-            Sample(
-                index=index,
-                prompt_ids=self._tasks[index].ids,
-                response_ids=completion.token_ids,
-                logprobs=completion.logprobs,
-                ref_logprobs=self._references[index],
-                score=self._scores[index],
-                finished=completion.token_ids[-1] in self._stop_ids,
+        rewards = self._services.info.rewards
+        samples = []
+        for index, completion in sorted(self._responses.items()):
+            if index in self._failures:  # Of any service: a part of a score is none.
+                continue
+            scores = {name: found[index] for name, found in self._scores.items()}
+            samples.append(
+                Sample(
+                    index=index,
+                    prompt_ids=self._tasks[index].ids,
+                    response_ids=completion.token_ids,
+                    logprobs=completion.logprobs,
+                    ref_logprobs=self._references[index],
+                    score=combined(rewards, scores),
+                    finished=completion.token_ids[-1] in self._stop_ids,
+                    scores=scores if rewards[0].name else {},
+                )
             )
-            for index, completion in sorted(self._responses.items())
-            if index not in self._failures
-        ]
         return tuple(samples), tuple(reason for _, reason in sorted(self._failures.items()))
 
 
@@ -479,7 +498,7 @@ def require_same_judge(name: str, answered: ServedBy, expected: ServedBy) -> Non
     """
     if answered.result_fingerprint != expected.result_fingerprint:
         raise ServicesError(
-            f"the {name} service now serves {answered.model_id!r} ({answered.result_fingerprint[:12]}...), "
+            f"the {name} now serves {answered.model_id!r} ({answered.result_fingerprint[:12]}...), "
             f"at the start of the run it was {expected.model_id!r} ({expected.result_fingerprint[:12]}...): figures of "
             "the two can't be compared; start it with the former model and settings and resume the run"
         )

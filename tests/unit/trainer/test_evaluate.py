@@ -104,8 +104,9 @@ def test_a_difference_is_paired_by_prompt_and_leaves_out_what_failed_in_one():
 
 def test_prompts_must_leave_room_for_the_response_in_every_model_that_sees_them():
     def info(policy: int, reward: int, reference: int, tokens: bool) -> SimpleNamespace:
-        hosts = [SimpleNamespace(max_sequence_tokens=length) for length in (policy, reward, reference)]
-        return SimpleNamespace(policy=hosts[0], reward=hosts[1], reference=hosts[2], reward_takes_tokens=tokens)
+        hosts = [SimpleNamespace(max_sequence_tokens=length) for length in (policy, reference)]
+        limits = [reward, 90] if tokens else []
+        return SimpleNamespace(policy=hosts[0], reference=hosts[1], reward_token_limits=limits)
 
     assert longest_prompt(info(100, 60, 80, True), 20) == 40
     assert longest_prompt(info(100, 60, 80, False), 20) == 60  # Text is measured by the reward service itself.

@@ -28,6 +28,7 @@ from trainer.errors import ServicesError
 from trainer.experience import make_experience
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Weights
+from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Services, cut_at_stop, prompt_seed
 
 OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
@@ -114,7 +115,10 @@ class ScriptedPolicy(policy_pb2_grpc.PolicyServiceServicer, weights_pb2_grpc.Wei
 
 
 class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
-    """The score is the first token's id; ids in ``failing`` fail that often, ids in ``refused`` always."""
+    """The score is the first token's id times ``factor``; ids in ``failing`` fail that often, in ``refused`` always.
+
+    ``statistics``: mean, standard deviation and count that are kept with the model.
+    """
 
     def __init__(self, fingerprint: str) -> None:
         served_by = common_pb2.ServedBy(model_id="r", weights_fingerprint="r0", tokenizer_fingerprint=fingerprint)
@@ -124,9 +128,10 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
         self.truncations: set[int] = set()
         self.items: list[reward_pb2.ScoreItem] = []
         self.works_s, self.clock_ahead_s = 0.0, 0.0
+        self.factor, self.statistics = 1.0, None
 
     async def GetModelInfo(self, request: Any, context: Any) -> reward_pb2.GetModelInfoResponse:
-        return reward_pb2.GetModelInfoResponse(model=self.model)
+        return reward_pb2.GetModelInfoResponse(model=self.model, normalisation=self.statistics)
 
     async def Score(self, request: Any, context: Any) -> reward_pb2.ScoreResponse:
         reply = reward_pb2.ScoreResponse(served_by=self.model.served_by)
@@ -145,7 +150,7 @@ class ScriptedReward(reward_pb2_grpc.RewardServiceServicer):
                 status = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_INVALID, reason="too long for me")
                 reply.results.add(status=status)
             else:
-                reply.results.add(status=OK, score=float(first), token_count=3)
+                reply.results.add(status=OK, score=self.factor * first, token_count=3)
         return reply
 
 
@@ -308,6 +313,89 @@ async def test_a_passing_failure_is_asked_again_and_a_lasting_one_is_dropped_and
         "reward service: too long for me",
         "policy service: prompt is bad",
     )
+
+
+@contextlib.asynccontextmanager
+async def two_rewards(
+    tokenizer: Any, **settings: Any
+) -> AsyncIterator[tuple[ScriptedReward, ScriptedReward, ServiceAddresses]]:
+    """A helpful one with statistics and a safe one without, which scores the negative of twice the first token."""
+    fingerprint = tokenizer_fingerprint(tokenizer)
+    helpful, safe = ScriptedReward(fingerprint), ScriptedReward("another")  # The second reads text.
+    helpful.statistics = reward_pb2.Normalisation(mean=10.0, std=4.0, count=9)
+    safe.factor = -2.0
+    safe.model.served_by.weights_fingerprint = "r1"
+    others = serve(ScriptedPolicy(fingerprint), helpful, ScriptedReference(fingerprint))
+    async with others as address, serve(safe) as address_of_safe:
+        rewards = (f"helpful={address}", f"safe={address_of_safe}")
+        yield helpful, safe, ServiceAddresses(policy=address, reference=address, rewards=rewards, **settings)
+
+
+async def test_scores_of_several_services_are_normalised_each_by_its_own_and_summed_by_weight(tokenizer, capsys):
+    for more, score in (
+        ({"reward_weights": (1.0, 0.5)}, lambda first: (first - 10) / 4 - 0.5 * 2 * first),
+        ({"normalise_reward": "off"}, lambda first: first - 2 * first),
+        ({"reward_weights": (2.0, 0.0)}, lambda first: 2 * (first - 10) / 4),
+    ):
+        async with two_rewards(tokenizer, **more) as (_, _, where), Services(where, tokenizer) as services:
+            info = await services.connect()
+            rollout = await services.collect(tasks(5, 6, 7), SAMPLING)
+        assert [sample.score for sample in rollout.samples] == pytest.approx([score(first) for first in (5, 6, 7)])
+        assert [dict(sample.scores) for sample in rollout.samples] == [
+            {"helpful": first, "safe": -2 * first} for first in (5, 6, 7)
+        ]
+        assert [reward.takes_tokens for reward in info.rewards] == [True, False]
+        assert [judge for reward in info.rewards for judge in reward.as_judge()] == [
+            "reward helpful", "normalisation helpful", "reward safe", "normalisation safe"
+        ]  # fmt: skip
+        assert means_by_name([sample.scores for sample in rollout.samples], "reward") == {
+            "reward/helpful_mean": 6.0,
+            "reward/safe_mean": -12.0,
+        }
+    assert "warning: scores of safe are summed up as they are" in capsys.readouterr().err
+
+
+async def test_a_sample_that_one_of_several_services_failed_fails_as_a_whole_and_names_it(tokenizer):
+    async with two_rewards(tokenizer) as (helpful, safe, where), Services(where, tokenizer) as services:
+        await services.connect()
+        helpful.refused, safe.refused, safe.failing = {5}, {7}, {8: 2}
+        rollout = await services.collect(tasks(5, 6, 7, 8), SAMPLING)
+    assert [sample.index for sample in rollout.samples] == [1, 3]
+    assert rollout.failures == (
+        "reward service helpful: too long for me",
+        "reward service safe: too long for me",
+    )
+
+
+async def test_one_of_several_services_that_is_exchanged_or_has_no_statistics_is_named(tokenizer):
+    async with two_rewards(tokenizer) as (_, safe, where), Services(where, tokenizer) as services:
+        await services.connect()
+        safe.model.served_by.weights_fingerprint = "r2"
+        with pytest.raises(ServicesError, match="the reward service safe now serves 'r'"):
+            await services.collect(tasks(5, 6), SAMPLING)
+    async with two_rewards(tokenizer, normalise_reward="on") as (_, _, where), Services(where, tokenizer) as services:
+        with pytest.raises(
+            ServicesError, match="no mean and std are kept with the model 'r' of the reward service safe"
+        ):
+            await services.connect()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"rewards": ("127.0.0.1:1",)}, "must be NAME=host:port"),
+        ({"rewards": ("a b=127.0.0.1:1",)}, "must be NAME=host:port"),
+        ({"rewards": ("a=foo",)}, "address 'foo' must be host:port"),
+        ({"rewards": ("score=127.0.0.1:1",)}, "the name score is that of the sum in the logs"),
+        ({"rewards": ("a=127.0.0.1:1", "a=127.0.0.1:2")}, "--rewards names a, a: each service needs a name of its own"),
+        ({"rewards": ("a=127.0.0.1:1",), "reward_weights": (1.0, 2.0)}, "--reward-weights has 2 and --rewards 1"),
+        ({"reward_weights": (1.0,)}, "--reward-weights has 1 and --rewards 0"),
+        ({"rewards": ("a=127.0.0.1:1",), "reward_weights": (0.0,)}, "--reward-weights are all 0"),
+    ],
+)
+def test_rewards_that_do_not_fit_together_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        ServiceAddresses(**settings)
 
 
 async def test_a_completion_that_failed_for_a_passing_reason_is_asked_again(tokenizer):
