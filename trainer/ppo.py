@@ -4,7 +4,7 @@
     rewards      score on the last token, less beta times KL on every token
     advantages   generalised advantage estimation over the critic's values, or a comparison of samples without one
     update       epochs of clipped losses for policy and critic
-    publish      the new weights go to the policy service
+    publish      the new weights go to the policy service, when no rollout is under way: see trainer.ahead
 
 Shapes: B sequences of a micro-batch, T response tokens, N samples of a rollout.
 Source: Schulman et al. 2017, "Proximal Policy Optimization Algorithms"; Ziegler et al. 2019, "Fine-Tuning Language
@@ -13,7 +13,6 @@ Models from Human Preferences", and its code, openai/lm-human-preferences.
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 
@@ -29,6 +28,7 @@ from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
+from trainer.loop_thread import LoopThread
 from trainer.losses import policy_loss, value_loss
 from trainer.models import TokenLogprobs, export_tensors, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
@@ -61,7 +61,7 @@ def main(settings: PPOSettings) -> None:
         TrainerError: a setting, a file, a model or a service can't be used; the message says which.
     """
     # Until the run stands there is nothing to save: a signal ends it at once.
-    with asyncio.Runner() as loop, PPORun(settings, loop) as run, stop_on_signal() as stop:
+    with LoopThread() as loop, PPORun(settings, loop) as run, stop_on_signal() as stop:
         train(run, stop)
         run.finish()
 
@@ -82,11 +82,13 @@ def train(run: PPORun, stop: StopRequest) -> None:
                 start_s = time.perf_counter() - saving_s
                 with tracker.recording() as metrics:  # A step once learned is logged, whatever becomes of the rest.
                     with run.as_step():
-                        rollout = run.collect()
+                        rollout, waited_s = collect(run)
                         metrics |= learner.step(rollout, run.step)
                         metrics |= run.advance(rollout)  # At once: what is saved after this belongs to the new step.
+                        waited_s += run.finish_rollout()
                         publish_s = publish(run, learner)
-                    metrics |= time_metrics(rollout, metrics, publish_s, time.perf_counter() - start_s)
+                    step_s = time.perf_counter() - start_s
+                    metrics |= time_metrics(rollout, metrics, waited_s, publish_s, step_s)
                     metrics |= run.evaluate_between()
                 saving_s = run.save_when_due(learner.trained)
             run.save(learner.trained)
@@ -97,6 +99,12 @@ def train(run: PPORun, stop: StopRequest) -> None:
             run.evaluate_after()
         except (QuartetError, ServicesError, RolloutError) as error:
             raise run.interrupted(error, learner.trained) from error
+
+
+def collect(run: PPORun) -> tuple[Rollout, float]:
+    """The next rollout, and the seconds it was waited for."""
+    start_s = time.perf_counter()
+    return run.collect(), time.perf_counter() - start_s
 
 
 def publish(run: PPORun, learner: Learner) -> float:
@@ -151,7 +159,7 @@ class Learner:
         """Learns from one rollout and returns the figures of the step, times in seconds among them.
 
         Args:
-            rollout: of the policy as it is now.
+            rollout: of the policy as it is now, or was --staleness steps before.
             step: steps done before, for the learning rate and the order of minibatches.
 
         Raises:
@@ -332,15 +340,21 @@ def means(records: list[dict[str, float]]) -> dict[str, float]:
     return {name: sum(record[name] for record in records) / len(records) for name in (records or [{}])[0]}
 
 
-def time_metrics(rollout: Rollout, metrics: dict[str, float], publish_s: float, step_s: float) -> dict[str, float]:
-    """Where the step's time went. ``rpc_s``: what was neither a model's work, here or in a service, nor bookkeeping."""
-    known_s = rollout.duration_s + metrics["time/forward_s"] + metrics["time/update_s"] + publish_s
+def time_metrics(
+    rollout: Rollout, metrics: dict[str, float], waited_s: float, publish_s: float, step_s: float
+) -> dict[str, float]:
+    """Where the step's time went: what a rollout took while the trainer itself was at work takes none of it.
+
+    ``rpc_s``: what was neither a model's work, here or in a service, nor bookkeeping.
+    """
+    known_s = waited_s + metrics["time/forward_s"] + metrics["time/update_s"] + publish_s
+    service_work_s = max(0.0, rollout.service_work_s - max(0.0, rollout.duration_s - waited_s))
     return {
         "throughput/generated_tokens_per_s": rollout.generated_tokens / rollout.duration_s,
         "time/step_s": step_s,
-        "time/rollout_s": rollout.duration_s,
+        "time/rollout_s": waited_s,
         "time/publish_s": publish_s,
         "time/other_s": max(0.0, step_s - known_s),
-        "time/service_work_s": rollout.service_work_s,
-        "time/rpc_s": max(0.0, rollout.duration_s - rollout.service_work_s) + publish_s,
+        "time/service_work_s": service_work_s,
+        "time/rpc_s": max(0.0, waited_s - service_work_s) + publish_s,
     }

@@ -143,6 +143,11 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     steps: PositiveInt = Field(100, description="rollouts, each followed by its epochs of updates")
     prompts_per_step: PositiveInt = Field(64, description="prompts of one rollout")
     samples_per_prompt: PositiveInt = Field(1, description="responses sampled to each prompt")
+    staleness: NonNegativeInt = Field(
+        0,
+        description="by how many steps rollouts are ahead of training: they are sampled while earlier ones are learned "
+        "from, with weights of so many steps before; 0: one waits for the other, and every sample is the policy's own",
+    )
     top_p: Annotated[UnitFloat, Field(gt=0)] = Field(1.0, description="nucleus; other than 1 needs the flag below")
     top_k: NonNegativeInt = Field(0, description="candidates; other than 0 (all) needs the flag below")
     allow_restricted_sampling: bool = Field(
@@ -276,8 +281,7 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
         """The settings that decide the result: a resumed run must have the same."""
         free = {
             "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "rewards",
-            "reference",
-            "ready_timeout_s", "call_deadline_s", "eval_every", "max_failed_fraction", "otlp_endpoint",
+            "reference", "ready_timeout_s", "call_deadline_s", "max_failed_fraction", "otlp_endpoint", "eval_every",
         }  # fmt: skip
         decisive = self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
         return decisive | {"reward_weights": self.weights_of_rewards}

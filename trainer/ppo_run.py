@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import contextvars
 import re
 import sys
 import time
-from collections.abc import Coroutine, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, Protocol, Self
 
 import torch
 from torch import nn
@@ -21,12 +20,14 @@ from quartet import tracing
 from quartet.client import NotReadyError, QuartetError, UnavailableError, request_ids
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import ModelFolderError, find_model
+from trainer.ahead import RolloutsAhead, pack, unpack
 from trainer.batching import RowStream
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
+from trainer.loop_thread import LoopThread
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings
@@ -38,8 +39,6 @@ from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, r
 _BEFORE = "evaluation_before.json"
 _AFTER = "evaluation_after.json"
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]")
-
-T = TypeVar("T")
 
 
 class Stateful(Protocol):
@@ -65,8 +64,8 @@ class PPORun:
     ``step`` counts the steps done, ``episodes`` the responses learned from.
     """
 
-    def __init__(self, settings: PPOSettings, loop: asyncio.Runner) -> None:
-        """Waits for the services.
+    def __init__(self, settings: PPOSettings, loop: LoopThread) -> None:
+        """Waits for the services, whose calls run in ``loop``.
 
         Raises:
             TrainerError, ModelFolderError: a file, a folder or a setting can't be used; the message says what.
@@ -75,6 +74,7 @@ class PPORun:
         self.step = 0
         self.episodes = 0
         self._loop = loop
+        self._ahead = RolloutsAhead(self._begin, steps=settings.steps, staleness=settings.staleness)
         self._started_s = time.monotonic()
         self._checkpoint = open_output(
             settings.output, resume=settings.resume, decisive=settings.decisive, leftovers=(_BEFORE, _AFTER)
@@ -109,6 +109,7 @@ class PPORun:
         self.close()
 
     def close(self) -> None:
+        self._ahead.cancel()
         self._loop.run(self._services.__aexit__())
 
     @property
@@ -152,50 +153,69 @@ class PPORun:
     def as_step(self) -> Iterator[None]:
         """What is done within belongs to the next step, in traces and in the logs of the services, which name the
         requests of step 7 of runs/ppo ``ppo.step7.*``."""
-        name = _NOT_IN_IDS.sub("-", self.settings.output.resolve().name)[:40] or "ppo"
-        attributes: tracing.Attributes = {"quartet.run": name, "quartet.step": self.step + 1}
-        with request_ids(f"{name}.step{self.step + 1}"), tracing.phase("step", attributes):
+        attributes: tracing.Attributes = {"quartet.run": self._name, "quartet.step": self.step + 1}
+        with request_ids(f"{self._name}.step{self.step + 1}"), tracing.phase("step", attributes):
             yield
 
-    def _run(self, work: Coroutine[Any, Any, T]) -> T:
-        """To its end, knowing which step it belongs to: the loop would keep what it knew when it began."""
-        return self._loop.run(work, context=contextvars.copy_context())
+    @property
+    def _name(self) -> str:
+        return _NOT_IN_IDS.sub("-", self.settings.output.resolve().name)[:40] or "ppo"
 
     @tracing.traced("publish")
     def publish(self, weights: Weights) -> None:
         """Makes every policy replica serve ``weights``."""
-        self._run(self._services.publish(weights))
+        self._loop.run(self._services.publish(weights))
 
-    @tracing.traced("rollout")
     def collect(self) -> Rollout:
-        """The next rollout.
+        """The rollout of the next step; with --staleness, that of a later step is begun.
 
         Raises:
             ServicesError: too many samples failed.
             QuartetError: a service stayed away.
         """
+        return self._ahead.next(self.step)
+
+    def finish_rollout(self) -> float:
+        """Waits for the rollout that is under way, which is of the weights published last; returns the seconds.
+
+        Raises:
+            ServicesError, QuartetError: as ``collect``.
+        """
+        return self._ahead.finish()
+
+    def _begin(self, step: int) -> Future[Rollout]:
+        """Begins the rollout of ``step``; its prompts and seeds follow from the step alone."""
         settings = self.settings
+        self._stream.position = step * settings.prompts_per_step
         drawn = [self._tasks[row] for row in self._stream.draw(settings.prompts_per_step)]
         tasks = [
-            PromptTask(prompt=task.prompt, ids=task.ids, seed=prompt_seed(settings.seed, "rollout", self.step, p, s))
+            PromptTask(prompt=task.prompt, ids=task.ids, seed=prompt_seed(settings.seed, "rollout", step, p, s))
             for p, task in enumerate(drawn)
             for s in range(settings.samples_per_prompt)
         ]
-        rollout = self._run(self._services.collect(tasks, settings, top_p=settings.top_p, top_k=settings.top_k))
+        with request_ids(f"{self._name}.step{step + 1}"):
+            return self._loop.start(self._sample(tasks, step, self.step))
+
+    async def _sample(self, tasks: Sequence[PromptTask], step: int, weights_step: int) -> Rollout:
+        settings = self.settings
+        with tracing.phase("rollout"):
+            rollout = await self._services.collect(tasks, settings, top_p=settings.top_p, top_k=settings.top_k)
         failed = len(rollout.failures)
         if failed > settings.max_failed_fraction * len(tasks) or len(rollout.samples) < 2:
             raise ServicesError(
-                f"{failed} of the {len(tasks)} samples of step {self.step + 1} failed, more than "
+                f"{failed} of the {len(tasks)} samples of step {step + 1} failed, more than "
                 f"--max-failed-fraction {settings.max_failed_fraction:g}; the first: {rollout.failures[0]}"
             )
-        return rollout
+        return replace(rollout, weights_step=weights_step)
 
     def interrupted(self, error: Exception, trained: Trained) -> ServicesError:
         """Saves what is done and returns the error to raise: what went wrong, and how to go on."""
         saved = ""
-        if self.step > 0:
-            # Prompts drawn for the broken step are drawn again.
-            self._stream.position = self.step * self.settings.prompts_per_step
+        if self.step > 0 and not self._ahead.complete(self.step):
+            # The weights that the missing one was to be sampled with are no longer there.
+            newest = latest_checkpoint(self.settings.output)
+            saved = f"; a rollout that was ahead is missing, so the run goes on from {newest or 'its beginning'}"
+        elif self.step > 0:
             try:
                 self.save(trained)
                 saved = f"; saved in {self.newest_checkpoint}"
@@ -259,7 +279,7 @@ class PPORun:
     @tracing.traced("evaluate")
     def evaluate(self) -> Evaluation:
         """The present policy on the held-out prompts."""
-        return self._run(evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer))
+        return self._loop.run(evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer))
 
     def evaluate_before(self) -> None:
         """The SFT policy, once in a run's life."""
@@ -319,6 +339,8 @@ class PPORun:
             "elapsed_s": self._elapsed_s(),
             "samples/failed": len(rollout.failures),
             "weights/version": rollout.weights_version,
+            "weights/version_min": min(sample.weights_version for sample in rollout.samples),
+            "weights/staleness": self.step - 1 - rollout.weights_step,
         }
 
     def _elapsed_s(self) -> float:
@@ -337,13 +359,14 @@ class PPORun:
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.step, self.episodes = restored.step, int(restored.state["episodes"])
-        self._stream.position = int(restored.state["prompts_drawn"])
+        self._ahead.waiting.extend(unpack(restored.state["rollouts"], restored.tensors))
 
     def save(self, trained: Trained) -> float:
         """Writes a checkpoint unless this step has one; returns the seconds it took."""
         if self.step == self._saved_step:
             return 0.0
         start_s = time.perf_counter()
+        rollouts, tensors = pack(self._ahead.waiting)
         save_checkpoint(
             self.settings.output,
             step=self.step,
@@ -353,11 +376,12 @@ class PPORun:
                 "settings": self.settings.decisive,
                 "episodes": self.episodes,
                 "elapsed_s": self._elapsed_s(),
-                "prompts_drawn": self._stream.position,
+                "rollouts": rollouts,
                 **{name: state.state_dict() for name, state in trained.states.items()},
                 "judges": self._judges,
                 "data": self._data,
             },
+            tensors=tensors,
             keep=self.settings.keep_checkpoints,
         )
         self._saved_step = self.step

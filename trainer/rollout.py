@@ -83,6 +83,8 @@ class Sample:
     """Whether a stop token ended it."""
     scores: Mapping[str, float] = field(default_factory=dict)
     """Raw score of each of several reward services, by name; empty where there is one."""
+    weights_version: int = 0
+    """Of the policy that sampled it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,6 +98,8 @@ class Rollout:
     duration_s: float
     service_work_s: float
     """Time in which at least one service had our work; the rest of ``duration_s`` is transport and bookkeeping."""
+    weights_step: int = 0
+    """Steps that had been learned when it was sampled."""
 
     @property
     def generated_tokens(self) -> int:
@@ -463,6 +467,7 @@ class _Judge:
                     score=combined(rewards, scores),
                     finished=completion.token_ids[-1] in self._stop_ids,
                     scores=scores if rewards[0].name else {},
+                    weights_version=version_of(completion),
                 )
             )
         return tuple(samples), tuple(reason for _, reason in sorted(self._failures.items()))
@@ -471,6 +476,12 @@ class _Judge:
 def prompt_seed(seed: int, purpose: str, step: int, prompt: int, sample: int) -> int:
     """The seed of one draw: the same in a resumed run, another for every step, prompt and sample."""
     return derive_seed(purpose, seed, step, prompt, sample)
+
+
+def version_of(completion: Completion) -> int:
+    """Of the weights that sampled it; all its tokens have the same, or it would have been sampled again."""
+    spans = completion.version_spans
+    return spans[0][0] if spans else completion.served_by.weights_version
 
 
 def cut_at_stop(completion: Completion, stop_ids: frozenset[int]) -> Completion:

@@ -9,6 +9,7 @@ import contextlib
 import copy
 import itertools
 import math
+from concurrent.futures import Future
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ from transformers import LlamaForCausalLM
 
 from quartet.client import NotReadyError, UnavailableError
 from tests.conftest import llama_config
+from trainer.ahead import RolloutsAhead
 from trainer.checkpoint import StopRequest
 from trainer.errors import CheckpointError, DivergedError, RolloutError, ServicesError, TrainerError
 from trainer.experience import make_experience
@@ -217,6 +219,7 @@ def test_gradients_do_not_depend_on_how_a_minibatch_is_cut(micro_batch_tokens: i
 
 
 def test_a_step_goes_over_every_sample_once_an_epoch_and_takes_a_fresh_order() -> None:
+    """Row 19."""
     learner = make_learner(settings(minibatches=3, epochs=4))
     batches = list(learner.minibatches(10, step=5))
     assert [len(batch) for batch in batches] == [4, 3, 3] * 4
@@ -227,6 +230,7 @@ def test_a_step_goes_over_every_sample_once_an_epoch_and_takes_a_fresh_order() -
 
 
 def test_adams_epsilon_is_1e_5_unless_told_otherwise() -> None:
+    """Row 18."""
     for options, eps in ((settings(), 1e-5), (settings(adam_eps=1e-8), 1e-8)):
         optimisers = make_learner(options).optimisers
         assert set(optimisers) == {"policy", "critic"}
@@ -330,9 +334,15 @@ def test_ppo_max_scales_and_clips_scores_and_clips_advantages_and_keeps_its_stat
 
 def test_the_time_of_a_step_adds_up() -> None:
     rollout = Rollout(samples=make_samples(4), failures=("x",), weights_version=3, duration_s=2.0, service_work_s=1.5)
-    found = time_metrics(rollout, {"time/forward_s": 0.5, "time/update_s": 1.0}, publish_s=0.25, step_s=4.0)
+    work = {"time/forward_s": 0.5, "time/update_s": 1.0}
+    found = time_metrics(rollout, work, waited_s=2.0, publish_s=0.25, step_s=4.0)
     assert found["time/other_s"] == pytest.approx(0.25)
     assert found["time/rpc_s"] == pytest.approx(0.75)
+    # Ahead of training, 1.4 of its 2 seconds passed while the trainer was at work.
+    ahead = time_metrics(rollout, work, waited_s=0.6, publish_s=0.25, step_s=2.6)
+    assert ahead["time/other_s"] == pytest.approx(0.25)
+    assert ahead["time/service_work_s"] == pytest.approx(0.1)
+    assert ahead["time/rpc_s"] == pytest.approx(0.75)
     assert found["throughput/generated_tokens_per_s"] == rollout.generated_tokens / 2.0
 
 
@@ -494,6 +504,9 @@ class ScriptedRun:
     def collect(self) -> Rollout:
         return rollout_of(*make_samples(8))
 
+    def finish_rollout(self) -> float:
+        return 0.0
+
     def advance(self, rollout: Rollout) -> dict[str, float]:
         self.step += 1
         return {"step": self.step, "episodes": 8 * self.step}
@@ -542,7 +555,8 @@ def test_only_errors_that_pass_are_waited_out_and_a_disk_that_is_full_hides_none
     def save(trained: Any) -> float:
         raise CheckpointError("checkpoint-000003 can't be written: No space left")
 
-    run = SimpleNamespace(step=0, settings=settings(steps=9), save=save, _stream=SimpleNamespace(position=0))
+    ahead = RolloutsAhead(Future, steps=9, staleness=0)  # type: ignore[arg-type]
+    run = SimpleNamespace(step=0, settings=settings(steps=9, output="none"), save=save, _ahead=ahead)
     gone = str(PPORun.interrupted(run, UnavailableError("gone"), None))  # type: ignore[arg-type]
     assert gone == (
         "gone\nstopped after step 0 of 9. When the services are well, give the same command again with --resume"
@@ -553,7 +567,10 @@ def test_only_errors_that_pass_are_waited_out_and_a_disk_that_is_full_hides_none
         "it is refused\nstopped after step 3 of 9; checkpoint-000003 can't be written: No space left. When that is "
         "mended, give the same command again with --resume"
     )
-    assert run._stream.position == 3 * 64  # Prompts drawn for the broken step are drawn again.
+    # With the weights that it was to be sampled with a rollout ahead is lost, so what is done can't be gone on from.
+    run._ahead = RolloutsAhead(Future, steps=9, staleness=1)  # type: ignore[arg-type]
+    lost = str(PPORun.interrupted(run, UnavailableError("gone"), None))  # type: ignore[arg-type]
+    assert "after step 3 of 9; a rollout that was ahead is missing, so the run goes on from its beginning." in lost
 
 
 @pytest.mark.parametrize(
