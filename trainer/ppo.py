@@ -78,7 +78,7 @@ def train(run: PPORun, stop: StopRequest) -> None:
             if not stop.requested:
                 run.evaluate_before()
             saving_s = 0.0
-            while run.step < settings.steps and not stop.requested:
+            while run.step < settings.steps and not (stop.requested or run.stop_rule.reason):
                 start_s = time.perf_counter() - saving_s
                 with tracker.recording() as metrics:  # A step once learned is logged, whatever becomes of the rest.
                     with run.as_step():
@@ -92,7 +92,7 @@ def train(run: PPORun, stop: StopRequest) -> None:
                     metrics |= run.evaluate_between()
                 saving_s = run.save_when_due(learner.trained)
             run.save(learner.trained)
-            if stop.requested and run.step < settings.steps:
+            if stop.requested and run.step < settings.steps and not run.stop_rule.reason:
                 raise stop.stopped(
                     step=run.step, total_steps=settings.steps, checkpoint=latest_checkpoint(settings.output)
                 )

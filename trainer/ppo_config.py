@@ -241,6 +241,25 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
     )
     seed: Seed = Field(0, description="of sampling, the order of prompts and minibatches, and new weights")
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: before and after alone")
+    keep_best: bool = Field(
+        True, description="with --eval-every: the model of the best evaluation so far is kept in OUTPUT/best-STEP"
+    )
+    gold: str = Field(
+        "",
+        description="name of one of --rewards: it decides which evaluation is the best and when to stop. Best one that "
+        "is not trained on (weight 0); default: the score trained on",
+    )
+    stop_when_worse: bool = Field(
+        False,
+        description="stop when gold is below its best evaluation (upper 95 % bound of the paired bootstrap below 0) "
+        "twice in a row while the score trained on is above it",
+    )
+    stop_above_kl: PositiveFloat | None = Field(
+        None, description="stop when an evaluation's KL to the reference is above so many nats a response"
+    )
+    stop_below_unique: Annotated[UnitFloat, Field(gt=0)] | None = Field(
+        None, description="stop when a smaller share of an evaluation's responses is unique; usual: .9"
+    )
     save_every: NonNegativeInt = Field(
         10, description="steps between checkpoints; 0: when stopped and at the end alone"
     )
@@ -277,12 +296,19 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
         return by_itself if self.whiten_advantages == "auto" else self.whiten_advantages == "on"
 
     @property
+    def may_stop(self) -> bool:
+        """Whether evaluations may end the run before its last step."""
+        return self.stop_when_worse or self.stop_above_kl is not None or self.stop_below_unique is not None
+
+    @property
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
         free = {
             "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "rewards",
-            "reference", "ready_timeout_s", "call_deadline_s", "max_failed_fraction", "otlp_endpoint", "eval_every",
+            "reference", "ready_timeout_s", "call_deadline_s", "max_failed_fraction", "otlp_endpoint", "keep_best",
         }  # fmt: skip
+        if not self.may_stop:
+            free |= {"eval_every", "gold"}
         decisive = self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
         return decisive | {"reward_weights": self.weights_of_rewards}
 
@@ -311,6 +337,10 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
             raise ValueError(
                 f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
             )
+        if self.gold and self.gold not in self.addresses_of_rewards:
+            raise ValueError(f"--gold is {self.gold!r}: --rewards has no such name")
+        if self.may_stop and not self.eval_every:
+            raise ValueError("--eval-every is 0: evaluations between steps decide when to stop, so say how often")
         try:
             check_kl_placement(self.kl_used, self.kl_in)
         except ValueError as error:

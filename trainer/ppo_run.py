@@ -27,6 +27,7 @@ from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
+from trainer.files import remove_folder
 from trainer.loop_thread import LoopThread
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.optimisation import choose_device
@@ -35,6 +36,7 @@ from trainer.publishing import Weights
 from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
 from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, require_same_data, write_json
+from trainer.stop_rule import StopRule
 
 _BEFORE = "evaluation_before.json"
 _AFTER = "evaluation_after.json"
@@ -74,6 +76,12 @@ class PPORun:
         self.step = 0
         self.episodes = 0
         self._loop = loop
+        self.stop_rule = StopRule(
+            gold=settings.gold,
+            when_worse=settings.stop_when_worse,
+            above_kl=settings.stop_above_kl,
+            below_unique=settings.stop_below_unique,
+        )
         self._ahead = RolloutsAhead(self._begin, steps=settings.steps, staleness=settings.staleness)
         self._started_s = time.monotonic()
         self._checkpoint = open_output(
@@ -284,11 +292,14 @@ class PPORun:
     def evaluate_before(self) -> None:
         """The SFT policy, once in a run's life."""
         path = self.settings.output / _BEFORE
-        if self.step == 0 and not path.exists():
+        if self.step > 0:
+            return
+        if not path.exists():
             evaluation = self.evaluate()
             evaluation.write(path)
             sys.stdout.write(f"before: {evaluation.line()}\n")
             sys.stdout.flush()
+        self.stop_rule.consider(0, Evaluation.read(path))
 
     def evaluate_between(self) -> dict[str, float]:
         """Figures for the log, at the steps that ask for them."""
@@ -296,7 +307,10 @@ class PPORun:
         if not every or self.step % every or self.step == self.settings.steps:
             return {}
         found = self.evaluate()
-        return {
+        standing = self.stop_rule.consider(self.step, found)
+        if self.settings.keep_best and self._is_best:
+            save_model(self.policy, self.tokenizer, best_folder(self.settings.output, self.step))
+        return standing | {
             "eval/score_mean": found.score_mean,
             "eval/score_ci95": found.score_ci95,
             "eval/kl_sequence_mean": found.kl_sequence_mean,
@@ -308,7 +322,17 @@ class PPORun:
         """The trained policy."""
         evaluation = self.evaluate()
         evaluation.write(self.settings.output / _AFTER)
+        if self.stop_rule.reason is not None:
+            sys.stdout.write(f"stopped after step {self.step} of {self.settings.steps}: {self.stop_rule.reason}\n")
         sys.stdout.write(f"after:  {evaluation.line()}\n")
+        if self.settings.eval_every:
+            self.stop_rule.consider(self.step, evaluation)
+            if self._is_best:
+                keep_only_best(self.settings.output, self.step)  # What is exported at the end.
+
+    @property
+    def _is_best(self) -> bool:
+        return self.stop_rule.best is not None and self.stop_rule.best.step == self.step
 
     def finish(self) -> None:
         """Exports the model, writes the report, and says where everything is."""
@@ -323,9 +347,17 @@ class PPORun:
             f"{_in_deviations(before, after)}\n"
             f"KL to the reference: {after.kl_sequence_mean:.2f} nats a response\n"
             f"generation: {after.tokens_per_s:,.0f} tokens/s in the last evaluation\n"
-            f"model: {output / 'model'}\n"
+            f"model: {output / 'model'}\n{self._best_line()}"
             f"report: {report}\n"
         )
+
+    def _best_line(self) -> str:
+        best = self.stop_rule.best
+        if not (self.settings.eval_every and self.settings.keep_best and best):
+            return ""
+        where = {0: f"{self.settings.model}, as it was before", self.step: "the last"}
+        folder = where.get(best.step, str(best_folder(self.settings.output, best.step)))
+        return f"best of the evaluated models (held-out {self.settings.gold or 'reward'}, step {best.step}): {folder}\n"
 
     # Progress and checkpoints --------------------------------------------------------------------------------------
 
@@ -354,7 +386,7 @@ class PPORun:
             return
         restored = load_checkpoint(path, modules=trained.modules, optimisers=trained.optimisers)
         try:
-            for name, state in trained.states.items():
+            for name, state in self._states(trained).items():
                 state.load_state_dict(restored.state[name])
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
@@ -377,7 +409,7 @@ class PPORun:
                 "episodes": self.episodes,
                 "elapsed_s": self._elapsed_s(),
                 "rollouts": rollouts,
-                **{name: state.state_dict() for name, state in trained.states.items()},
+                **{name: state.state_dict() for name, state in self._states(trained).items()},
                 "judges": self._judges,
                 "data": self._data,
             },
@@ -385,12 +417,30 @@ class PPORun:
             keep=self.settings.keep_checkpoints,
         )
         self._saved_step = self.step
+        if self.stop_rule.best is not None:
+            keep_only_best(self.settings.output, self.stop_rule.best.step)  # Not before a checkpoint names the new one.
         return time.perf_counter() - start_s
 
     def save_when_due(self, trained: Trained) -> float:
         """``save`` at the steps that ask for it; returns the seconds it took."""
         every = self.settings.save_every
-        return self.save(trained) if every and self.step % every == 0 else 0.0
+        new_best = self.settings.keep_best and best_folder(self.settings.output, self.step).is_dir()
+        return self.save(trained) if new_best or (every and self.step % every == 0) else 0.0
+
+    def _states(self, trained: Trained) -> dict[str, Stateful]:
+        return {**trained.states, "stop_rule": self.stop_rule}
+
+
+def best_folder(output: Path, step: int) -> Path:
+    """Where the model of the best evaluation is kept."""
+    return output / f"best-{step:06d}"
+
+
+def keep_only_best(output: Path, step: int) -> None:
+    """Removes the models of evaluations that are the best no longer."""
+    for folder in output.glob("best-[0-9]*"):
+        if folder != best_folder(output, step):
+            remove_folder(folder)
 
 
 async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:

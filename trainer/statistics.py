@@ -101,6 +101,22 @@ def bootstrap_interval(values_N: Floats, *, resamples: int = 2000, seed: int = 0
     return Interval(value=float(x_N.mean()), low=float(low), high=float(high), count=len(x_N))
 
 
+def bootstrap_upper_bound(
+    values_N: Floats, *, probability: float = 0.95, resamples: int = 2000, seed: int = 0
+) -> float:
+    """One-sided upper confidence bound of the mean: the percentile of its bootstrap. For pairs give the differences.
+
+    Raises:
+        ValueError: as ``bootstrap_interval``.
+    """
+    x_N = _finite(values_N, at_least=2)
+    if resamples < 100:
+        raise ValueError(f"resamples is {resamples}: percentiles need at least 100")
+    random = np.random.default_rng(seed)
+    means_R = np.array([x_N[random.integers(0, len(x_N), len(x_N))].mean() for _ in range(resamples)])
+    return float(np.quantile(means_R, probability))
+
+
 @functools.cache
 def student_quantile(degrees: int, probability: float = 0.975) -> float:
     """Quantile of Student's t, to 1e-7, by bisection on its integrated density.

@@ -33,6 +33,7 @@ from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun
 from trainer.rollout import Rollout, Sample
 from trainer.shaping import explained_variance, score_metrics
+from trainer.stop_rule import StopRule
 from trainer.tracking import read_metrics
 
 
@@ -488,6 +489,7 @@ class ScriptedRun:
         self.step, self.resumed_step = resumed_step or 0, resumed_step
         self.fail_at = fail_at
         self.saved: list[int] = []
+        self.stop_rule = StopRule()
 
     def restore(self, trained: Any) -> None: ...
 
