@@ -218,7 +218,7 @@ def test_reward_gradients_are_those_of_the_mean_bradley_terry_loss(make_policy, 
 
 
 def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make_policy, rows, tmp_path, capsys):
-    """Historical: trl#5813, an end token in training that is absent when scoring."""
+    """Row 17. Historical: trl#5813, EOS added in reward-model training and absent when scoring."""
     folder = make_policy(seed=6, scale=0.5)
     train_reward(reward_settings(folder, rows, tmp_path / "run", epochs=2))
     evaluation = json.loads((tmp_path / "run" / "evaluation.json").read_text())
