@@ -30,6 +30,7 @@ __all__ = [
     "pairwise_ranking",
     "plackett_luce",
     "policy_loss",
+    "score_l2",
     "selective_logprobs",
     "value_loss",
 ]
@@ -254,12 +255,15 @@ def bradley_terry(
     margin: Tensor | float | None = None,
     label_smoothing: float = 0.0,
     robust: bool = False,
+    probability: Tensor | float | None = None,
+    weights_B: Tensor | None = None,
 ) -> Tensor:
     """Mean over pairs of -logsigmoid(D - m), with D = chosen - rejected.
 
-    With l(D) = -logsigmoid(D - m) and e = ``label_smoothing``:
-    smoothed: (1 - e) l(D) + e l(-D), whose optimum for m = 0 is D = log((1 - e) / e);
-    robust: [(1 - e) l(D) - e l(-D)] / (1 - 2e), in expectation over labels flipped with probability e the loss on
+    With l(D) = -logsigmoid(D - m), p = ``probability`` and e = ``label_smoothing``:
+    soft labels: p l(D) + (1 - p) l(-D); a tie is p = .5, whose optimum is D = 0;
+    smoothed: the same with (1 - e) p + e (1 - p) for p; for p = 1 and m = 0 the optimum is D = log((1 - e) / e);
+    robust: the same with (p - e) / (1 - 2e) for p, in expectation over labels flipped with probability e the loss on
     the true ones. It is unbounded below, so it is no measure for a noise-free evaluation set.
 
     Args:
@@ -268,12 +272,15 @@ def bradley_terry(
         margin: m >= 0, one for all or (B,); None for 0.
         label_smoothing: e, the share of labels believed to be flipped, in [0, .5).
         robust: the unbiased form instead of the smoothed one.
+        probability: that the first of the two is the better one, in [0, 1], one for all or (B,); None for 1.
+        weights_B: (B,) of the pairs, whose weighted sum is then returned; None for 1 / B each.
 
     Returns:
         A 0-dimensional tensor.
 
     Raises:
-        ValueError: scores are not one a sequence, shapes differ, or ``margin`` or ``label_smoothing`` are refused.
+        ValueError: scores are not one a sequence, shapes differ, or ``margin``, ``label_smoothing`` or
+            ``probability`` are refused.
 
     Source: Bradley & Terry 1952; margin: Touvron et al. 2023, "Llama 2", eq. 2; smoothed: Mitchell 2023, "A Note on
     DPO with Noisy Preferences"; robust: Chowdhury et al. 2024, "Provably Robust DPO".
@@ -284,20 +291,19 @@ def bradley_terry(
     margin_B = _margin(margin, chosen_B)
     difference_B = chosen_B - rejected_B
     right_B = -functional.logsigmoid(difference_B - margin_B)
-    if label_smoothing == 0.0:
-        return right_B.mean()
-    flipped_B = -functional.logsigmoid(-difference_B - margin_B)
+    if label_smoothing == 0.0 and probability is None:
+        return _mean(right_B, weights_B)
+    share_B = _probability(probability, chosen_B)
     if robust:
-        mixed_B = ((1 - label_smoothing) * right_B - label_smoothing * flipped_B) / (1 - 2 * label_smoothing)
+        share_B = (share_B - label_smoothing) / (1 - 2 * label_smoothing)
     else:
-        mixed_B = (1 - label_smoothing) * right_B + label_smoothing * flipped_B
-    return mixed_B.mean()
+        share_B = label_smoothing + (1 - 2 * label_smoothing) * share_B
+    flipped_B = -functional.logsigmoid(-difference_B - margin_B)
+    return _mean(share_B * right_B + (1 - share_B) * flipped_B, weights_B)
 
 
 def plackett_luce(scores_K: Tensor) -> Tensor:
     """-log P(ranking), P the product over places of softmax over what is left. For K = 2 it is Bradley-Terry.
-
-    For ranked lists, which no stage trains on yet.
 
     Args:
         scores_K: (..., K) scores of answers to one prompt, the best first, K at least 2.
@@ -316,8 +322,6 @@ def plackett_luce(scores_K: Tensor) -> Tensor:
 def pairwise_ranking(scores_K: Tensor) -> Tensor:
     """Mean over the C(K, 2) pairs of -logsigmoid(better - worse), all pairs of a prompt in one batch element.
 
-    For ranked lists, which no stage trains on yet.
-
     Args:
         scores_K: (..., K) scores of answers to one prompt, the best first, K at least 2.
 
@@ -331,13 +335,21 @@ def pairwise_ranking(scores_K: Tensor) -> Tensor:
     return -functional.logsigmoid(scores_K[..., better] - scores_K[..., worse]).mean()
 
 
-def centering(chosen_B: Tensor, rejected_B: Tensor) -> Tensor:
+def centering(chosen_B: Tensor, rejected_B: Tensor, weights_B: Tensor | None = None) -> Tensor:
     """mean((chosen + rejected)^2), before its coefficient: keeps scores near 0, which Bradley-Terry leaves free.
+
+    ``weights_B`` as ``bradley_terry`` has them.
 
     Source: Eisenstein et al. 2023, "Helping or Herding?"; trl's center_rewards_coefficient.
     """
     _check_pairs(chosen_B, rejected_B)
-    return (chosen_B + rejected_B).square().mean()
+    return _mean((chosen_B + rejected_B).square(), weights_B)
+
+
+def score_l2(chosen_B: Tensor, rejected_B: Tensor, weights_B: Tensor | None = None) -> Tensor:
+    """Mean squared score, before its coefficient; arguments as ``centering`` has them."""
+    _check_pairs(chosen_B, rejected_B)
+    return 0.5 * _mean(chosen_B.square() + rejected_B.square(), weights_B)
 
 
 def _tokens(mask_BT: Tensor, denominator: Tensor | float | None) -> float:
@@ -357,6 +369,24 @@ def _check_pairs(chosen_B: Tensor, rejected_B: Tensor) -> None:
             f"chosen_B has shape {tuple(chosen_B.shape)}: it must be one score a sequence, (B,) with B at least 1; "
             "scores of single tokens would let the padding of the shorter answer into the loss"
         )
+
+
+def _mean(x_B: Tensor, weights_B: Tensor | None) -> Tensor:
+    if weights_B is None:
+        return x_B.mean()
+    check_same_shape(x_B=x_B, weights_B=weights_B)
+    return (weights_B * x_B).sum()
+
+
+def _probability(probability: Tensor | float | None, chosen_B: Tensor) -> Tensor:
+    share_B = torch.as_tensor(1.0 if probability is None else probability, dtype=chosen_B.dtype, device=chosen_B.device)
+    if share_B.shape not in ((), chosen_B.shape):
+        raise ValueError(
+            f"probability has shape {tuple(share_B.shape)}: it must be one number or {tuple(chosen_B.shape)}"
+        )
+    if not bool(((share_B >= 0) & (share_B <= 1)).all()):
+        raise ValueError("probability holds a value outside [0, 1]: each is that the first answer is the better one")
+    return share_B
 
 
 def _margin(margin: Tensor | float | None, chosen_B: Tensor) -> Tensor:

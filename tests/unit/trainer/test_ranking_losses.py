@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from trainer.losses import bradley_terry, centering, pairwise_ranking, plackett_luce
+from trainer.losses import bradley_terry, centering, pairwise_ranking, plackett_luce, score_l2
 
 CHOSEN = torch.tensor([1.0, 0.0], dtype=torch.float64)
 REJECTED = torch.tensor([0.0, 2.0], dtype=torch.float64)
@@ -180,6 +180,56 @@ def test_far_scores_have_a_finite_loss_and_gradient_in_float32() -> None:
     assert loss.item() == pytest.approx(5e3)
     assert chosen_B.grad is not None
     assert chosen_B.grad.tolist() == [-0.5, 0]
+
+
+# Soft labels, ties, weights
+
+
+@given(
+    pairs=SCORES,
+    margin=st.floats(0, 3),
+    e=st.floats(0, 0.45),
+    robust=st.booleans(),
+    probability=st.floats(0, 1),
+)
+def test_a_soft_label_is_the_loss_in_expectation_over_who_won(
+    pairs: list[tuple[float, float]], margin: float, e: float, robust: bool, probability: float
+) -> None:
+    chosen_B, rejected_B = _columns(pairs)
+    form: dict[str, Any] = {"margin": margin, "label_smoothing": e, "robust": robust}
+    won, lost = bradley_terry(chosen_B, rejected_B, **form), bradley_terry(rejected_B, chosen_B, **form)
+    expected = probability * won.item() + (1 - probability) * lost.item()
+    result = bradley_terry(chosen_B, rejected_B, probability=probability, **form)
+    assert result.item() == pytest.approx(expected, rel=1e-9, abs=1e-9)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_tie_pulls_two_scores_together_however_it_is_smoothed(form: dict[str, Any]) -> None:
+    difference = torch.tensor([0.0, 1.5], dtype=torch.float64, requires_grad=True)
+    zeros = torch.zeros(2, dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(bradley_terry(difference, zeros, probability=0.5, **form), difference)
+    assert gradient[0].item() == pytest.approx(0, abs=1e-12)
+    assert gradient[1].item() > 0
+
+
+def test_weighted_losses_are_the_sums_of_the_pairs_own() -> None:
+    weights_B = torch.tensor([0.25, 2.0], dtype=torch.float64)
+    for loss in (bradley_terry, centering, score_l2):
+        single = [loss(CHOSEN[i : i + 1], REJECTED[i : i + 1]).item() for i in range(2)]
+        assert loss(CHOSEN, REJECTED).item() == pytest.approx(sum(single) / 2)
+        expected = 0.25 * single[0] + 2.0 * single[1]
+        assert loss(CHOSEN, REJECTED, weights_B=weights_B).item() == pytest.approx(expected)
+    assert score_l2(CHOSEN, REJECTED).item() == pytest.approx((1 + 0 + 0 + 4) / 4)
+
+
+def test_labels_that_are_no_probabilities_are_refused() -> None:
+    for p in (-0.1, 1.1, math.nan):
+        with pytest.raises(ValueError, match=r"probability holds a value outside \[0, 1\]"):
+            bradley_terry(CHOSEN, REJECTED, probability=p)
+    with pytest.raises(ValueError, match=r"probability has shape \(3,\)"):
+        bradley_terry(CHOSEN, REJECTED, probability=torch.zeros(3))
+    with pytest.raises(ValueError, match=r"weights_B has shape \(3,\)"):
+        bradley_terry(CHOSEN, REJECTED, weights_B=torch.zeros(3))
 
 
 # Rankings
