@@ -40,7 +40,10 @@ Fields = Mapping[str, Any]
 _JSON_LINES = (".jsonl", ".ndjson")
 _SUFFIXES = (*_JSON_LINES, ".json", ".parquet")
 _DEFAULT_SPLIT = "train"
-_TEXT_FIELDS = ("prompt", "completion", "messages", "instruction", "input", "output", "text", "chosen", "rejected")
+_TEXT_FIELDS = (
+    *("prompt", "completion", "messages", "instruction", "input", "output", "text", "chosen", "rejected"),
+    *("first", "second", "ranking", "answers"),  # Those of ``trainer.comparisons``.
+)
 
 
 @dataclass(frozen=True, kw_only=True)

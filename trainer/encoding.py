@@ -5,6 +5,7 @@ Prompt and response are encoded apart, without special tokens, and joined; the e
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -13,6 +14,7 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 
+from trainer.comparisons import Comparison, Judgement
 from trainer.data import Demonstration, Preference, Prompt, PromptRow, Row
 from trainer.errors import DataError, ModelError
 
@@ -51,6 +53,19 @@ class EncodedPreference:
     def __len__(self) -> int:
         """Tokens of the longer one, which is what it is padded to."""
         return max(len(self.chosen), len(self.rejected))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodedComparison:
+    """The answers to one prompt, each with the prompt before it, and what was said of pairs of them."""
+
+    answers: tuple[EncodedResponse, ...]
+    judgements: tuple[Judgement, ...]
+    ranked: bool
+
+    def __len__(self) -> int:
+        """Tokens of the longest one, which is what all are padded to."""
+        return max(map(len, self.answers))
 
 
 class Encoder:
@@ -107,6 +122,23 @@ class Encoder:
         chosen = self._responses(rows, [row.chosen for row in rows], "prompt and chosen")
         rejected = self._responses(rows, [row.rejected for row in rows], "prompt and rejected")
         return [EncodedPreference(chosen=c, rejected=r) for c, r in zip(chosen, rejected, strict=True)]
+
+    def comparisons(self, rows: Sequence[Comparison]) -> list[EncodedComparison]:
+        """All answers of each row.
+
+        Raises:
+            DataError: rows are too long, or need a chat template where there is none.
+        """
+        flat = [(row, answer) for row in rows for answer in row.answers]
+        encoded = iter(self._responses([row for row, _ in flat], [answer for _, answer in flat], "prompt and answer"))
+        return [
+            EncodedComparison(
+                answers=tuple(itertools.islice(encoded, len(row.answers))),
+                judgements=row.judgements,
+                ranked=row.ranked,
+            )
+            for row in rows
+        ]
 
     def _responses(self, rows: Sequence[Row], responses: Sequence[str], what: str) -> list[EncodedResponse]:
         prompts = self._encode([self._prompt_text(row.prompt, row.where) for row in rows])
