@@ -1,14 +1,14 @@
 """Means and shares with their 95 % intervals.
 
-Shapes: N observations, R bootstrap resamples.
+Shapes: N observations, G groups of them, R bootstrap resamples.
 """
 
 from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Hashable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -75,11 +75,71 @@ def wilson_interval(successes: float, count: int) -> Interval:
     """
     if count < 1 or not 0 <= successes <= count:
         raise ValueError(f"successes is {successes} of count {count}: they must be within 0 and a count of at least 1")
+    return replace(_wilson(successes / count, count), count=count)
+
+
+def _wilson(share: float, count: float) -> Interval:
+    """Wilson's interval of a share of so many observations, whole or not; the interval's count is rounded."""
     z2 = _NORMAL_975**2
-    share = successes / count
     centre = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = _NORMAL_975 / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count**2))
-    return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), count=count)
+    return Interval(value=share, low=max(0.0, centre - half), high=min(1.0, centre + half), count=round(count))
+
+
+def wilson_interval_of_groups(values_N: Floats, groups_N: Sequence[Hashable]) -> Interval:
+    """A share whose observations (0, 1, or .5 of a tie) come in groups, such as the pairs of one prompt.
+
+    Wilson's interval at the effective number of observations: theirs over the design effect, which is the variance of
+    the share between groups over that of independent observations. With one observation a group it is Wilson's own;
+    where all observations are alike, nothing is known of the effect, and each group counts as one.
+
+    Raises:
+        ValueError: fewer than 2 values, one outside [0, 1], or not one group a value.
+
+    Source: Kish 1965, "Survey Sampling", section 8.2; Dean & Pagano 2015, "Evaluating Confidence Interval Methods for
+    Binomial Proportions in Clustered Surveys".
+    """
+    x_N = _finite(values_N, at_least=2)
+    if x_N.min() < 0 or x_N.max() > 1:
+        raise ValueError(f"values lie between {x_N.min():g} and {x_N.max():g}: shares are of values from 0 to 1")
+    places_N, groups = _places(groups_N, len(x_N))
+    count, share = len(x_N), float(x_N.mean())
+    errors_G = np.bincount(places_N, weights=x_N - share, minlength=groups)
+    independent = count / (count - 1) * float(((x_N - share) ** 2).sum())
+    between = groups / (groups - 1) * float((errors_G**2).sum()) if groups > 1 else 0.0
+    effective = float(groups) if independent == 0 or between == 0 else count * min(1.0, independent / between)
+    return replace(_wilson(share, effective), count=count)
+
+
+def bootstrap_of_groups(
+    statistic: Callable[[npt.NDArray[np.float64]], float],
+    groups_N: Sequence[Hashable],
+    *,
+    resamples: int = 1000,
+    seed: int = 0,
+) -> Interval:
+    """A statistic with its percentile bootstrap interval; whole groups are drawn, each with all of its observations.
+
+    Args:
+        statistic: of the N observations by how often each counts, (N,); its value is the one where each counts once.
+        groups_N: group of each observation.
+        resamples: at least 100.
+        seed: of what is drawn.
+
+    Raises:
+        ValueError: no observation, or fewer than 100 resamples.
+
+    Source: Davison & Hinkley 1997, "Bootstrap Methods and their Application", section 3.8.
+    """
+    if resamples < 100:
+        raise ValueError(f"resamples is {resamples}: percentiles need at least 100")
+    places_N, groups = _places(groups_N, len(groups_N))
+    random = np.random.default_rng(seed)
+    drawn_RG = random.multinomial(groups, np.full(groups, 1.0 / groups), size=resamples)
+    values_R = [statistic(drawn_G[places_N].astype(np.float64)) for drawn_G in drawn_RG]
+    low, high = np.quantile(values_R, [0.025, 0.975])
+    value = statistic(np.ones(len(places_N)))
+    return Interval(value=value, low=float(low), high=float(high), count=len(places_N))
 
 
 def bootstrap_interval(values_N: Floats, *, resamples: int = 2000, seed: int = 0) -> Interval:
@@ -140,6 +200,15 @@ def student_quantile(degrees: int, probability: float = 0.975) -> float:
         middle = 0.5 * (low + high)
         low, high = (middle, high) if mass_below(middle) < probability else (low, middle)
     return math.sqrt(degrees) * math.tan(0.5 * (low + high))
+
+
+def _places(groups_N: Sequence[Hashable], count: int) -> tuple[npt.NDArray[np.int64], int]:
+    """Number of each observation's group, and how many there are."""
+    if len(groups_N) != count or count == 0:
+        raise ValueError(f"there are {len(groups_N)} groups for {count} values: each value has one")
+    numbers: dict[Hashable, int] = {}
+    places = [numbers.setdefault(group, len(numbers)) for group in groups_N]
+    return np.array(places, dtype=np.int64), len(numbers)
 
 
 def _finite(values: Floats, *, at_least: int) -> npt.NDArray[np.float64]:
