@@ -325,13 +325,14 @@ def _ours(stage: str, precision: str, folder: Path, packing: str) -> Work:
     import numpy as np
 
     from trainer.answers import Answers
+    from trainer.comparisons import Judgement
     from trainer.config import DpoSettings, RewardSettings, SftSettings
     from trainer.dpo import DpoTrainer, with_reference
-    from trainer.encoding import EncodedPreference, EncodedResponse
+    from trainer.encoding import EncodedComparison, EncodedPreference, EncodedResponse
     from trainer.models import load_policy, load_reward_model, load_tokenizer
     from trainer.optimisation import apply_gradients, make_adamw
     from trainer.references import ModelReference
-    from trainer.reward_model import RewardTrainer
+    from trainer.reward_trainer import RewardTrainer
     from trainer.sft import SftTrainer
 
     common: dict[str, Any] = {"model": "m", "data": ("d",), "output": folder, "precision": precision}
@@ -354,6 +355,14 @@ def _ours(stage: str, precision: str, folder: Path, packing: str) -> Work:
     if stage == "reward":
         model = load_reward_model(folder / "reward", tokenizer)
         trainer = RewardTrainer(model, tokenizer, RewardSettings(**common))
+        first_wins = (Judgement(first=0, second=1),)
+        batches = [
+            [
+                EncodedComparison(answers=(pair.chosen, pair.rejected), judgements=first_wins, ranked=False)
+                for pair in batch
+            ]
+            for batch in batches
+        ]
     else:
         model = load_policy(folder / "policy", tokenizer)
         if stage == "sft":

@@ -5,10 +5,12 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Sequence
 
+from trainer.comparisons import load_comparisons
 from trainer.config import CheckSettings
 from trainer.data import Row, load_demonstrations, load_preferences, load_prompts
 
 _LOADERS: dict[str, Callable[[Sequence[str]], Sequence[Row]]] = {
+    "comparisons": load_comparisons,
     "demonstrations": load_demonstrations,
     "preferences": load_preferences,
     "prompts": load_prompts,

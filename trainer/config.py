@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from quartet.settings import (
     AdamBeta,
@@ -30,6 +31,7 @@ PACKING = (
 HeldOutFraction = Annotated[UnitFloat, Field(lt=1)]
 Smoothing = Annotated[NonNegativeFloat, Field(lt=0.5)]
 Dropout = Annotated[UnitFloat, Field(lt=1)]
+ShareOfRows = Annotated[UnitFloat, Field(gt=0)]
 
 _OUTPUT = "folder of the run: the model in OUTPUT/model, figures in metrics.jsonl and evaluation.json, checkpoints"
 
@@ -86,32 +88,114 @@ class SftSettings(TrainingSettings):
 
 
 class RewardSettings(TrainingSettings):
-    """A reward model by Bradley-Terry from preferences, evaluated beside TF-IDF and length alone."""
+    """A reward model from comparisons of answers, by Bradley-Terry, evaluated beside TF-IDF and length alone."""
 
     command: ClassVar[str] = "quartet-train reward"
 
     learning_rate: PositiveFloat = Field(9e-6, description="peak of the learning rate; OpenRLHF's default")
+    heads: tuple[str, ...] = Field(
+        (),
+        description="heads by the attributes of the rows, with their weights in the score: helpfulness=0.7,safety=0.3; "
+        "none: one head for all rows",
+    )
+    annotators: Literal["mean", "majority"] = Field(
+        "mean", description="of several annotators' labels: their mean, a soft label, or what most of them say"
+    )
+    ranking_loss: Literal["pairwise", "plackett-luce"] = Field(
+        "pairwise", description="of ranked lists: mean over all pairs (InstructGPT), or the likelihood of the order"
+    )
     label_smoothing: Smoothing = Field(0.0, description="share of preferences believed to be the wrong way round")
     robust: bool = Field(False, description="label smoothing in its unbiased form")
-    margin: NonNegativeFloat = Field(0.0, description="by how much the preferred answer should win")
+    margin: NonNegativeFloat = Field(
+        0.0, description="by how much the preferred answer should win, of rows that have no margin of their own"
+    )
     centering: NonNegativeFloat = Field(0.0, description="weight of the squared sum of both scores; .01 is usual")
     score_l2: NonNegativeFloat = Field(0.0, description="weight of the mean squared score; .001 is usual")
     weight_clip: PositiveFloat | None = Field(None, description="every weight is kept within this of 0")
+    members: PositiveInt = Field(1, description="models of an ensemble, trained one after the other, served as one")
+    member_fraction: ShareOfRows = Field(
+        1.0, description="share of the prompts that a member trains on; below 1 each prompt is unseen by some members"
+    )
+    noise_from: Path | None = Field(
+        None, description="run of an ensemble whose disagreement says which labels to doubt; see --noise-..."
+    )
+    noise_flip: UnitFloat = Field(
+        0.0, description="share of the pairs whose label is turned round: where the members most say otherwise"
+    )
+    noise_drop: UnitFloat = Field(0.0, description="share of the pairs left out: the next ones after those flipped")
+    noise_smooth: UnitFloat = Field(
+        0.0,
+        description="share of the rest whose label is averaged with what the members say: where they are least sure",
+    )
     calibrate_on: str = Field(
         "chosen",
-        description="where mean and std of the scores come from: chosen (answers of the training rows), "
+        description="where mean and std of the scores come from: chosen (best answers of the training rows), "
         "a file or hub name of demonstrations, or none",
+    )
+    temperature_fraction: HeldOutFraction = Field(
+        0.1, description="share of the training rows set apart to fit the temperature of probabilities on; 0: none"
     )
     golden_items: NonNegativeInt = Field(
         6, description="held-out texts kept with the model, with their scores: the service checks itself by them"
     )
     baselines: bool = Field(True, description="train TF-IDF and length baselines on the same rows, for comparison")
 
+    @property
+    def head_weights(self) -> dict[str, float]:
+        """Weight of each head in the score, by name and in order; empty for one head without a name."""
+        return dict(_read_head(text) for text in self.heads)
+
+    @field_validator("heads")
+    @classmethod
+    def _heads_have_names_and_weights(cls, heads: tuple[str, ...]) -> tuple[str, ...]:
+        names = [_read_head(text)[0] for text in heads]
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ValueError(f"{twice[0]!r} is named twice")
+        return heads
+
     @model_validator(mode="after")
     def _has_held_out_rows(self) -> Self:
         if not self.eval_data and self.held_out_fraction == 0:
             raise ValueError("a reward model is never trained unevaluated: give --eval-data or a --held-out-fraction")
         return self
+
+    @model_validator(mode="after")
+    def _choices_fit_together(self) -> Self:
+        if self.ranking_loss == "plackett-luce" and (self.label_smoothing or self.margin or self.noise_from):
+            raise ValueError(
+                "--ranking-loss is plackett-luce, the likelihood of a whole order: it has no --label-smoothing, "
+                "--margin or --noise-from; choose pairwise, or leave them out"
+            )
+        if self.robust and not self.label_smoothing:
+            raise ValueError("--robust is set and --label-smoothing 0: say how many labels are believed to be flipped")
+        if self.members > 1 and self.calibrate_on == "none":
+            raise ValueError(
+                f"--members is {self.members} and --calibrate-on none: raw scores of members lie on different scales, "
+                "so they need mean and std to be combined"
+            )
+        if self.members == 1 and self.member_fraction < 1:
+            raise ValueError(f"--member-fraction is {self.member_fraction:g} and --members 1: it is of ensembles")
+        shares = self.noise_flip + self.noise_drop + self.noise_smooth
+        if shares > 1:
+            raise ValueError(f"--noise-flip, --noise-drop and --noise-smooth add up to {shares:g}: at most 1")
+        if (shares > 0) != (self.noise_from is not None):
+            raise ValueError(
+                "--noise-from says which labels to doubt, --noise-flip, --noise-drop and --noise-smooth how many of "
+                "them: give both or neither"
+            )
+        return self
+
+
+def _read_head(text: str) -> tuple[str, float]:
+    """Name and weight of ``name=weight``, or of ``name``, whose weight is 1."""
+    name, _, weight = text.partition("=")
+    try:
+        value = float(weight or "1")
+    except ValueError:
+        value = math.nan
+    if not name or not math.isfinite(value):
+        raise ValueError(f"{text!r} must be NAME or NAME=WEIGHT, such as safety=0.3")
+    return name, value
 
 
 class DpoSettings(ServiceCredentials, TrainingSettings):
@@ -167,9 +251,10 @@ class CheckSettings(Settings):
     command: ClassVar[str] = "quartet-train check"
 
     data: tuple[str, ...] = Field(description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1)
-    kinds: tuple[Literal["demonstrations", "preferences", "prompts"], ...] = Field(
+    kinds: tuple[Literal["demonstrations", "preferences", "comparisons", "prompts"], ...] = Field(
         ("demonstrations", "preferences", "prompts"),
-        description="what each row must be readable as: demonstrations (sft), preferences (reward, dpo), prompts (ppo)",
+        description="what each row must be readable as: demonstrations (sft), preferences (dpo, reward), comparisons "
+        "(reward), prompts (ppo)",
         min_length=1,
     )
 

@@ -25,7 +25,7 @@ from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import choose_device
-from trainer.packing import pair_micro_batches
+from trainer.packing import group_micro_batches
 from trainer.references import ModelReference, Reference, ServiceReference, Sums, known_sums
 from trainer.runs import (
     EVALUATION_FILE,
@@ -221,7 +221,8 @@ class DpoTrainer:
         return figures
 
     def _parts(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        return pair_micro_batches(pairs, self.settings.micro_batch_tokens, packed=self.answers.packed)
+        groups = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
+        return group_micro_batches(groups, self.settings.micro_batch_tokens, packed=self.answers.packed)
 
     def _loss(self, seen: _Seen) -> Tensor:
         settings = self.settings

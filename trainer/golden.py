@@ -6,20 +6,24 @@ trained: another end token, template, tokenizer, truncation or precision.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from trainer.batching import pad_right
-from trainer.data import Preference
-from trainer.encoding import EncodedPreference
-from trainer.models import score_tokens
+from trainer.comparisons import Comparison
+from trainer.encoding import EncodedComparison
+from trainer.models import score_heads
 
 
 @torch.no_grad()
 def golden_items(
-    model: Any, rows: Sequence[Preference], encoded: Sequence[EncodedPreference], count: int
+    model: Any,
+    rows: Sequence[Comparison],
+    encoded: Sequence[EncodedComparison],
+    count: int,
+    heads: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
     """``count`` of the rows, or all if there are fewer, from the shortest to the longest, scored one by one in float32.
 
@@ -27,7 +31,8 @@ def golden_items(
         model: a reward model of ``load_reward_model``; it is left in evaluation mode.
         rows: held-out rows, with the prompts as they came: text, or messages for the chat template.
         encoded: their token ids, in the same order.
-        count: how many; every second one is a rejected answer.
+        count: how many; of every second one it is the worse answer of its first pair, else the better one.
+        heads: weights of the heads in the score, by name; none for one head without a name.
     """
     model.eval()
     by_length = sorted(range(len(rows)), key=lambda index: len(encoded[index]))
@@ -35,11 +40,19 @@ def golden_items(
     chosen = [by_length[round(place * (len(rows) - 1) / max(1, count - 1))] for place in range(count)]
     items = []
     for place, index in enumerate(chosen):
-        row, pair = rows[index], encoded[index]
-        response, sequence = (row.rejected, pair.rejected) if place % 2 else (row.chosen, pair.chosen)
+        pair = rows[index].judgements[0]
+        answer = pair.second if place % 2 else pair.first
+        sequence = encoded[index].answers[answer]
         # Alone, without padding, and without the autocast of training.
-        score_1 = score_tokens(model, *pad_right([sequence.ids], 0, model.device))
-        items.append(
-            {"prompt": row.prompt, "response": response, "token_count": len(sequence), "score": float(score_1[0])}
-        )
+        scores_H = score_heads(model, *pad_right([sequence.ids], 0, model.device))[0].tolist()
+        item = {
+            "prompt": rows[index].prompt,
+            "response": rows[index].answers[answer],
+            "token_count": len(sequence),
+            "score": scores_H[0],
+        }
+        if heads:
+            item["attributes"] = dict(zip(heads, scores_H, strict=True))
+            item["score"] = sum(weight * score for weight, score in zip(heads.values(), scores_H, strict=True))
+        items.append(item)
     return items

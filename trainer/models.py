@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from quartet.model_folder import find_model, write_metadata
+from quartet.model_folder import find_model, read_metadata, write_metadata
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder, written
@@ -86,23 +86,30 @@ def load_policy(model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch
 
 
 def load_reward_model(
-    model: str | Path, tokenizer: Any, *, dtype: torch.dtype = torch.float32, new_head_seed: int | None = None
+    model: str | Path,
+    tokenizer: Any,
+    *,
+    dtype: torch.dtype = torch.float32,
+    new_head_seed: int | None = None,
+    heads: int | None = None,
 ) -> Any:
-    """A sequence classifier with one label in train mode without dropout, with a float32 head, on the CPU.
+    """A sequence classifier with a label for each head in train mode without dropout, with float32 heads, on the CPU.
 
     Args:
         model: folder or hub id of a reward model, or of a causal language model whose body it starts from.
         tokenizer: of ``load_tokenizer``.
         dtype: of the body.
-        new_head_seed: for the head of a model that has none yet, drawn from N(0, 1 / (D + 1)); None refuses such.
+        new_head_seed: for the heads of a model that has none yet, drawn from N(0, 1 / (D + 1)); None refuses such.
+        heads: how many there are; None: as many as its quartet.json names, or 1.
 
     Raises:
         ModelFolderError: there is no such model.
-        ModelError: it doesn't load as a decoder with one label, or its checkpoint lacks weights.
+        ModelError: it doesn't load as a decoder with so many labels, or its checkpoint lacks weights.
     """
     folder = find_model(str(model))
+    labels = heads or len(head_weights(folder)) or 1
     reward_model, missing = _from_pretrained(
-        transformers.AutoModelForSequenceClassification, folder, dtype=dtype, num_labels=1
+        transformers.AutoModelForSequenceClassification, folder, dtype=dtype, num_labels=labels
     )
     head = getattr(reward_model, "score", None)
     if not isinstance(head, nn.Linear):
@@ -125,6 +132,11 @@ def load_reward_model(
     disable_dropout(reward_model)
     use_fast_linear(reward_model.base_model)
     return reward_model.train()
+
+
+def head_weights(folder: Path) -> dict[str, float]:
+    """Weight in the score of each head that quartet.json names, in their order; empty where it names none."""
+    return {head["name"]: float(head["weight"]) for head in read_metadata(folder).get("heads") or ()}
 
 
 def _from_pretrained(auto: Any, folder: Path, **arguments: Any) -> tuple[Any, list[str]]:
@@ -259,14 +271,19 @@ def hidden_at(model: Any, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor) ->
 
 
 def score_tokens(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
-    """(B,) score of each sequence: the head on the last hidden state at the last real token, in float32.
+    """(B,) score of each sequence by a model of one head; see ``score_heads``."""
+    return score_heads(model, ids_BS, mask_BS)[:, 0]
+
+
+def score_heads(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
+    """(B, H) scores of each sequence: the H heads on the last hidden state at the last real token, in float32.
 
     Padding may stand on either side: the position is read from the mask, never from ids, side or the last column.
     """
     places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     last_B = (mask_BS * places_S).argmax(dim=1)
     hidden_BD = hidden_at(model, ids_BS, mask_BS, places_S[None, :] == last_B[:, None])
-    return _linear_float32(hidden_BD, model.score)[:, 0]
+    return _linear_float32(hidden_BD, model.score)
 
 
 def _linear_float32(hidden: Tensor, head: nn.Linear) -> Tensor:
@@ -408,7 +425,8 @@ class Critic(nn.Module):
             ModelFolderError, ModelError: as ``load_reward_model``.
         """
         reward_model = load_reward_model(model, tokenizer, dtype=dtype)
-        return cls(reward_model.base_model, _value_head(reward_model, head, seed, reward_model.score)).train()
+        score = _combined_head(reward_model.score, head_weights(find_model(str(model))))
+        return cls(reward_model.base_model, _value_head(reward_model, head, seed, score)).train()
 
     @classmethod
     def from_policy(
@@ -439,6 +457,18 @@ class Critic(nn.Module):
         wanted_BS = mask_BS if wanted_BS is None else wanted_BS
         values_M = _linear_float32(hidden_at(self.body, ids_BS, mask_BS, wanted_BS), self.head)[:, 0]
         return values_M.new_zeros(ids_BS.shape).masked_scatter(wanted_BS, values_M)
+
+
+def _combined_head(heads: nn.Linear, weights: Mapping[str, float]) -> nn.Linear:
+    """One head that gives the score, the weighted sum of what several give."""
+    if not weights:
+        return heads
+    weights_H = heads.weight.new_tensor(list(weights.values()))
+    combined = nn.Linear(heads.in_features, 1)
+    with torch.no_grad():
+        combined.weight.copy_(weights_H @ heads.weight)
+        combined.bias.zero_() if heads.bias is None else combined.bias.copy_(weights_H @ heads.bias)
+    return combined
 
 
 def _value_head(model: Any, init: HeadInit, seed: int, reward_head: nn.Linear | None) -> nn.Linear:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from trainer.batching import micro_batches
 from trainer.config import Packing
-from trainer.encoding import EncodedResponse
+from trainer.encoding import Ids
 from trainer.errors import ModelError
 from trainer.optimisation import Precision, autocast
 from trainer.packed_attention import ATTENTION, Piece, Row, go_on, making_row, stop_early
@@ -188,16 +188,6 @@ def packed_outputs(model: Any, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tenso
     return forward(model, layout, np.concatenate(asked))
 
 
-class PairOfAnswers(Protocol):
-    """Two answers to one prompt; its length is that of the longer one."""
-
-    @property
-    def chosen(self) -> EncodedResponse: ...
-    @property
-    def rejected(self) -> EncodedResponse: ...
-    def __len__(self) -> int: ...
-
-
 @dataclass(frozen=True, kw_only=True)
 class Layout:
     """Sequences laid out as one row. ``places``: where in it each one's tokens are, (S,)."""
@@ -274,14 +264,17 @@ def families(sequences: Sequence[npt.NDArray[Any]]) -> list[tuple[int, list[int]
     return found
 
 
-def pair_micro_batches(pairs: Sequence[PairOfAnswers], max_tokens: int, *, packed: bool) -> list[list[int]]:
-    """``micro_batches`` of pairs: packed, what a pair begins with in common counts once; else it is padded twice."""
+def group_micro_batches(groups: Sequence[Sequence[Ids]], max_tokens: int, *, packed: bool) -> list[list[int]]:
+    """``micro_batches`` of sequences that stay together, such as answers to one prompt. Indices refer to ``groups``.
+
+    Packed, what those of a group begin with in common counts once; else each is padded to the longest of its group.
+    """
     if not packed:
-        return micro_batches([2 * len(pair) for pair in pairs], max_tokens)
-    counts = []
-    for pair in pairs:
-        (shared, _), *_ = families([pair.chosen.ids, pair.rejected.ids])
-        counts.append(len(pair.chosen) + len(pair.rejected) - shared)
+        return micro_batches([len(group) * max(map(len, group)) for group in groups], max_tokens)
+    counts = [
+        sum(map(len, group)) - sum(shared * (len(members) - 1) for shared, members in families(group))
+        for group in groups
+    ]
     return micro_batches(counts, max_tokens, packed=True)
 
 

@@ -1,31 +1,39 @@
-"""A reward model by Bradley-Terry from preferences, beside the simplest models of the same rows.
-
-Shapes: B pairs, N held-out pairs, S tokens of prompt and response.
-Source: Stiennon et al. 2020, "Learning to summarize from human feedback"; Ouyang et al. 2022 (InstructGPT).
-"""
+"""A reward model, or an ensemble of them, from comparisons of answers, beside the simplest models of the same rows."""
 
 from __future__ import annotations
 
-import math
+import functools
+import hashlib
+import json
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor
-
-from quartet.model_folder import find_model
-from trainer.batching import micro_batches, pad_right
+from quartet.fingerprint import derive_seed
+from quartet.model_folder import METADATA_FILE, find_model, read_metadata
+from trainer.calibration import Temperature, fit_temperature
+from trainer.comparisons import Comparison, load_comparisons, refuse_strange_attributes
 from trainer.config import RewardSettings
-from trainer.data import Preference, load_demonstrations, load_preferences
-from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
-from trainer.errors import CollapsedError, DataError
+from trainer.data import load_demonstrations, split_held_out
+from trainer.encoding import EncodedComparison, EncodedResponse, Encoder
+from trainer.errors import CheckpointError, DataError, ModelError
 from trainer.golden import golden_items
-from trainer.losses import bradley_terry, centering
-from trainer.models import load_reward_model, load_tokenizer, padding_id, save_model, score_tokens
-from trainer.optimisation import autocast, choose_device, clip_weights
-from trainer.packing import pack, pair_micro_batches
+from trainer.label_noise import NOISE_FILE, treat, write_disagreements
+from trainer.models import head_weights, load_reward_model, load_tokenizer, save_model
+from trainer.optimisation import choose_device
+from trainer.reward_ensemble import (
+    MemberScores,
+    disagreements,
+    evaluate_ensemble,
+    member_name,
+    member_settings,
+    rows_of_member,
+    save_ensemble,
+)
+from trainer.reward_evaluation import JudgedPairs, baselines, describe, judged_pairs, refuse_collapsed, report
+from trainer.reward_trainer import RewardTrainer
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -38,274 +46,320 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
-from trainer.statistics import Interval, mean_interval, wilson_interval
+from trainer.statistics import Interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "tokens_per_s", "learning_rate")
-_CALIBRATION_BINS = 10
 # At most so many samples the mean and standard deviation are taken from: 1 % of a standard deviation.
 _CALIBRATION_SAMPLES = 4096
-# Of at most so many held-out pairs both scores are kept with the model, for the service to see drift by.
-_BASELINE_PAIRS = 500
-# A model that tells nothing apart: its loss is that of a coin and its scores are all alike.
-_COLLAPSED_LOSS, _COLLAPSED_STD = 1e-3, 1e-3
+# Of at most so many held-out rows all scores are kept with the model, for the service to see drift by.
+_BASELINE_ROWS = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class RewardRows:
+    """Rows to train on, to fit the temperature on, and to evaluate on; no prompt is in two of them.
+
+    ``noise``: what was done to doubtful labels of the first; empty where nothing was asked for.
+    """
+
+    train: Sequence[Comparison]
+    temperature: Sequence[Comparison]
+    held_out: Sequence[Comparison]
+    noise: dict[str, Any]
 
 
 def main(settings: RewardSettings) -> None:
-    """Trains, evaluates, calibrates, and writes OUTPUT/model.
+    """Trains, evaluates, calibrates, and writes OUTPUT/model; of an ensemble, each member in OUTPUT/model/member-0...
 
     Raises:
         CollapsedError: the model gives every answer the same score; it is not exported.
         TrainerError: a setting, a file or a model can't be used; the message says which.
     """
-    checkpoint = open_output(settings.output, resume=settings.resume, decisive=settings.decisive)
-    rows, held_out_rows = train_and_held_out(settings, load_preferences)
-    if len(held_out_rows) < 2:
-        raise DataError(f"{len(held_out_rows)} held-out pairs: at least 2 are needed; raise --held-out-fraction")
-    folder = find_model(settings.model)
-    tokenizer = load_tokenizer(folder)
-    model = load_reward_model(folder, tokenizer, new_head_seed=settings.seed).to(choose_device())
-    encoder = Encoder(tokenizer, max_tokens=token_limit(settings, model), truncation=settings.truncation)
-    train, held_out = encoder.preferences(rows), encoder.preferences(held_out_rows)
-    calibration = calibration_samples(settings, encoder, train)
-    trainer = RewardTrainer(model, tokenizer, settings)
-    write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
-    cut = sum(pair.chosen.truncated or pair.rejected.truncated for pair in train)
-    sys.stdout.write(
-        f"reward model of {model.num_parameters():,} parameters on {len(train):,} pairs ({cut:,} of them cut to "
-        f"{token_limit(settings, model)} tokens), {len(held_out):,} held out\n"
-    )
-    stage = Stage(
-        name="reward",
-        model=model,
-        lengths=[len(pair) for pair in train],
-        data=rows_digest(*([a for pair in part for a in (pair.chosen, pair.rejected)] for part in (train, held_out))),
-        accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
-        evaluate=lambda: trainer.evaluate(held_out),
-        watch=WATCHED,
-        after_step=trainer.after_step,
-    )
-    fit(settings, stage, checkpoint)
-    evaluation = trainer.evaluate(held_out)
-    refuse_collapsed(evaluation)
-    accuracy = wilson_interval(evaluation["eval_accuracy"] * len(held_out), len(held_out))
-    others = baselines(rows, held_out_rows) if settings.baselines else {}
-    normalisation = trainer.calibrate(calibration)
-    write_json(
-        settings.output / EVALUATION_FILE,
-        {
-            "held_out_pairs": len(held_out),
-            **evaluation,
-            "accuracy": accuracy.as_json(),
-            "baselines": {name: interval.as_json() for name, interval in others.items()},
-            "normalisation": normalisation,
-        },
-    )
-    metadata: dict[str, Any] = {
-        "kind": "reward",
-        "append_eos": True,
-        "max_tokens": token_limit(settings, model),
-        "truncation": settings.truncation,
-    }
-    if items := golden_items(model, held_out_rows, held_out, settings.golden_items):
-        metadata["golden"] = {"score_std": evaluation["eval_score_std"], "items": items}
-    if normalisation is not None:
-        metadata["normalisation"] = normalisation
-    metadata["baseline"] = {"scores": trainer.baseline(held_out[:_BASELINE_PAIRS])}
-    save_model(model, tokenizer, settings.output / MODEL_FOLDER, metadata=metadata)
-    report(accuracy, others, evaluation, settings)
-    from trainer.report import write_report  # Plots are slow to import.
-
-    sys.stdout.write(f"report: {write_report(settings.output)}\n")
+    if settings.members == 1:
+        checkpoint = open_output(settings.output, resume=settings.resume, decisive=settings.decisive)
+        rows = read_rows(settings)
+        Run(settings, rows, settings.output / MODEL_FOLDER).train(checkpoint)
+        return
+    if not settings.resume:
+        # Before any row is read: what it would write over.
+        open_output(settings.output / member_name(0), resume=False, decisive=settings.decisive)
+    rows = read_rows(settings)
+    for number in range(settings.members):
+        sys.stdout.write(f"member {number} of {settings.members}:\n")
+        own = member_settings(settings, number)
+        part = RewardRows(
+            train=rows_of_member(rows.train, settings, number),
+            temperature=rows.temperature,
+            held_out=rows.held_out,
+            noise=rows.noise,
+        )
+        run = Run(own, part, settings.output / MODEL_FOLDER / member_name(number))
+        if not run.is_finished():
+            run.train(open_output(own.output, resume=settings.resume, decisive=own.decisive))
+    finish_ensemble(settings, rows)
 
 
-class RewardTrainer:
-    """The loss, its gradient, and what is measured on held-out pairs."""
+def read_rows(settings: RewardSettings) -> RewardRows:
+    """The rows in their parts, doubtful labels treated, and every part fit for what it is for.
 
-    def __init__(self, model: Any, tokenizer: Any, settings: RewardSettings) -> None:
-        self.settings = settings
-        self.device = model.device
-        self.pad_id = padding_id(tokenizer)
-        self.model = model
-        self.packed = pack(model, settings.packing, settings.precision)
-
-    def accumulate(self, pairs: Sequence[EncodedPreference]) -> dict[str, float]:
-        """Adds the gradient of the mean loss over ``pairs``, however they are cut."""
-        settings = self.settings
-        loss_sum = right = margin = 0.0
-        for part in pair_micro_batches(pairs, settings.micro_batch_tokens, packed=self.packed):
-            chosen_B, rejected_B = self.scores([pairs[index] for index in part])
-            loss = bradley_terry(
-                chosen_B, rejected_B, settings.margin or None, settings.label_smoothing, settings.robust
+    Raises:
+        DataError: a row can't be used, or too few are held out; the message says which.
+    """
+    load = functools.partial(load_comparisons, annotators=settings.annotators)
+    train, held_out = train_and_held_out(settings, load)
+    heads = list(settings.head_weights)
+    for part in (train, held_out):
+        refuse_strange_attributes(part, heads)
+    if settings.ranking_loss == "plackett-luce":
+        _refuse_partial_orders(train)
+    each: list[str | None] = [*heads] if heads else [None]
+    for head in each:
+        decided = sum(j.decided and j.attribute in (None, head) for row in held_out for j in row.judgements)
+        if decided < 2:
+            what = f" for head {head!r}" if head is not None and len(heads) > 1 else ""
+            raise DataError(
+                f"{decided} held-out pairs{what} of which one is better: at least 2 are needed; raise "
+                "--held-out-fraction"
             )
-            if settings.centering:
-                loss = loss + settings.centering * centering(chosen_B, rejected_B)
-            if settings.score_l2:
-                loss = loss + settings.score_l2 * torch.cat([chosen_B, rejected_B]).square().mean()
-            (loss * len(part) / len(pairs)).backward()  # type: ignore[no-untyped-call]
-            difference_B = (chosen_B - rejected_B).detach()
-            loss_sum += float(loss.detach()) * len(part)
-            right += float((difference_B > 0).sum()) + 0.5 * float((difference_B == 0).sum())
-            margin += float(difference_B.sum())
-        return {
-            "loss": loss_sum / len(pairs),
-            "accuracy": right / len(pairs),
-            "margin_mean": margin / len(pairs),
-            "tokens": sum(len(pair.chosen) + len(pair.rejected) for pair in pairs),
-        }
+    temperature: list[Comparison] = []
+    if settings.temperature_fraction:
+        train, temperature = split_held_out(
+            train, settings.temperature_fraction, seed=derive_seed("temperature", settings.seed)
+        )
+    noise: dict[str, Any] = {}
+    if settings.noise_from is not None:
+        treated = treat(train, settings)
+        train, noise = treated.rows, treated.figures
+        settings.output.mkdir(parents=True, exist_ok=True)
+        treated.write(settings.output)
+        sys.stdout.write(
+            f"of {noise['pairs']:,} labels {noise['contradicted']:,} are contradicted by the ensemble: "
+            f"{noise['flipped']:,} turned round, {noise['dropped']:,} left out; {noise['smoothed']:,} unsure ones "
+            f"smoothed ({settings.output / NOISE_FILE})\n"
+        )
+    return RewardRows(train=train, temperature=temperature, held_out=held_out, noise=noise)
 
-    def after_step(self) -> None:
-        """Weight clipping, where it is asked for."""
-        if self.settings.weight_clip is not None:
-            clip_weights(self.model.parameters(), self.settings.weight_clip)
 
-    def scores(self, pairs: Sequence[EncodedPreference]) -> tuple[Tensor, Tensor]:
-        """(B,) scores of the chosen and of the rejected answers, in one forward pass."""
-        sequences = [pair.chosen.ids for pair in pairs] + [pair.rejected.ids for pair in pairs]
-        ids_BS, mask_BS = pad_right(sequences, self.pad_id, self.device)
-        with autocast(self.device, self.settings.precision):
-            scores = score_tokens(self.model, ids_BS, mask_BS)
-        return scores[: len(pairs)], scores[len(pairs) :]
+class Run:
+    """One model from its rows to its folder: alone, or as a member of an ensemble."""
 
-    def evaluate(self, pairs: Sequence[EncodedPreference]) -> dict[str, float]:
-        """Held-out figures; the loss is Bradley-Terry's, whatever was trained with. Ties count .5."""
-        return pair_figures(*self.all_scores(pairs))
+    def __init__(self, settings: RewardSettings, rows: RewardRows, folder: Path) -> None:
+        """``folder``: where the model is written."""
+        self.settings = settings
+        self.rows = rows
+        self.folder = folder
+        self.heads = settings.head_weights
+        base = find_model(settings.model)
+        require_same_heads(base, self.heads)
+        self.tokenizer = load_tokenizer(base)
+        self.model = load_reward_model(
+            base, self.tokenizer, new_head_seed=settings.seed, heads=len(self.heads) or 1
+        ).to(choose_device())
+        self.limit = token_limit(settings, self.model)
+        self.encoder = Encoder(self.tokenizer, max_tokens=self.limit, truncation=settings.truncation)
+        self.train_rows, self.temperature_rows, self.held_out = (
+            self.encoder.comparisons(part) for part in (rows.train, rows.temperature, rows.held_out)
+        )
+        self.digest = comparisons_digest(self.train_rows, self.temperature_rows, self.held_out)
+        self.trainer = RewardTrainer(self.model, self.tokenizer, settings)
 
-    def baseline(self, pairs: Sequence[EncodedPreference]) -> list[float]:
-        """Raw scores of all answers, chosen and rejected, to seven digits: what float32 holds."""
-        return [float(f"{score:.7g}") for score in np.concatenate(self.all_scores(pairs))]
-
-    @torch.no_grad()
-    def all_scores(self, pairs: Sequence[EncodedPreference]) -> tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]:
-        """(N,) scores of the chosen and of the rejected answers, in evaluation mode, batch by batch."""
-        self.model.eval()
-        chosen, rejected = np.zeros(len(pairs)), np.zeros(len(pairs))
-        for part in pair_micro_batches(pairs, self.settings.micro_batch_tokens, packed=self.packed):
-            chosen_B, rejected_B = self.scores([pairs[index] for index in part])
-            chosen[part], rejected[part] = chosen_B.cpu().numpy(), rejected_B.cpu().numpy()
-        return chosen, rejected
-
-    @torch.no_grad()
-    def calibrate(self, samples: Sequence[EncodedResponse]) -> dict[str, float] | None:
-        """Mean and standard deviation of the scores of ``samples``; None without any.
+    def is_finished(self) -> bool:
+        """Whether an earlier run has written this very model.
 
         Raises:
-            CollapsedError: all of them score the same.
+            CheckpointError: it was written under other settings or with other rows.
         """
-        if not samples:
-            return None
-        self.model.eval()
-        scores = np.zeros(len(samples))
-        lengths = [len(sample) for sample in samples]
-        for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
-            ids_BS, mask_BS = pad_right([samples[index].ids for index in part], self.pad_id, self.device)
-            with autocast(self.device, self.settings.precision):
-                scores[part] = score_tokens(self.model, ids_BS, mask_BS).cpu().numpy()
-        std = float(scores.std(ddof=1))
-        if not std > 0:
-            raise CollapsedError("the reward model gives all calibration samples the same score")
-        return {"mean": float(scores.mean()), "std": std, "count": len(scores)}
+        output = self.settings.output
+        if not (self.folder / METADATA_FILE).is_file() or not (output / EVALUATION_FILE).is_file():
+            return False
+        saved = json.loads((output / SETTINGS_FILE).read_text(encoding="utf-8"))
+        decisive = self.settings.decisive
+        if other := [name for name in decisive if saved.get(name) != decisive[name]]:
+            named = "; ".join(f"--{n.replace('_', '-')} was {saved.get(n)!r}, is {decisive[n]!r}" for n in other)
+            raise CheckpointError(f"{output} was written under other settings: {named}")
+        if json.loads((output / EVALUATION_FILE).read_text(encoding="utf-8"))["data"] != self.digest:
+            raise CheckpointError(f"{output} was written with other rows than --data or --eval-data holds now")
+        return True
+
+    def train(self, checkpoint: Any) -> None:
+        """Trains, evaluates, calibrates and writes the model and what is said of it.
+
+        Args:
+            checkpoint: of ``open_output``.
+        """
+        settings, trainer = self.settings, self.trainer
+        samples = calibration_samples(settings, self.encoder, self.train_rows)
+        write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
+        cut = sum(any(answer.truncated for answer in row.answers) for row in self.train_rows)
+        sys.stdout.write(
+            f"reward model of {self.model.num_parameters():,} parameters on {_count(self.train_rows)} ({cut:,} rows "
+            f"cut to {self.limit} tokens), {_count(self.temperature_rows)} for the temperature, "
+            f"{_count(self.held_out)} held out\n"
+        )
+        stage = Stage(
+            name="reward",
+            model=self.model,
+            lengths=[len(row) for row in self.train_rows],
+            data=self.digest,
+            accumulate=lambda indices: trainer.accumulate([self.train_rows[index] for index in indices]),
+            evaluate=lambda: trainer.evaluate(self.held_out),
+            watch=WATCHED,
+            after_step=trainer.after_step,
+        )
+        fit(settings, stage, checkpoint)
+        evaluation = trainer.evaluate(self.held_out)
+        refuse_collapsed(evaluation)
+        held_out_scores = trainer.all_scores(self.held_out)
+        normalisation = trainer.calibrate(samples)
+        metadata: dict[str, Any] = {
+            "kind": "reward",
+            "append_eos": True,
+            "max_tokens": self.limit,
+            "truncation": settings.truncation,
+            # Raw scores, to seven digits: what float32 holds.
+            "baseline": {"scores": [float(f"{x:.7g}") for x in trainer.combined(held_out_scores[:_BASELINE_ROWS])]},
+        }
+        if self.heads:
+            metadata["heads"] = [{"name": name, "weight": weight} for name, weight in self.heads.items()]
+        if normalisation is not None:
+            metadata["normalisation"] = normalisation
+        spread = float(trainer.combined(held_out_scores).std(ddof=1))
+        if items := golden_items(
+            self.model, self.rows.held_out, self.held_out, settings.golden_items, self.heads or None
+        ):
+            metadata["golden"] = {"score_std": spread if self.heads else evaluation["eval_score_std"], "items": items}
+        described, temperature = self.describe(held_out_scores)
+        if temperature is not None:
+            metadata["calibration"] = temperature.as_json()
+        save_model(self.model, self.tokenizer, self.folder, metadata=metadata)
+        write_json(
+            settings.output / EVALUATION_FILE,
+            {
+                "held_out_pairs": sum(len(row.judgements) for row in self.held_out),
+                **evaluation,
+                **described,
+                "normalisation": normalisation,
+                "data": self.digest,
+                **({"noise": self.rows.noise} if self.rows.noise else {}),
+            },
+        )
+        from trainer.report import write_report  # Plots are slow to import.
+
+        sys.stdout.write(f"model: {self.folder}\nreport: {write_report(settings.output)}\n")
+
+    def describe(self, held_out_scores: Sequence[Any]) -> tuple[dict[str, Any], Temperature | None]:
+        """What the model says of held-out pairs, printed and for evaluation.json; and its temperature.
+
+        A model of several heads has a temperature of each, which are told and not served: what is served is one score.
+        """
+        groups = [row.group_key for row in self.rows.held_out]
+        names = list(self.heads)
+        pairs = judged_pairs(self.held_out, groups, held_out_scores, names)
+        spare = [""] * len(self.temperature_rows)
+        fitted_on = judged_pairs(self.temperature_rows, spare, self.trainer.all_scores(self.temperature_rows), names)
+        if len(names) < 2:
+            return self._describe_head(pairs, fitted_on, None)
+        by_head = {}
+        for place, name in enumerate(names):
+            own = fitted_on.where(fitted_on.heads_N == place)
+            by_head[name], _ = self._describe_head(pairs.where(pairs.heads_N == place), own, name)
+        return {**describe(pairs, None), "heads": by_head}, None
+
+    def _describe_head(
+        self, pairs: JudgedPairs, fitted_on: JudgedPairs, head: str | None
+    ) -> tuple[dict[str, Any], Temperature | None]:
+        temperature = fit_temperature(fitted_on.difference_N, fitted_on.label_N) if len(fitted_on) else None
+        described = describe(pairs, temperature)
+        others = baselines(self.rows.train, self.rows.held_out, head) if self.settings.baselines else {}
+        described["baselines"] = {name: interval.as_json() for name, interval in others.items()}
+        report(head or "", {"this reward model": Interval(**described["accuracy"]), **others}, described)
+        return described, temperature
 
 
-def pair_figures(chosen: np.ndarray[Any, Any], rejected: np.ndarray[Any, Any]) -> dict[str, float]:
-    """What (N,) scores of chosen and rejected answers say: accuracy, loss, calibration, spread."""
-    difference = chosen - rejected
-    probability = 1.0 / (1.0 + np.exp(-difference))
-    return {
-        "eval_loss": float(np.logaddexp(0.0, -difference).mean()),
-        "eval_accuracy": float(((difference > 0) + 0.5 * (difference == 0)).mean()),
-        "eval_brier": float(((1.0 - probability) ** 2).mean()),
-        "eval_ece": expected_calibration_error(probability),
-        "eval_margin_mean": float(difference.mean()),
-        "eval_margin_ci95": (lambda x: (x.high - x.low) / 2)(mean_interval(difference)),
-        "eval_score_std": float(np.concatenate([chosen, rejected]).std(ddof=1)),
-    }
+def finish_ensemble(settings: RewardSettings, rows: RewardRows) -> None:
+    """Evaluates the members together, says where they disagree, and makes them one model."""
+    everything = [*rows.train, *rows.temperature]
+    part = RewardRows(train=everything, temperature=[], held_out=rows.held_out, noise={})
+    members = []
+    for number in range(settings.members):
+        folder = settings.output / MODEL_FOLDER / member_name(number)
+        # The member as it will be served: its own folder, read anew.
+        own = member_settings(settings, number).model_copy(update={"model": str(folder)})
+        run = Run(own, part, folder)
+        members.append(
+            MemberScores.of(
+                folder,
+                held_out=run.trainer.all_scores(run.held_out),
+                trained=run.trainer.all_scores(run.train_rows),
+                weights_H=run.trainer.weights_H,
+            )
+        )
+    heads = list(settings.head_weights)
+    described = evaluate_ensemble(run.held_out, [row.group_key for row in rows.held_out], members, heads)
+    of_heads = described.get("heads", {"": described})
+    for head, of_head in of_heads.items():
+        others = baselines(rows.train, rows.held_out, head or None) if settings.baselines else {}
+        of_head["baselines"] = {name: interval.as_json() for name, interval in others.items()}
+        reductions = of_head.get("reductions", {"mean": of_head["accuracy"]})
+        own_accuracies = {f"this ensemble, {name}": Interval(**found) for name, found in reductions.items()}
+        report(head, {**own_accuracies, **others}, of_head)
+    write_disagreements(
+        settings.output, disagreements(everything, run.train_rows, members, settings, len(rows.temperature))
+    )
+    write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
+    pairs = sum(len(row.judgements) for row in rows.held_out)
+    noise = {"noise": rows.noise} if rows.noise else {}
+    write_json(settings.output / EVALUATION_FILE, {"held_out_pairs": pairs, **described, **noise})
+    save_ensemble(settings.output / MODEL_FOLDER, settings.members)
+    sys.stdout.write(f"ensemble of {settings.members}: {settings.output / MODEL_FOLDER}\n")
 
 
-def expected_calibration_error(probability: np.ndarray[Any, Any], bins: int = _CALIBRATION_BINS) -> float:
-    """Mean distance between confidence and accuracy over bins of equal width, by their share of pairs.
-
-    ``probability`` is that of the annotated winner, so the confidence is max(p, 1 - p) and the model is right where
-    p > .5. Source: Guo et al. 2017, "On Calibration of Modern Neural Networks", eq. 3.
-    """
-    confidence = np.maximum(probability, 1.0 - probability)
-    right = (probability > 0.5) + 0.5 * (probability == 0.5)
-    place = np.minimum((2 * (confidence - 0.5) * bins).astype(int), bins - 1)
-    gaps = [
-        abs(confidence[place == b].mean() - right[place == b].mean()) * (place == b).mean() for b in np.unique(place)
-    ]
-    return float(sum(gaps))
+def comparisons_digest(*parts: Sequence[EncodedComparison]) -> str:
+    """SHA-256 of token ids, of where responses begin, and of what was said of them."""
+    digest = hashlib.sha256(rows_digest(*([a for row in part for a in row.answers] for part in parts)).encode())
+    for part in parts:
+        said = [[asdict(judgement) for judgement in row.judgements] + [row.ranked] for row in part]
+        digest.update(json.dumps(said).encode())
+    return digest.hexdigest()
 
 
-def refuse_collapsed(evaluation: dict[str, float]) -> None:
-    """
+def require_same_heads(folder: Path, heads: dict[str, float]) -> None:
+    """A reward model that training goes on from has the heads that it is trained for.
+
     Raises:
-        CollapsedError: the model tells nothing apart, whatever its accuracy.
+        ModelError: it has others.
     """
-    loss, spread = evaluation["eval_loss"], evaluation["eval_score_std"]
-    if abs(loss - math.log(2)) < _COLLAPSED_LOSS and spread < _COLLAPSED_STD:
-        raise CollapsedError(
-            f"the reward model has collapsed: its scores have a standard deviation of {spread:.1e} and its held-out "
-            f"loss is {loss:.4f}, a coin's (ln 2); it is not saved. Lower --learning-rate, or check the data"
+    if read_metadata(folder).get("kind") == "reward" and list(head_weights(folder)) != list(heads):
+        kept = ",".join(head_weights(folder)) or "none"
+        raise ModelError(
+            f"model {str(folder)!r} is a reward model with heads {kept}, and --heads names "
+            f"{','.join(heads) or 'none'}: go on with the same ones, or start from a language model"
         )
 
 
 def calibration_samples(
-    settings: RewardSettings, encoder: Encoder, train: Sequence[EncodedPreference]
+    settings: RewardSettings, encoder: Encoder, train: Sequence[EncodedComparison]
 ) -> Sequence[EncodedResponse]:
     """The samples whose scores normalisation brings to mean 0 and standard deviation 1."""
     if settings.calibrate_on == "none":
         return []
     if settings.calibrate_on == "chosen":
-        return [pair.chosen for pair in train[:_CALIBRATION_SAMPLES]]
+        return [row.answers[row.judgements[0].first] for row in train[:_CALIBRATION_SAMPLES]]
     samples = encoder.demonstrations(load_demonstrations((settings.calibrate_on,)))[:_CALIBRATION_SAMPLES]
     if len(samples) < 2:
         raise DataError(f"--calibrate-on {settings.calibrate_on}: a standard deviation needs at least 2 rows")
     return samples
 
 
-def baselines(train: Sequence[Preference], held_out: Sequence[Preference]) -> dict[str, Interval]:
-    """Held-out accuracy of two logistic models of the difference between the answers: their words, their length."""
-    from scipy.sparse import vstack
-    from sklearn.feature_extraction.text import TfidfVectorizer
-    from sklearn.linear_model import LogisticRegression
-
-    vectorizer = TfidfVectorizer(ngram_range=(1, 2), min_df=2, sublinear_tf=True, lowercase=True)
-    try:
-        vectorizer.fit([text for row in train for text in (row.chosen, row.rejected)])
-    except ValueError as error:
-        # Too few words in common, or a script without blanks. The model that was trained is worth more than this.
-        sys.stderr.write(f"warning: no baselines: TF-IDF can't be fitted on these texts ({error})\n")
-        return {}
-
-    def words(rows: Sequence[Preference]) -> Any:
-        return vectorizer.transform([r.chosen for r in rows]) - vectorizer.transform([r.rejected for r in rows])
-
-    def lengths(rows: Sequence[Preference]) -> Any:
-        return np.array([[math.log(len(r.chosen.split()) + 1) - math.log(len(r.rejected.split()) + 1)] for r in rows])
-
-    found = {}
-    for name, features, stack in (("TF-IDF logistic", words, vstack), ("length alone", lengths, np.vstack)):
-        difference = features(train)
-        # Both orders of each pair, so that nothing is learned but the difference.
-        x, y = stack([difference, -difference]), np.repeat([1, 0], len(train))
-        model = LogisticRegression(fit_intercept=False, max_iter=1000).fit(x, y)
-        margin = model.decision_function(features(held_out))
-        right = float((margin > 0).sum() + 0.5 * (margin == 0).sum())
-        found[name] = wilson_interval(right, len(held_out))
-    return found
+def _refuse_partial_orders(rows: Sequence[Comparison]) -> None:
+    for row in rows:
+        if len(row.answers) > 2 and not row.ranked:
+            raise DataError(
+                f"{row.where}: {len(row.answers)} answers that are not all in one order: --ranking-loss plackett-luce "
+                "takes 'ranking', or 'ranks' without ties; choose pairwise"
+            )
 
 
-def report(
-    accuracy: Interval, others: dict[str, Interval], evaluation: dict[str, float], settings: RewardSettings
-) -> None:
-    """Prints the held-out accuracies side by side, with 95 % intervals."""
-    lines = {"this reward model": accuracy, **others}
-    width = max(map(len, lines))
-    sys.stdout.write(f"held-out pairs ranked as annotated ({accuracy.count:,} pairs, 95 % intervals):\n")
-    for name, interval in lines.items():
-        sys.stdout.write(f"  {name:<{width}}  {interval}\n")
-    sys.stdout.write(
-        f"held-out loss {evaluation['eval_loss']:.4f} (a coin: {math.log(2):.4f}), calibration error "
-        f"{evaluation['eval_ece']:.3f}, score std {evaluation['eval_score_std']:.2f}\n"
-        f"model: {settings.output / MODEL_FOLDER}\n"
-    )
+def _count(rows: Sequence[EncodedComparison]) -> str:
+    pairs = sum(len(row.judgements) for row in rows)
+    return f"{pairs:,} pairs" if pairs == len(rows) else f"{pairs:,} pairs of {len(rows):,} rows"

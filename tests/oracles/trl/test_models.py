@@ -19,11 +19,12 @@ from torch import Tensor
 from tests.oracles import peers
 from tests.oracles.batches import assert_agree
 from tests.oracles.trl.stand_in import trainer_of_trl
+from trainer.comparisons import Judgement
 from trainer.config import DpoSettings, RewardSettings
 from trainer.dpo import DpoTrainer, with_reference
-from trainer.encoding import EncodedPreference, EncodedResponse
+from trainer.encoding import EncodedComparison, EncodedPreference, EncodedResponse
 from trainer.models import load_policy, load_reward_model, load_tokenizer
-from trainer.reward_model import RewardTrainer
+from trainer.reward_trainer import RewardTrainer
 
 peers.require("trl")
 trl: Any = importlib.import_module("trl.trainer")
@@ -120,7 +121,11 @@ def test_the_loss_of_a_reward_model_and_all_its_gradients_agree(
     settings = RewardSettings(
         model=str(folder), data=("-",), output=tmp_path, centering=0.1, score_l2=0.0, margin=0.5, micro_batch_tokens=40
     )
-    figures = RewardTrainer(model, tokenizer, settings).accumulate(pairs)
+    first_wins = (Judgement(first=0, second=1),)
+    rows = [
+        EncodedComparison(answers=(pair.chosen, pair.rejected), judgements=first_wins, ranked=False) for pair in pairs
+    ]
+    figures = RewardTrainer(model, tokenizer, settings).accumulate(rows)
     ours_of = gradients(model)
     trainer = trainer_of_trl(model=model.eval(), args=SimpleNamespace(center_rewards_coefficient=0.1))
     inputs = {name: tensor for name, tensor in collated(pairs).items() if name != "completion_mask"}

@@ -222,3 +222,17 @@ def test_smoothed_and_robust_reward_losses_agree_with_their_dpo_of_a_flat_refere
     chosen_B, rejected_B = answered.logprobs_NT[:, 0].chunk(2)
     ours = losses.bradley_terry(chosen_B, rejected_B, label_smoothing=e, robust=robust)
     assert_agree(ours, dpo_of_trl(answered, "robust" if robust else "aot", 1.0, e))
+
+
+@given(chosen=st.floats(-10, 10), rejected=st.floats(-10, 10), probability=st.floats(0.51, 0.99))
+def test_soft_labels_agree_with_their_smoothed_dpo_of_a_flat_reference(
+    chosen: float, rejected: float, probability: float
+) -> None:
+    """A label of probability p is one that is flipped with probability 1 - p."""
+    answered = Answered(Batch(0, [1, 1]))
+    with torch.no_grad():
+        answered.logprobs_NT[:, 0] = torch.tensor([chosen, rejected])
+    answered.reference_N = torch.zeros(2, dtype=torch.float64)
+    chosen_B, rejected_B = answered.logprobs_NT[:, 0].chunk(2)
+    ours = losses.bradley_terry(chosen_B, rejected_B, probability=probability)
+    assert_agree(ours, dpo_of_trl(answered, "aot", 1.0, 1 - probability))

@@ -21,14 +21,15 @@ from torch.nn import functional
 from tests.unit.trainer.test_ppo import make_learner, settings
 from trainer import packed_attention
 from trainer.batching import micro_batches, pad_right
+from trainer.comparisons import Judgement
 from trainer.config import DpoSettings, RewardSettings, SftSettings
 from trainer.dpo import DpoTrainer, with_reference
-from trainer.encoding import EncodedPreference, EncodedResponse
+from trainer.encoding import EncodedComparison, EncodedPreference, EncodedResponse
 from trainer.errors import ModelError
 from trainer.experience import make_experience
 from trainer.models import Critic, TokenLogprobs, disable_dropout, load_policy, load_tokenizer, save_model, score_tokens
-from trainer.packing import forward, is_packed, lay_out, pack, packed_outputs, pair_micro_batches
-from trainer.reward_model import RewardTrainer
+from trainer.packing import forward, is_packed, lay_out, pack, packed_outputs, group_micro_batches
+from trainer.reward_trainer import RewardTrainer
 from trainer.rollout import Sample
 from trainer.sft import SftTrainer
 
@@ -237,7 +238,11 @@ def sft(packing: str, tokens: int, tmp_path: Any) -> tuple[dict[str, float], dic
 def reward(packing: str, tokens: int, tmp_path: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
     model = make("Llama", transformers.AutoModelForSequenceClassification, num_key_value_heads=2, num_labels=1)
     options = RewardSettings(**common(packing, tokens, tmp_path), centering=0.1, score_l2=0.01)
-    return RewardTrainer(model, TOKENIZER, options).accumulate(pairs()), gradients(model)
+    rows = [
+        EncodedComparison(answers=(pair.chosen, pair.rejected), judgements=(Judgement(first=0, second=1),), ranked=False)
+        for pair in pairs()
+    ]
+    return RewardTrainer(model, TOKENIZER, options).accumulate(rows), gradients(model)
 
 
 def dpo(packing: str, tokens: int, tmp_path: Any) -> tuple[dict[str, float], dict[str, torch.Tensor]]:
@@ -305,19 +310,19 @@ def test_loss_and_gradients_are_the_same_packed_and_padded_in_1_2_and_8_micro_ba
     assert computed["on", 10_000] < computed["off", 10_000]
 
 
-def test_micro_batches_count_real_tokens_when_packed_and_what_a_pair_shares_once():
+def test_micro_batches_count_real_tokens_when_packed_and_what_a_group_shares_once():
     assert micro_batches([10, 6, 4, 1], 20) == [[0, 1], [2, 3]]
     assert micro_batches([10, 6, 4, 1], 20, packed=True) == [[0, 1, 2], [3]]
     assert micro_batches([30, 6, 4, 1], 11, packed=True) == [[0], [1, 2, 3]]
-    own = pairs()
+    own = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs()]
     for packed in (True, False):
-        parts = pair_micro_batches(own, 150, packed=packed)
+        parts = group_micro_batches(own, 150, packed=packed)
         assert sorted(index for part in parts for index in part) == list(range(8))
         for part in parts:
-            rows = [answer.ids for index in part for answer in (own[index].chosen, own[index].rejected)]
+            rows = [ids for index in part for ids in own[index]]
             tokens = len(lay_out(rows).ids_N) if packed else len(rows) * max(map(len, rows))
             assert tokens <= 150 or len(part) == 1
-    assert len(pair_micro_batches(own, 150, packed=True)) < len(pair_micro_batches(own, 150, packed=False))
+    assert len(group_micro_batches(own, 150, packed=True)) < len(group_micro_batches(own, 150, packed=False))
 
 
 # Which models ------------------------------------------------------------------------------------------------------

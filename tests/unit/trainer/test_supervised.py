@@ -22,22 +22,20 @@ from safetensors.torch import load_file
 from sklearn.metrics import brier_score_loss
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from quartet.fingerprint import derive_seed
 from quartet.model_folder import read_metadata
 from tests.conftest import WORDS
 from trainer.__main__ import main
+from trainer.calibration import expected_calibration_error
+from trainer.comparisons import Comparison, Judgement, load_comparisons
 from trainer.config import RewardSettings, SftSettings
-from trainer.data import load_demonstrations, load_preferences
+from trainer.data import load_demonstrations, split_held_out
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import CheckpointError, CollapsedError
 from trainer.models import load_policy, load_reward_model, load_tokenizer
-from trainer.reward_model import (
-    RewardTrainer,
-    baselines,
-    expected_calibration_error,
-    pair_figures,
-    refuse_collapsed,
-)
+from trainer.reward_evaluation import baselines, pair_figures, refuse_collapsed
 from trainer.reward_model import main as train_reward
+from trainer.reward_trainer import RewardTrainer
 from trainer.runs import rows_digest
 from trainer.sft import SftTrainer
 from trainer.sft import main as train_sft
@@ -202,11 +200,11 @@ def test_a_killed_sft_run_resumes_to_the_same_bits_and_refuses_other_settings(ma
 def test_reward_gradients_are_those_of_the_mean_bradley_terry_loss(make_policy, rows, tmp_path):
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
-    pairs = Encoder(tokenizer, max_tokens=128).preferences(load_preferences([rows["preferences"]])[:8])
+    pairs = Encoder(tokenizer, max_tokens=128).comparisons(load_comparisons([rows["preferences"]])[:8])
     naive = load_reward_model(folder, tokenizer, new_head_seed=1).double()
     loss = torch.zeros((), dtype=torch.float64)
     for pair in pairs:
-        scores = [naive(torch.tensor([x.ids.tolist()])).logits[0, 0] for x in (pair.chosen, pair.rejected)]
+        scores = [naive(torch.tensor([x.ids.tolist()])).logits[0, 0] for x in pair.answers]
         loss = loss - torch.nn.functional.logsigmoid(scores[0] - scores[1]) / len(pairs)
     loss.backward()
     for micro_batch_tokens in (1, 100, 10_000):
@@ -237,7 +235,6 @@ def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make
     calibration = json.loads((tmp_path / "run" / "settings.json").read_text())
     assert calibration["calibrate_on"] == "chosen"
     kept = metadata["normalisation"]
-    from trainer.data import split_held_out
 
     def encode(prompt: str, response: str) -> list[int]:
         texts = tokenizer([prompt, response], add_special_tokens=False).input_ids
@@ -247,8 +244,9 @@ def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make
     def score(prompt: str, response: str) -> float:
         return model(torch.tensor([encode(prompt, response)])).logits[0, 0].item()
 
-    train, held_out = split_held_out(load_preferences([rows["preferences"]]), 0.2, seed=0)
-    scores = [score(row.prompt, row.chosen) for row in train]
+    train, held_out = split_held_out(load_comparisons([rows["preferences"]]), 0.2, seed=0)
+    train, apart = split_held_out(train, 0.1, seed=derive_seed("temperature", 0))
+    scores = [score(row.prompt, row.answers[0]) for row in train]
     normalised = (np.array(scores) - kept["mean"]) / kept["std"]
     assert abs(normalised.mean()) < 0.01
     assert normalised.std(ddof=1) == pytest.approx(1.0, abs=1e-3)
@@ -257,20 +255,27 @@ def test_a_reward_model_learns_is_calibrated_and_scores_as_the_service_will(make
     assert (metadata["truncation"], metadata["max_tokens"]) == ("refuse", 128)
     golden = metadata["golden"]
     assert golden["score_std"] == evaluation["eval_score_std"]
-    answers = [{(row.prompt, row.chosen) for row in held_out}, {(row.prompt, row.rejected) for row in held_out}]
+    answers = [{(row.prompt, row.answers[place]) for row in held_out} for place in range(2)]
     for place, item in enumerate(golden["items"]):
         assert (item["prompt"], item["response"]) in answers[place % 2]
         assert item["score"] == pytest.approx(score(item["prompt"], item["response"]), abs=1e-5)
         assert item["token_count"] == len(encode(item["prompt"], item["response"]))
     assert len(golden["items"]) == 6
-    longest = [max(len(encode(row.prompt, a)) for a in (row.chosen, row.rejected)) for row in held_out]
+    longest = [max(len(encode(row.prompt, a)) for a in row.answers) for row in held_out]
     kept_rows = [row for i in golden["items"] for row in held_out if row.prompt == i["prompt"]]
-    assert {min(longest), max(longest)} <= {
-        max(len(encode(row.prompt, a)) for a in (row.chosen, row.rejected)) for row in kept_rows
-    }
-    # What the service compares its scores with: raw ones of held-out answers, all chosen ones first.
-    baseline = [score(row.prompt, row.chosen) for row in held_out] + [score(r.prompt, r.rejected) for r in held_out]
+    assert {min(longest), max(longest)} <= {max(len(encode(row.prompt, a)) for a in row.answers) for row in kept_rows}
+    # What the service compares its scores with: raw ones of held-out answers.
+    baseline = [score(row.prompt, answer) for row in held_out for answer in row.answers]
     assert metadata["baseline"]["scores"] == pytest.approx(baseline, abs=1e-4)
+    # The temperature: least loss on rows that are neither trained on nor held out, by a search over a grid.
+    differences = np.array([score(row.prompt, row.answers[0]) - score(row.prompt, row.answers[1]) for row in apart])
+    target = (len(apart) + 1) / (len(apart) + 2)
+    inverse = np.geomspace(0.01, 100, 20_001)[:, None]
+    losses = target * np.logaddexp(0, -inverse * differences) + (1 - target) * np.logaddexp(0, inverse * differences)
+    best = 1 / inverse[losses.mean(axis=1).argmin(), 0]
+    assert metadata["calibration"]["temperature"] == pytest.approx(best, rel=2e-3)
+    assert metadata["calibration"]["pairs"] == len(apart) == 19
+    assert set(evaluation["calibration"]) == {"before", "after", "temperature", "pairs", "at_bound"}
 
 
 def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_path):
@@ -294,14 +299,12 @@ def test_pair_figures_are_those_of_independent_libraries():
 
 
 def test_baselines_see_what_is_there_and_nothing_in_noise(rows):
-    pairs = load_preferences([rows["preferences"]])
+    pairs = load_comparisons([rows["preferences"]])
     found = baselines(pairs[:180], pairs[180:])
     assert found["TF-IDF logistic"].value == 1.0
     draw = random.Random(1)
     shuffled = [
-        type(p)(prompt=p.prompt, chosen=c, rejected=r)
-        for p in pairs
-        for c, r in [draw.sample([p.chosen, p.rejected], 2)]
+        Comparison(prompt=p.prompt, answers=tuple(draw.sample(p.answers, 2)), judgements=p.judgements) for p in pairs
     ]
     noise = baselines(shuffled[:180], shuffled[180:])
     assert noise["TF-IDF logistic"].low < 0.5 < noise["TF-IDF logistic"].high
@@ -427,8 +430,7 @@ def test_a_model_that_cannot_be_used_is_refused(flag, message, make_policy, rows
 
 
 def test_texts_without_common_words_cost_the_baselines_and_not_the_model(capsys):
-    from trainer.data import Preference
-
-    pairs = [Preference(prompt="", chosen=f"oui{i}", rejected=f"non{i}") for i in range(4)]
+    said = (Judgement(first=0, second=1),)
+    pairs = [Comparison(prompt="", answers=(f"oui{i}", f"non{i}"), judgements=said) for i in range(4)]
     assert baselines(pairs, pairs) == {}
     assert "no baselines: TF-IDF can't be fitted on these texts" in capsys.readouterr().err
