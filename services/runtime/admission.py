@@ -188,10 +188,11 @@ class Admission:
         return bool(own_tokens) and own_tokens + tokens > _SHARE * (self._max_tokens - self.queued_tokens - tokens)
 
     def _share_taken(self, own_tokens: int, tokens: int) -> OverloadedError:
+        free = max(0, self._max_tokens - self.queued_tokens - tokens)
         return self.overloaded(
             "caller_tokens",
-            f"{own_tokens} tokens of this caller are waiting, {tokens} more would leave only "
-            f"{max(0, self._max_tokens - self.queued_tokens - tokens)} of {self._max_tokens} to others; try again later",
+            f"{own_tokens} tokens of this caller are waiting, {tokens} more would leave only {free} of "
+            f"{self._max_tokens} to others; try again later",
         )
 
     @property

@@ -28,7 +28,7 @@ from trainer.encoding import EncodedComparison, EncodedPreference, EncodedRespon
 from trainer.errors import ModelError
 from trainer.experience import make_experience
 from trainer.models import Critic, TokenLogprobs, disable_dropout, load_policy, load_tokenizer, save_model, score_tokens
-from trainer.packing import forward, is_packed, lay_out, pack, packed_outputs, group_micro_batches
+from trainer.packing import forward, group_micro_batches, is_packed, lay_out, pack, packed_outputs
 from trainer.reward_trainer import RewardTrainer
 from trainer.rollout import Sample
 from trainer.sft import SftTrainer
@@ -239,7 +239,9 @@ def reward(packing: str, tokens: int, tmp_path: Any) -> tuple[dict[str, float], 
     model = make("Llama", transformers.AutoModelForSequenceClassification, num_key_value_heads=2, num_labels=1)
     options = RewardSettings(**common(packing, tokens, tmp_path), centering=0.1, score_l2=0.01)
     rows = [
-        EncodedComparison(answers=(pair.chosen, pair.rejected), judgements=(Judgement(first=0, second=1),), ranked=False)
+        EncodedComparison(
+            answers=(pair.chosen, pair.rejected), judgements=(Judgement(first=0, second=1),), ranked=False
+        )
         for pair in pairs()
     ]
     return RewardTrainer(model, TOKENIZER, options).accumulate(rows), gradients(model)
