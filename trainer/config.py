@@ -20,6 +20,7 @@ from quartet.settings import (
 )
 from trainer.encoding import Truncation
 from trainer.service_credentials import Address, ServiceCredentials
+from trainer.track_settings import TrackSettings
 
 # Whether sequences are trained as one row without padding.
 Packing = Literal["auto", "on", "off"]
@@ -36,7 +37,7 @@ ShareOfRows = Annotated[UnitFloat, Field(gt=0)]
 _OUTPUT = "folder of the run: the model in OUTPUT/model, figures in metrics.jsonl and evaluation.json, checkpoints"
 
 
-class TrainingSettings(Settings):
+class TrainingSettings(TrackSettings):
     """What supervised stages have in common."""
 
     model: str = Field(description="model to start from: a Hugging Face folder or hub id")
@@ -73,7 +74,7 @@ class TrainingSettings(Settings):
     @property
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
-        free = {"output", "eval_every", "save_every", "keep_checkpoints", "resume"}
+        free = {"output", "eval_every", "save_every", "keep_checkpoints", "resume", *TrackSettings.model_fields}
         return self.model_dump(mode="json", exclude=free)
 
 

@@ -83,8 +83,7 @@ def main(settings: DpoSettings) -> None:
             evaluate=lambda: trainer.evaluate(held_out_pairs),
             watch=WATCHED,
         )
-        fit(settings, stage, checkpoint)
-        after = trainer.evaluate(held_out_pairs)
+        after = fit(settings, stage, checkpoint).evaluation
     accuracy = wilson_interval(after["eval_accuracy"] * len(held_out), len(held_out)) if held_out else None
     write_json(
         settings.output / EVALUATION_FILE,

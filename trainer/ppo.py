@@ -72,7 +72,7 @@ def train(run: PPORun, stop: StopRequest) -> None:
     learner = Learner(run)
     run.restore(learner.trained)
     watched = [name for name in WATCHED if settings.has_critic or not name.startswith("value/")]
-    with RunTracker(settings.output, settings.steps, watched, "PPO", run.resumed_step) as tracker:
+    with RunTracker(settings.output, settings.steps, watched, "PPO", run.resumed_step, settings=settings) as tracker:
         try:
             publish(run, learner)
             if not stop.requested:

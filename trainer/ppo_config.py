@@ -23,6 +23,7 @@ from quartet.settings import (
 from trainer.config import PACKING, Packing
 from trainer.kl_placement import KlEstimator, check_kl_placement
 from trainer.service_credentials import Address, AdminCredentials, ServiceCredentials
+from trainer.track_settings import TrackSettings
 
 # Response tokens of a rollout: of fewer, mean and variance would be noise.
 LEAST_TOKENS = 8
@@ -111,7 +112,11 @@ class SamplingSettings(Settings):
     )
 
 
-class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
+# Settings of how a run is reached and recorded.
+_UNDECISIVE = {*AdminCredentials.model_fields, *TrackSettings.model_fields}
+
+
+class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings):
     """Trains a policy by PPO against the policy, reward and reference services."""
 
     command: ClassVar[str] = "quartet-train ppo"
@@ -309,7 +314,7 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings):
         }  # fmt: skip
         if not self.may_stop:
             free |= {"eval_every", "gold"}
-        decisive = self.model_dump(mode="json", exclude=free | set(AdminCredentials.model_fields))
+        decisive = self.model_dump(mode="json", exclude=free | _UNDECISIVE)
         return decisive | {"reward_weights": self.weights_of_rewards}
 
     @model_validator(mode="after")

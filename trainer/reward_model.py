@@ -206,8 +206,7 @@ class Run:
             watch=WATCHED,
             after_step=trainer.after_step,
         )
-        fit(settings, stage, checkpoint)
-        evaluation = trainer.evaluate(self.held_out)
+        evaluation = fit(settings, stage, checkpoint).evaluation
         refuse_collapsed(evaluation)
         held_out_scores = trainer.all_scores(self.held_out)
         normalisation = trainer.calibrate(samples)

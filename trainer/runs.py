@@ -170,7 +170,15 @@ class Stage:
     after_step: Callable[[], None] | None = None
 
 
-def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -> None:
+@dataclass(frozen=True, kw_only=True)
+class Fitted:
+    """What came of ``fit``: the steps done, and the figures of the trained model on held-out rows."""
+
+    step: int
+    evaluation: dict[str, float]
+
+
+def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -> Fitted:
     """The loop of every supervised stage: batches in a seeded order, AdamW, a linear schedule, checkpoints.
 
     Raises:
@@ -205,7 +213,8 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
             keep=settings.keep_checkpoints,
         )
 
-    tracker = RunTracker(settings.output, steps, stage.watch, stage.name, None if checkpoint is None else done)
+    resumed = None if checkpoint is None else done
+    tracker = RunTracker(settings.output, steps, stage.watch, stage.name, resumed, settings=settings)
     started_s = time.monotonic()
     with stop_on_signal() as stop, tracker:
         while done < steps:
@@ -233,6 +242,9 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
                 raise stop.stopped(step=done, total_steps=steps, checkpoint=save())
             if settings.save_every and done % settings.save_every == 0:
                 save()
+        evaluation = stage.evaluate()
+        tracker.also(done, evaluation)
+    return Fitted(step=done, evaluation=evaluation)
 
 
 @contextlib.contextmanager

@@ -64,8 +64,7 @@ def main(settings: SftSettings) -> None:
         evaluate=lambda: trainer.evaluate(held_out),
         watch=WATCHED,
     )
-    fit(settings, stage, checkpoint)
-    after = trainer.evaluate(held_out)
+    after = fit(settings, stage, checkpoint).evaluation
     write_json(settings.output / EVALUATION_FILE, {"held_out_rows": len(held_out), "before": before, "after": after})
     save_model(policy, tokenizer, settings.output / MODEL_FOLDER)
     if held_out:

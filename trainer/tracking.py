@@ -13,6 +13,7 @@ import numbers
 import os
 import sys
 import time
+import uuid
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from io import FileIO
@@ -25,10 +26,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Table
 from rich.text import Text
 
-from trainer.errors import TrainerError
+from trainer.errors import StoppedError, TrainerError
+from trainer.files import replace_file
+from trainer.track_settings import TrackSettings
+from trainer.trackers import Follower, Outcome, TrackedRun, make_trackers
 from trainer.wording import duration, number
 
 METRICS_FILE = "metrics.jsonl"
+# Which run this is to the trackers.
+TRACKING_FILE = "tracking.json"
 
 # Short names for the display; a figure that is not here stands under its own key.
 _SHORT_NAMES = {
@@ -69,6 +75,7 @@ class RunTracker:
         description: str,
         resume_step: int | None = None,
         *,
+        settings: TrackSettings | None = None,
         console: Console | None = None,
         line_every_s: float = 5.0,
         clock: Callable[[], float] = time.monotonic,
@@ -81,6 +88,7 @@ class RunTracker:
             description: what runs, as in "PPO".
             resume_step: the step of the checkpoint that the run goes on from (0: from the start). Records after it are
                 dropped from the log, since those steps will be done again. None: a new run, whose log must not exist.
+            settings: those of the run: where else figures go, and what trackers are told of the run. None: nowhere.
             console: where the display goes; stderr by default.
             line_every_s: least seconds between two plain lines, where stderr is no terminal.
             clock: seconds, monotonic.
@@ -102,7 +110,8 @@ class RunTracker:
         self._figures: dict[str, float | None] = dict.fromkeys(watch)
         self._pace = _Pace(clock, self._last_step, total_steps)
         self._next_line_s = -math.inf
-        self._file = _open_log(self._path, resume_step)
+        self._file, kept = _open_log(self._path, resume_step)
+        self._followers = _follow(output_dir, description, resume_step, settings, kept) if settings else []
         self._console = console if console is not None else Console(stderr=True)
         self._progress: _Display | None = None
 
@@ -119,7 +128,8 @@ class RunTracker:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self.close()
+        stopped = exc_type is not None and issubclass(exc_type, (StoppedError, KeyboardInterrupt))
+        self.close("finished" if exc_type is None else "stopped" if stopped else "failed")
 
     def log(self, step: int, metrics: Mapping[str, float]) -> None:
         """Records ``metrics`` as those of ``step`` and moves the display on.
@@ -146,7 +156,19 @@ class RunTracker:
         self._last_step = step
         self._pace.step(step)
         self._figures.update((key, record[key]) for key in self._figures if key in record)
+        for follower in self._followers:
+            follower.put(step, record)
         self._show(step)
+
+    def also(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Shows trackers what is in no step's record: evaluations before the first step and after the last.
+
+        Raises:
+            TrackingError: a figure is not a finite number.
+        """
+        record = _record(step, metrics)
+        for follower in self._followers if metrics else ():
+            follower.put(step, record, more=True)
 
     @contextlib.contextmanager
     def recording(self) -> Iterator[dict[str, float]]:
@@ -163,12 +185,14 @@ class RunTracker:
             if "step" in metrics:
                 self.log(int(metrics["step"]), metrics)
 
-    def close(self) -> None:
-        """Ends the display and closes the log. Calling it again does nothing."""
+    def close(self, outcome: Outcome = "finished") -> None:
+        """Ends the display, the trackers and the log. Calling it again does nothing."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
         self._file.close()
+        while self._followers:
+            self._followers.pop().close(outcome)
 
     def _show(self, step: int) -> None:
         if self._progress is not None:
@@ -201,8 +225,9 @@ def read_metrics(run_dir: Path) -> list[dict[str, float]]:
     return _parse(path, raw)
 
 
-def _open_log(path: Path, resume_step: int | None) -> FileIO:
-    """Opens the log for appending; what is already in it ends with the step to resume from."""
+def _open_log(path: Path, resume_step: int | None) -> tuple[FileIO, list[dict[str, float]]]:
+    """Opens the log for appending; what is already in it ends with the step to resume from, and is returned, too."""
+    kept: list[dict[str, float]] = []
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if path.exists():
@@ -211,10 +236,35 @@ def _open_log(path: Path, resume_step: int | None) -> FileIO:
                 raise TrackingError(
                     f"{path} already holds a run of {len(records)} records: resume that run, or choose another folder"
                 )
-            _replace(path, [record for record in records if record["step"] <= (resume_step or 0)])
-        return path.open("ab", buffering=0)
+            kept = [record for record in records if record["step"] <= (resume_step or 0)]
+            _replace(path, kept)
+        return path.open("ab", buffering=0), kept
     except OSError as error:
         raise _unwritable(path, error) from error
+
+
+def _follow(
+    output: Path,
+    stage: str,
+    resume_step: int | None,
+    settings: TrackSettings,
+    kept: Sequence[Mapping[str, float]],
+) -> list[Follower]:
+    """Starts the trackers; a resumed run is the run that it was."""
+    path = output / TRACKING_FILE
+    run_id = uuid.uuid4().hex[:12]
+    if resume_step is not None:
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            run_id = str(json.loads(path.read_text(encoding="utf-8"))["run"])
+    replace_file(path, json.dumps({"run": run_id}) + "\n")
+    run = TrackedRun(
+        run_id=run_id,
+        stage=stage,
+        output=output,
+        settings=settings.model_dump(mode="json"),
+        resume_step=resume_step,
+    )
+    return [Follower(tracker, run, kept) for tracker in make_trackers(settings)]
 
 
 def _unwritable(path: Path, error: OSError) -> TrackingError:
