@@ -65,6 +65,11 @@ COMMANDS = {
         settings="trainer.ppo_config:EvaluateSettings",
         main="trainer.evaluate:main",
     ),
+    "lineage": Command(
+        summary="print where a model comes from: data, settings, code and the models before it",
+        settings="trainer.config:LineageSettings",
+        main="trainer.lineage:main",
+    ),
     "report": Command(
         summary="write the report of a run, finished or not: one HTML file, and the same figures as JSON",
         settings="trainer.report_settings:ReportSettings",

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, field_validator, model_validator
+from pydantic_settings import CliPositionalArg
 
 from quartet.settings import (
     AdamBeta,
@@ -258,6 +259,15 @@ class CheckSettings(Settings):
         "(reward), prompts (ppo)",
         min_length=1,
     )
+
+
+class LineageSettings(Settings):
+    """Prints where a model comes from: what made it, of which data and settings, and the models before it."""
+
+    command: ClassVar[str] = "quartet-train lineage"
+
+    model: CliPositionalArg[str] = Field(description="model folder that a stage has written")
+    as_json: bool = Field(False, description="print the whole chain as JSON")
 
 
 class InitSettings(Settings):

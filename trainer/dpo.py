@@ -35,6 +35,7 @@ from trainer.runs import (
     fit,
     open_output,
     rows_digest,
+    stage_origin,
     token_limit,
     train_and_held_out,
     write_json,
@@ -59,6 +60,7 @@ def main(settings: DpoSettings) -> None:
     encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
     train, held_out = encoder.preferences(rows), encoder.preferences(held_out_rows)
     data = rows_digest(*(_answers_of(part) for part in (train, held_out)))
+    origin = stage_origin("dpo", settings, data)
     cut = sum(pair.chosen.truncated or pair.rejected.truncated for pair in train)
     sys.stdout.write(
         f"DPO of {policy.num_parameters():,} parameters on {len(train):,} pairs ({cut:,} of them cut to "
@@ -83,7 +85,8 @@ def main(settings: DpoSettings) -> None:
             evaluate=lambda: trainer.evaluate(held_out_pairs),
             watch=WATCHED,
         )
-        after = fit(settings, stage, checkpoint).evaluation
+        fitted = fit(settings, stage, checkpoint)
+    after = fitted.evaluation
     accuracy = wilson_interval(after["eval_accuracy"] * len(held_out), len(held_out)) if held_out else None
     write_json(
         settings.output / EVALUATION_FILE,
@@ -95,7 +98,7 @@ def main(settings: DpoSettings) -> None:
             **({"accuracy": accuracy.as_json()} if accuracy else {}),
         },
     )
-    save_model(policy, tokenizer, settings.output / MODEL_FOLDER)
+    save_model(policy, tokenizer, settings.output / MODEL_FOLDER, origin=origin, step=fitted.step)
     if accuracy is not None:
         report(accuracy, before, after)
     from trainer.report import write_report  # Plots are slow to import.

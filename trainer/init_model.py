@@ -16,6 +16,7 @@ from trainer.config import InitSettings
 from trainer.data import read_rows, row_texts
 from trainer.errors import DataError, OutputError
 from trainer.files import require_folder
+from trainer.lineage import origin
 from trainer.models import save_model
 
 PAD_TOKEN = "<|pad|>"
@@ -41,7 +42,8 @@ def main(settings: InitSettings) -> None:
         raise OutputError(f"--output is {str(settings.output)!r}: the folder is not empty; choose another")
     tokenizer = train_tokenizer(settings)
     model = draw_model(settings, vocab_size=len(tokenizer))
-    save_model(model, tokenizer, settings.output)
+    made = origin("init", settings.model_dump(mode="json"), parent=None, sources=settings.data, digest=None)
+    save_model(model, tokenizer, settings.output, origin=made)
     fewer = (
         f" (the texts gave no more than that, of {settings.vocab_size})" if len(tokenizer) < settings.vocab_size else ""
     )

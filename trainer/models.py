@@ -22,6 +22,7 @@ from quartet.model_folder import find_model, read_metadata, write_metadata
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder, written
+from trainer.lineage import Origin, write_lineage
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 from trainer.packing import is_packed, packed_outputs
 
@@ -504,10 +505,19 @@ def export_tensors(model: Any) -> list[tuple[str, Tensor]]:
     return [(name, tensor.detach()) for name, tensor in state.items()]
 
 
-def save_model(model: Any, tokenizer: Any, folder: Path, *, metadata: Mapping[str, Any] | None = None) -> None:
+def save_model(
+    model: Any,
+    tokenizer: Any,
+    folder: Path,
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    origin: Origin | None = None,
+    step: int = 0,
+) -> None:
     """Writes model, tokenizer and quartet.json as a plain Hugging Face folder, which appears whole or not at all.
 
-    An existing folder is replaced. quartet.json keeps what it held of the model that was loaded, under ``metadata``.
+    An existing folder is replaced. quartet.json keeps what it held of the model that was loaded, under ``metadata``;
+    lineage.json says where the model comes from: its ``origin``, and the ``step`` of its training.
 
     Raises:
         OutputError: it can't be written.
@@ -517,3 +527,5 @@ def save_model(model: Any, tokenizer: Any, folder: Path, *, metadata: Mapping[st
         tokenizer.save_pretrained(partial)
         if metadata:
             write_metadata(partial, **metadata)
+        if origin is not None:
+            write_lineage(partial, origin, step)

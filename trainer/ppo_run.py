@@ -28,6 +28,7 @@ from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
 from trainer.files import remove_folder
+from trainer.lineage import Origin, origin
 from trainer.loop_thread import LoopThread
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.optimisation import choose_device
@@ -104,11 +105,11 @@ class PPORun:
             self._check_judges(folder)
             self.critic = self._load_critic(folder) if settings.has_critic else None
             self._encode(rows, held_out)
+            self._origin = self._trace_origin(_write_settings(settings, self._info))
         except BaseException:
             self.close()
             raise
         self._stream = RowStream(len(self._tasks), seed=settings.seed)
-        _write_settings(settings, self._info)
 
     def __enter__(self) -> Self:
         return self
@@ -282,6 +283,21 @@ class PPORun:
         self._data = ids_digest([task.ids for task in self._tasks], [task.ids for task in self._eval_tasks])
         require_same_data(settings.output, self._checkpoint, self._data, "--prompts or --eval-prompts")
 
+    def _trace_origin(self, hosted: Mapping[str, Mapping[str, Any]]) -> Origin:
+        settings = self.settings
+        return origin(
+            "ppo",
+            settings.model_dump(mode="json"),
+            parent=settings.model,
+            sources=(*settings.prompts, *settings.eval_prompts),
+            digest=self._data,
+            judges={
+                name: {key: said[key] for key in ("model", "weights")}
+                for name, said in hosted.items()
+                if name != "policy"
+            },
+        )
+
     # Evaluation ----------------------------------------------------------------------------------------------------
 
     @tracing.traced("evaluate")
@@ -309,7 +325,8 @@ class PPORun:
         found = self.evaluate()
         standing = self.stop_rule.consider(self.step, found)
         if self.settings.keep_best and self._is_best:
-            save_model(self.policy, self.tokenizer, best_folder(self.settings.output, self.step))
+            best = best_folder(self.settings.output, self.step)
+            save_model(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
         return standing | {
             "eval/score_mean": found.score_mean,
             "eval/score_ci95": found.score_ci95,
@@ -337,7 +354,7 @@ class PPORun:
     def finish(self) -> None:
         """Exports the model, writes the report, and says where everything is."""
         output = self.settings.output
-        save_model(self.policy, self.tokenizer, output / MODEL_FOLDER)
+        save_model(self.policy, self.tokenizer, output / MODEL_FOLDER, origin=self._origin, step=self.step)
         from trainer.report import write_report
 
         before, after = Evaluation.read(output / _BEFORE), Evaluation.read(output / _AFTER)
@@ -463,8 +480,8 @@ def _in_deviations(before: Evaluation, after: Evaluation) -> str:
     return f", {(after.score_mean - before.score_mean) / before.score_std:+.2f} standard deviations of before"
 
 
-def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:
-    """Settings and what answered, for the report and for people."""
+def _write_settings(settings: PPOSettings, info: ServiceInfo) -> dict[str, dict[str, Any]]:
+    """Settings and what answered, for the report and for people. Returns what answered."""
     hosted = {
         name: {
             "model": model.served_by.model_id,
@@ -480,6 +497,7 @@ def _write_settings(settings: PPOSettings, info: ServiceInfo) -> None:
     }
     content = settings.model_dump(mode="json") | {"services": hosted, "torch": torch.__version__}
     write_json(settings.output / SETTINGS_FILE, content)
+    return hosted
 
 
 def _read_prompts(settings: PPOSettings) -> tuple[list[PromptRow], list[PromptRow]]:

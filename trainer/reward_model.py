@@ -42,6 +42,7 @@ from trainer.runs import (
     fit,
     open_output,
     rows_digest,
+    stage_origin,
     token_limit,
     train_and_held_out,
     write_json,
@@ -189,6 +190,7 @@ class Run:
         """
         settings, trainer = self.settings, self.trainer
         samples = calibration_samples(settings, self.encoder, self.train_rows)
+        origin = stage_origin("reward", settings, self.digest)
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         cut = sum(any(answer.truncated for answer in row.answers) for row in self.train_rows)
         sys.stdout.write(
@@ -206,7 +208,8 @@ class Run:
             watch=WATCHED,
             after_step=trainer.after_step,
         )
-        evaluation = fit(settings, stage, checkpoint).evaluation
+        fitted = fit(settings, stage, checkpoint)
+        evaluation = fitted.evaluation
         refuse_collapsed(evaluation)
         held_out_scores = trainer.all_scores(self.held_out)
         normalisation = trainer.calibrate(samples)
@@ -230,7 +233,7 @@ class Run:
         described, temperature = self.describe(held_out_scores)
         if temperature is not None:
             metadata["calibration"] = temperature.as_json()
-        save_model(self.model, self.tokenizer, self.folder, metadata=metadata)
+        save_model(self.model, self.tokenizer, self.folder, metadata=metadata, origin=origin, step=fitted.step)
         write_json(
             settings.output / EVALUATION_FILE,
             {

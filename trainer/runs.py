@@ -30,6 +30,7 @@ from trainer.data import Row, shared_groups, split_held_out
 from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
 from trainer.files import replace_file, require_folder
+from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
 from trainer.tracking import METRICS_FILE, RunTracker
@@ -110,6 +111,21 @@ def require_same_data(output: Path, checkpoint: Restored | None, digest: str, fl
             f"{checkpoint_path(output, checkpoint.step)} was written with other rows than {flags} holds now, or they "
             "are cut otherwise: restore the files, or begin another run in another --output"
         )
+
+
+def stage_origin(stage: str, settings: TrainingSettings, data: str) -> Origin:
+    """Where the model of a supervised stage comes from; ``data`` is the digest of its rows.
+
+    Raises:
+        ModelFolderError, ModelError: as ``lineage.origin``.
+    """
+    return origin(
+        stage,
+        settings.model_dump(mode="json"),
+        parent=settings.model,
+        sources=(*settings.data, *settings.eval_data),
+        digest=data,
+    )
 
 
 def write_json(path: Path, content: Any) -> None:

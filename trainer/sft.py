@@ -24,6 +24,7 @@ from trainer.runs import (
     fit,
     open_output,
     rows_digest,
+    stage_origin,
     token_limit,
     train_and_held_out,
     write_json,
@@ -47,6 +48,8 @@ def main(settings: SftSettings) -> None:
     policy = load_policy(folder, tokenizer).to(choose_device())
     encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
     train, held_out = encoder.demonstrations(rows), encoder.demonstrations(held_out_rows)
+    data = rows_digest(train, held_out)
+    origin = stage_origin("sft", settings, data)
     trainer = SftTrainer(policy, tokenizer, settings)
     write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
     sys.stdout.write(
@@ -59,14 +62,15 @@ def main(settings: SftSettings) -> None:
         name="SFT",
         model=policy,
         lengths=[len(row) for row in train],
-        data=rows_digest(train, held_out),
+        data=data,
         accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
         evaluate=lambda: trainer.evaluate(held_out),
         watch=WATCHED,
     )
-    after = fit(settings, stage, checkpoint).evaluation
+    fitted = fit(settings, stage, checkpoint)
+    after = fitted.evaluation
     write_json(settings.output / EVALUATION_FILE, {"held_out_rows": len(held_out), "before": before, "after": after})
-    save_model(policy, tokenizer, settings.output / MODEL_FOLDER)
+    save_model(policy, tokenizer, settings.output / MODEL_FOLDER, origin=origin, step=fitted.step)
     if held_out:
         sys.stdout.write(
             f"held-out perplexity: before {before['eval_perplexity']:.2f}, after {after['eval_perplexity']:.2f} "
