@@ -1,0 +1,128 @@
+"""KL to the reference and entropy over the whole vocabulary, at every token of given responses.
+
+Shapes: B sequences, S tokens of prompt and response, N tokens that are looked at, C of them at a time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from trainer.batching import micro_batches, pad_right, response_mask
+from trainer.encoding import EncodedResponse
+from trainer.kl import exact_kl
+from trainer.losses import entropy_from_logits
+from trainer.models import TokenLogprobs, last_hidden, positions
+from trainer.optimisation import Precision, autocast
+
+# Logits that exist at once, of one model.
+_LOGITS = 2**22
+
+
+@dataclass(frozen=True, kw_only=True)
+class Distributions:
+    """Of each response: the sum over its tokens of KL(pi, ref) and of pi's entropy, in nats.
+
+    Every token's distribution counts whole, at the states that the responses pass through: what sampling one token
+    from it adds in noise to log pi - log ref is not there.
+    """
+
+    kl: tuple[float, ...] | None
+    entropy: tuple[float, ...]
+
+
+@torch.no_grad()
+def distributions(
+    policy: Any,
+    reference: Any | None,
+    rows: Sequence[EncodedResponse],
+    *,
+    temperature: float,
+    pad_id: int,
+    micro_batch_tokens: int,
+    precision: Precision,
+) -> Distributions:
+    """Looks at each distribution that a response token was drawn from.
+
+    Args:
+        policy, reference: causal language models of one vocabulary, on one device; the latter may be left out.
+        rows: prompts with their responses.
+        temperature: divides the logits of both, as in sampling.
+        pad_id: what padding is filled with.
+        micro_batch_tokens: tokens at once, padding included.
+        precision: of matrix products.
+    """
+    kl, entropy = [0.0] * len(rows), [0.0] * len(rows)
+    models = [policy] if reference is None else [policy, reference]
+    with contextlib.ExitStack() as modes:
+        for model in models:
+            modes.enter_context(evaluating(model))
+        plain = [TokenLogprobs(model).plain_head for model in models]
+        for part in micro_batches([len(row) for row in rows], micro_batch_tokens):
+            ids_BS, mask_BS = pad_right([rows[index].ids for index in part], pad_id, policy.device)
+            wanted_BS = response_mask(mask_BS, [rows[index].prompt_tokens for index in part])
+            # The state that a token was drawn in stands one place before it.
+            states_BS = torch.zeros_like(wanted_BS)
+            states_BS[:, :-1] = wanted_BS[:, 1:]
+            owners_N = states_BS.nonzero()[:, 0].tolist()
+            chunk = max(1, _LOGITS // policy.config.get_text_config().vocab_size)
+            with autocast(policy.device, precision):
+                tables = [
+                    _logits_at(model, ids_BS, mask_BS, states_BS, chunk, plain_head)
+                    for model, plain_head in zip(models, plain, strict=True)
+                ]
+                at = 0
+                for logits in zip(*tables, strict=True):
+                    scaled = [_wide(logits_CV) / temperature for logits_CV in logits]
+                    entropy_C = entropy_from_logits(scaled[0]).tolist()
+                    kl_C = exact_kl(*scaled).tolist() if reference is not None else [0.0] * len(entropy_C)
+                    for offset, (nats, own) in enumerate(zip(kl_C, entropy_C, strict=True)):
+                        row = part[owners_N[at + offset]]
+                        kl[row] += nats
+                        entropy[row] += own
+                    at += len(entropy_C)
+    return Distributions(kl=None if reference is None else tuple(kl), entropy=tuple(entropy))
+
+
+def _logits_at(
+    model: Any, ids_BS: Tensor, mask_BS: Tensor, states_BS: Tensor, chunk: int, plain_head: bool
+) -> Iterator[Tensor]:
+    """(C, V) logits of the tokens that follow the True ones of ``states_BS``, a chunk of those at a time.
+
+    ``plain_head``: they are hidden states times output weights, which need not be there for all places.
+    """
+    if plain_head:
+        hidden_ND = last_hidden(model, ids_BS, mask_BS)[states_BS]
+        head = model.get_output_embeddings()
+        bias_V = None if head.bias is None else _wide(head.bias)
+        for hidden_CD in hidden_ND.split(chunk):
+            # In bfloat16 the difference of two near policies would be its rounding.
+            with torch.autocast(hidden_CD.device.type, enabled=False):
+                logits_CV = functional.linear(_wide(hidden_CD), _wide(head.weight), bias_V)
+            yield logits_CV
+        return
+    logits_BSV = model(
+        input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
+    ).logits
+    yield from logits_BSV[states_BS].split(chunk)
+
+
+def _wide(x: Tensor) -> Tensor:
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+@contextlib.contextmanager
+def evaluating(model: Any) -> Iterator[None]:
+    """Evaluation mode inside, the former mode again outside."""
+    was_training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(was_training)
