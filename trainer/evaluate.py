@@ -6,8 +6,8 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,20 +16,34 @@ from trainer.data import PromptRow, load_prompts
 from trainer.encoding import Encoder
 from trainer.errors import DataError, OutputError, ServicesError
 from trainer.files import replace_file, require_folder
+from trainer.judging import JudgeService, open_judge
 from trainer.models import load_tokenizer
+from trainer.monitor_alarms import crossings
+from trainer.monitors import (
+    correlation,
+    distinct_n,
+    quantile,
+    repeated_share,
+    self_bleu,
+    unique_share,
+    within_correlation,
+)
 from trainer.ppo_config import EvaluateSettings, SamplingSettings
-from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
+from trainer.rollout import PromptTask, Rollout, Sample, ServiceInfo, Services, prompt_seed
 from trainer.statistics import Interval, mean_interval_of_groups
 
 # Beyond this share of failed samples the rest would be a selection, not an evaluation.
 _MAX_FAILED = 0.1
+# Self-BLEU grows with the number of responses, so it is always of as many.
+_SELF_BLEU_RESPONSES = 128
 
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluatedSample:
-    """One answer to the prompt of place ``index``.
+    """One answer, that to the task of place ``index``.
 
-    ``kl`` is log pi - log ref summed over its tokens, at tokens sampled from pi: nats.
+    ``kl`` is log pi - log ref summed over its tokens, at tokens sampled from pi: nats. ``length`` in tokens; ``judge``:
+    the score of --judge; ``spread`` of an ensemble's members.
     """
 
     index: int
@@ -40,11 +54,31 @@ class EvaluatedSample:
     finished: bool
     scores: Mapping[str, float] = field(default_factory=dict)
     """Raw, by name, where there are several reward services."""
+    length: int = 0
+    judge: float | None = None
+    spread: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class PolicyFigures:
+    """What a policy's own distributions say: of each sample the exact KL and the entropy, summed over its tokens, nats.
+
+    ``kl`` None: the reference is not here. ``demonstration_perplexity`` None: there are no demonstrations.
+    """
+
+    kl: tuple[float, ...] | None
+    entropy: tuple[float, ...]
+    demonstration_perplexity: float | None
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """Figures over ``n`` prompts, one answer each; ``..._ci95`` are half widths of 95 % intervals."""
+    """Figures over ``n`` answers; ``..._ci95`` are half widths of 95 % intervals, which are over prompts.
+
+    ``kl_sequence_mean`` is sampled, ``kl_exact_mean`` over the whole vocabulary. ``entropy_mean``, nats a token, is
+    exact where the policy's weights are here, else the mean of -log pi at sampled tokens. ``..._since_best``: changes,
+    paired by prompt, since the evaluation of ``best_step``, which the judge liked best. None: not known here.
+    """
 
     n: int
     failed: int
@@ -59,6 +93,28 @@ class Evaluation:
     distinct_2: float
     unique_share: float
     tokens_per_s: float
+    prompts: int | None = None
+    kl_exact_mean: float | None = None
+    kl_exact_ci95: float | None = None
+    entropy_mean: float | None = None
+    length_p05: float | None = None
+    length_p50: float | None = None
+    length_p95: float | None = None
+    length_correlation: float | None = None
+    length_correlation_within: float | None = None
+    distinct_1: float | None = None
+    distinct_3: float | None = None
+    self_bleu_4: float | None = None
+    repeated_4_share: float | None = None
+    spread_mean: float | None = None
+    judge_mean: float | None = None
+    judge_ci95: float | None = None
+    demonstration_perplexity: float | None = None
+    best_step: int | None = None
+    judge_since_best: float | None = None
+    judge_since_best_ci95: float | None = None
+    score_since_best: float | None = None
+    score_since_best_ci95: float | None = None
     samples: tuple[EvaluatedSample, ...]
 
     @property
@@ -70,10 +126,16 @@ class Evaluation:
             count=self.n,
         )
 
+    def figures(self) -> dict[str, float]:
+        """Those that are known, by name; not the samples, and not which weights they are of."""
+        named = [of.name for of in fields(self) if of.name not in ("samples", "weights_version")]
+        return {name: value for name in named if (value := getattr(self, name)) is not None}
+
     def line(self) -> str:
         """The figures a person wants first."""
+        judged = "" if self.judge_mean is None else f"judge {self.judge_mean:.3f} +- {self.judge_ci95:.3f}  "
         return (
-            f"reward {self.score_mean:.3f} +- {self.score_ci95:.3f}  KL {self.kl_sequence_mean:.2f} +- "
+            f"reward {self.score_mean:.3f} +- {self.score_ci95:.3f}  {judged}KL {self.kl_sequence_mean:.2f} +- "
             f"{self.kl_ci95:.2f} nats  length {self.length_mean:.1f} tokens  finished {self.finished_share:.0%}"
         )
 
@@ -103,8 +165,8 @@ def different_prompts(rows: Sequence[PromptRow], at_most: int) -> list[PromptRow
     return different[:at_most]
 
 
-def make_tasks(rows: Sequence[PromptRow], encoder: Encoder, *, seed: int) -> list[PromptTask]:
-    """One task a held-out prompt. Seeds depend on seed and place alone, so two evaluations are paired.
+def make_tasks(rows: Sequence[PromptRow], encoder: Encoder, *, seed: int, samples: int = 1) -> list[PromptTask]:
+    """``samples`` tasks a held-out prompt. Seeds depend on seed and place alone, so two evaluations are paired.
 
     Raises:
         DataError: a prompt is too long, or there are fewer than 2.
@@ -113,16 +175,27 @@ def make_tasks(rows: Sequence[PromptRow], encoder: Encoder, *, seed: int) -> lis
         raise DataError(f"there are {len(rows)} held-out prompts: an interval needs at least 2")
     return [
         PromptTask(
-            prompt=row.prompt, ids=tuple(int(token) for token in ids), seed=prompt_seed(seed, "evaluation", 0, index, 0)
+            prompt=row.prompt,
+            ids=tuple(int(token) for token in ids),
+            seed=prompt_seed(seed, "evaluation", 0, index, sample),
         )
         for index, (row, ids) in enumerate(zip(rows, encoder.prompts(rows), strict=True))
+        for sample in range(samples)
     ]
 
 
 async def evaluate(
-    services: Services, tasks: Sequence[PromptTask], sampling: SamplingSettings, tokenizer: Any
+    services: Services,
+    tasks: Sequence[PromptTask],
+    sampling: SamplingSettings,
+    tokenizer: Any,
+    *,
+    judge: JudgeService | None = None,
+    observe: Callable[[Sequence[Sample]], PolicyFigures] | None = None,
 ) -> Evaluation:
     """Samples, scores and describes one answer a task with the weights that the policy service has.
+
+    ``observe`` looks at the policy's own distributions, where its weights are here.
 
     Raises:
         ServicesError: more than a tenth of the samples failed.
@@ -134,15 +207,37 @@ async def evaluate(
             f"{len(rollout.failures)} of {len(tasks)} samples of the evaluation failed, the first one because: "
             f"{rollout.failures[0]}"
         )
-    return summarise(rollout, tokenizer)
+    judged = None if judge is None else await judge.scores(rollout.samples, tasks)
+    return summarise(rollout, tokenizer, judged=judged, policy=None if observe is None else observe(rollout.samples))
 
 
-def summarise(rollout: Rollout, tokenizer: Any) -> Evaluation:
-    """The figures of a rollout, its intervals over prompts."""
+def summarise(
+    rollout: Rollout,
+    tokenizer: Any,
+    *,
+    judged: Sequence[float | None] | None = None,
+    policy: PolicyFigures | None = None,
+) -> Evaluation:
+    """The figures of a rollout, its intervals over prompts.
+
+    Args:
+        rollout: what the services made of the held-out prompts.
+        tokenizer: the policy's.
+        judged: the judge's score of each sample; None: there is no judge.
+        policy: what the policy's own distributions say; None: its weights are not here.
+    """
     samples = rollout.samples
+    responses = [sample.response_ids for sample in samples]
+    lengths = [float(len(response)) for response in responses]
+    scores = [sample.score for sample in samples]
+    spreads = [sample.spread for sample in samples if sample.spread is not None]
     prompts = [sample.prompt_ids for sample in samples]
     kls = [math.fsum(sample.logprobs) - math.fsum(sample.ref_logprobs) for sample in samples]
-    score = mean_interval_of_groups([sample.score for sample in samples], prompts)
+    score = mean_interval_of_groups(scores, prompts)
+    exact = None if policy is None or policy.kl is None else mean_interval_of_groups(policy.kl, prompts)
+    judgements: list[float | None] = [None] * len(samples) if judged is None else list(judged)
+    judge = _mean_of_known(judgements, prompts)
+    surprises = [-math.fsum(sample.logprobs) for sample in samples]
     kl = mean_interval_of_groups(kls, prompts)
     deviation = math.sqrt(sum((sample.score - score.value) ** 2 for sample in samples) / (len(samples) - 1))
     return Evaluation(
@@ -156,8 +251,25 @@ def summarise(rollout: Rollout, tokenizer: Any) -> Evaluation:
         kl_ci95=(kl.high - kl.low) / 2,
         length_mean=rollout.generated_tokens / len(samples),
         finished_share=sum(sample.finished for sample in samples) / len(samples),
-        distinct_2=distinct_n([sample.response_ids for sample in samples], 2),
-        unique_share=len({sample.response_ids for sample in samples}) / len(samples),
+        distinct_1=distinct_n(responses, 1),
+        distinct_2=distinct_n(responses, 2),
+        distinct_3=distinct_n(responses, 3),
+        unique_share=unique_share(responses),
+        prompts=len(set(prompts)),
+        kl_exact_mean=None if exact is None else exact.value,
+        kl_exact_ci95=None if exact is None else (exact.high - exact.low) / 2,
+        entropy_mean=math.fsum(surprises if policy is None else policy.entropy) / rollout.generated_tokens,
+        length_p05=quantile(lengths, 0.05),
+        length_p50=quantile(lengths, 0.5),
+        length_p95=quantile(lengths, 0.95),
+        length_correlation=correlation(scores, lengths),
+        length_correlation_within=within_correlation(scores, lengths, prompts),
+        self_bleu_4=self_bleu(responses[:_SELF_BLEU_RESPONSES]),
+        repeated_4_share=repeated_share(responses),
+        spread_mean=math.fsum(spreads) / len(spreads) if spreads else None,
+        judge_mean=None if judge is None else judge.value,
+        judge_ci95=None if judge is None else (judge.high - judge.low) / 2,
+        demonstration_perplexity=None if policy is None else policy.demonstration_perplexity,
         tokens_per_s=rollout.generated_tokens / rollout.duration_s,
         samples=tuple(
             EvaluatedSample(
@@ -168,19 +280,20 @@ def summarise(rollout: Rollout, tokenizer: Any) -> Evaluation:
                 kl=kl_nats,
                 finished=sample.finished,
                 scores=dict(sample.scores),
+                length=len(sample.response_ids),
+                judge=judgement,
+                spread=sample.spread,
             )
-            for sample, kl_nats in zip(samples, kls, strict=True)
+            for sample, kl_nats, judgement in zip(samples, kls, judgements, strict=True)
         ),
     )
 
 
-def distinct_n(responses: Sequence[Sequence[int]], n: int) -> float:
-    """Distinct n-grams as a share of all, over all responses together; 1 where none is long enough.
-
-    Source: Li et al. 2016, "A Diversity-Promoting Objective Function for Neural Conversation Models".
-    """
-    grams = [tuple(response[i : i + n]) for response in responses for i in range(len(response) - n + 1)]
-    return len(set(grams)) / len(grams) if grams else 1.0
+def _mean_of_known(values: Sequence[float | None], groups: Sequence[Hashable]) -> Interval | None:
+    known = [(value, group) for value, group in zip(values, groups, strict=True) if value is not None]
+    if len(known) < 2:
+        return None
+    return mean_interval_of_groups([value for value, _ in known], [group for _, group in known])
 
 
 def difference(before: Evaluation, after: Evaluation) -> Interval:
@@ -233,12 +346,21 @@ def main(settings: EvaluateSettings) -> None:
                 truncation=settings.truncation,
                 advice=f"lower --max-new-tokens {settings.max_new_tokens}, or choose --truncation left",
             )
-            return await evaluate(services, make_tasks(rows, encoder, seed=settings.seed), settings, tokenizer)
+            tasks = make_tasks(rows, encoder, seed=settings.seed, samples=settings.samples_per_prompt)
+            judge = await open_judge(settings, tokenizer)
+            try:
+                return await evaluate(services, tasks, settings, tokenizer, judge=judge)
+            finally:
+                if judge is not None:
+                    await judge.close()
 
     evaluation = asyncio.run(run())
     evaluation.write(settings.output)
     sys.stdout.write(f"weights version {evaluation.weights_version}: {evaluation.line()}\n")
     if settings.against is not None:
-        change = difference(Evaluation.read(settings.against), evaluation)
+        before = Evaluation.read(settings.against)
+        for found in crossings(evaluation.figures(), before.figures(), settings):
+            sys.stderr.write(f"alarm: {found.text('in this evaluation')}\n")
+        change = difference(before, evaluation)
         sys.stdout.write(f"against {settings.against}: reward {change} more, paired by prompt\n")
     sys.stdout.write(f"{settings.output}: figures and samples\n")

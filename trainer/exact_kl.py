@@ -18,7 +18,7 @@ from trainer.batching import micro_batches, pad_right, response_mask
 from trainer.encoding import EncodedResponse
 from trainer.kl import exact_kl
 from trainer.losses import entropy_from_logits
-from trainer.models import TokenLogprobs, last_hidden, positions
+from trainer.models import TokenLogprobs, hidden_at, own_logits
 from trainer.optimisation import Precision, autocast
 
 # Logits that exist at once, of one model.
@@ -98,7 +98,7 @@ def _logits_at(
     ``plain_head``: they are hidden states times output weights, which need not be there for all places.
     """
     if plain_head:
-        hidden_ND = last_hidden(model, ids_BS, mask_BS)[states_BS]
+        hidden_ND = hidden_at(model, ids_BS, mask_BS, states_BS)
         head = model.get_output_embeddings()
         bias_V = None if head.bias is None else _wide(head.bias)
         for hidden_CD in hidden_ND.split(chunk):
@@ -107,10 +107,7 @@ def _logits_at(
                 logits_CV = functional.linear(_wide(hidden_CD), _wide(head.weight), bias_V)
             yield logits_CV
         return
-    logits_BSV = model(
-        input_ids=ids_BS, attention_mask=mask_BS.long(), position_ids=positions(mask_BS), use_cache=False
-    ).logits
-    yield from logits_BSV[states_BS].split(chunk)
+    yield from own_logits(model, ids_BS, mask_BS, states_BS).split(chunk)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -352,7 +352,7 @@ class TokenLogprobs(nn.Module):
                 want_entropy=want_entropy,
             )
         else:
-            logits_MV = _own_logits(self.policy, ids_BS, mask_BS, before_BS)
+            logits_MV = own_logits(self.policy, ids_BS, mask_BS, before_BS)
             logprobs_M = selective_logprobs(logits_MV, ids_M, temperature)
             entropy_M = entropy_from_logits(logits_MV / temperature) if want_entropy else None
 
@@ -368,7 +368,7 @@ def chunk_sizes(vocabulary: int, device: str) -> tuple[int, int]:
     return max(64, _LOGIT_BYTES.get(device, 2**28) // (4 * part)), part
 
 
-def _own_logits(policy: Any, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor) -> Tensor:
+def own_logits(policy: Any, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor) -> Tensor:
     """(M, V) of the model's own head at the true places of ``wanted_BS``."""
     if is_packed(policy):
         return packed_outputs(policy, ids_BS, mask_BS, wanted_BS)
@@ -388,7 +388,7 @@ def _has_plain_head(policy: Any) -> bool:
     mask_BS = torch.ones_like(ids_BS, dtype=torch.bool)
     was_training = policy.training
     policy.eval()
-    expected_MV = _own_logits(policy, ids_BS, mask_BS, mask_BS).float()
+    expected_MV = own_logits(policy, ids_BS, mask_BS, mask_BS).float()
     logits_MV = head(hidden_at(policy, ids_BS, mask_BS, mask_BS)).float()
     policy.train(was_training)
     scale = max(1.0, float(expected_MV.abs().max()))

@@ -76,7 +76,7 @@ def train(run: PPORun, stop: StopRequest) -> None:
         try:
             publish(run, learner)
             if not stop.requested:
-                run.evaluate_before()
+                tracker.also(0, run.evaluate_before())
             saving_s = 0.0
             while run.step < settings.steps and not (stop.requested or run.stop_rule.reason):
                 start_s = time.perf_counter() - saving_s
@@ -96,7 +96,7 @@ def train(run: PPORun, stop: StopRequest) -> None:
                 raise stop.stopped(
                     step=run.step, total_steps=settings.steps, checkpoint=latest_checkpoint(settings.output)
                 )
-            run.evaluate_after()
+            tracker.also(run.step, run.evaluate_after())
         except (QuartetError, ServicesError, RolloutError) as error:
             raise run.interrupted(error, learner.trained) from error
 

@@ -22,6 +22,7 @@ from quartet.settings import (
 )
 from trainer.config import PACKING, Packing
 from trainer.kl_placement import KlEstimator, check_kl_placement
+from trainer.monitor_settings import AlarmSettings, JudgeSettings, MonitorSettings
 from trainer.service_credentials import Address, AdminCredentials, ServiceCredentials
 from trainer.track_settings import TrackSettings
 
@@ -112,11 +113,11 @@ class SamplingSettings(Settings):
     )
 
 
-# Settings of how a run is reached and recorded.
-_UNDECISIVE = {*AdminCredentials.model_fields, *TrackSettings.model_fields}
+# Settings of how a run is reached, recorded and watched.
+_UNDECISIVE = {*AdminCredentials.model_fields, *TrackSettings.model_fields, *MonitorSettings.model_fields}
 
 
-class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings):
+class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings, MonitorSettings):
     """Trains a policy by PPO against the policy, reward and reference services."""
 
     command: ClassVar[str] = "quartet-train ppo"
@@ -142,6 +143,9 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
     )
     max_eval_prompts: PositiveInt = Field(
         256, description="held-out prompts evaluated on: the first so many different ones"
+    )
+    eval_samples: PositiveInt = Field(
+        1, description="responses to each; 2 or more also tell the correlation of reward and length within prompts"
     )
     output: Path = Field(description="folder of the run: model, checkpoints, metrics.jsonl, evaluations, report.html")
 
@@ -375,7 +379,7 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
         return self
 
 
-class EvaluateSettings(ServiceAddresses, SamplingSettings):
+class EvaluateSettings(ServiceAddresses, SamplingSettings, JudgeSettings, AlarmSettings):
     """Evaluates the weights that the policy service serves now on held-out prompts: reward, KL, length, diversity."""
 
     command: ClassVar[str] = "quartet-train evaluate"
@@ -383,6 +387,10 @@ class EvaluateSettings(ServiceAddresses, SamplingSettings):
     model: str = Field(description="folder or hub id of the policy's tokenizer")
     prompts: tuple[str, ...] = Field(description="files or hub names of prompts", min_length=1)
     max_prompts: PositiveInt = Field(256, description="the first so many different ones are used")
+    samples_per_prompt: PositiveInt = Field(1, description="responses to each")
     output: Path = Field(description="JSON file to write")
-    against: Path | None = Field(None, description="an earlier evaluation of the same prompts to compare with")
+    against: Path | None = Field(
+        None,
+        description="an earlier evaluation of the same prompts to compare with; alarms take it for that of the start",
+    )
     seed: Seed = Field(0, description="of sampling")

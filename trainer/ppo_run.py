@@ -28,9 +28,11 @@ from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
 from trainer.files import remove_folder
+from trainer.judging import JudgeService, open_judge
 from trainer.lineage import Origin, origin
 from trainer.loop_thread import LoopThread
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
+from trainer.monitoring import PolicyMonitor
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings
 from trainer.publishing import Weights
@@ -97,15 +99,18 @@ class PPORun:
         self.tokenizer = load_tokenizer(folder)
         self.policy = load_policy(folder, self.tokenizer)
         self._services = loop.run(_open_services(settings, self.tokenizer))
+        self._judge: JudgeService | None = None
         try:
             self._info = self._connect()
+            self._judge = self._open_judge()
             # Scores of several services come normalised, each by its own statistics.
             self.normalisation = None if settings.rewards else self._info.reward.normalised_by
-            self._judges = _judges(self._info)
+            self._judges = _judges(self._info, self._judge)
             self._check_judges(folder)
             self.critic = self._load_critic(folder) if settings.has_critic else None
             self._encode(rows, held_out)
-            self._origin = self._trace_origin(_write_settings(settings, self._info))
+            self._origin = self._trace_origin(_write_settings(settings, self._info, self._judge))
+            self._monitor = self._watch_policy()
         except BaseException:
             self.close()
             raise
@@ -120,6 +125,8 @@ class PPORun:
     def close(self) -> None:
         self._ahead.cancel()
         self._loop.run(self._services.__aexit__())
+        if self._judge is not None:
+            self._loop.run(self._judge.close())
 
     @property
     def newest_checkpoint(self) -> Path:
@@ -138,6 +145,12 @@ class PPORun:
             return self._loop.run(self._services.connect())
         except QuartetError as error:
             raise ServicesError(str(error)) from error
+
+    def _open_judge(self) -> JudgeService | None:
+        try:
+            return self._loop.run(open_judge(self.settings, self.tokenizer))
+        except QuartetError as error:
+            raise ServicesError(f"--judge {self.settings.judge}: {error}") from error
 
     def _check_judges(self, policy_folder: Path) -> None:
         """
@@ -278,7 +291,10 @@ class PPORun:
             for row, ids in zip(rows, encoder.prompts(rows), strict=True)
         ]
         self._eval_tasks = make_tasks(
-            different_prompts(held_out, settings.max_eval_prompts), encoder, seed=settings.seed
+            different_prompts(held_out, settings.max_eval_prompts),
+            encoder,
+            seed=settings.seed,
+            samples=settings.eval_samples,
         )
         self._data = ids_digest([task.ids for task in self._tasks], [task.ids for task in self._eval_tasks])
         require_same_data(settings.output, self._checkpoint, self._data, "--prompts or --eval-prompts")
@@ -300,45 +316,56 @@ class PPORun:
 
     # Evaluation ----------------------------------------------------------------------------------------------------
 
+    def _watch_policy(self) -> PolicyMonitor:
+        """KL is exact where the reference is the model that training starts from, which is here."""
+        settings = self.settings
+        start = self._origin.parent or {}
+        is_here = self._info.reference.served_by.weights_fingerprint == start.get("weights")
+        return PolicyMonitor(
+            settings,
+            self.policy,
+            self.tokenizer,
+            max_tokens=longest_sequence(self.policy),
+            reference=find_model(settings.model) if settings.exact_kl and is_here else None,
+            before=settings.output / _BEFORE,
+            resumed_step=self.resumed_step or 0,
+        )
+
     @tracing.traced("evaluate")
     def evaluate(self) -> Evaluation:
         """The present policy on the held-out prompts."""
-        return self._loop.run(evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer))
+        judge, observe = self._judge, self._monitor.observe
+        found = evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer, judge=judge, observe=observe)
+        return self._loop.run(found)
 
-    def evaluate_before(self) -> None:
-        """The SFT policy, once in a run's life."""
+    def evaluate_before(self) -> dict[str, float]:
+        """The SFT policy, once in a run's life; returns its figures."""
         path = self.settings.output / _BEFORE
         if self.step > 0:
-            return
+            return {}
+        figures: dict[str, float] = {}
         if not path.exists():
-            evaluation = self.evaluate()
-            evaluation.write(path)
+            evaluation, figures = self._monitor.watch(0, self.evaluate(), path)
             sys.stdout.write(f"before: {evaluation.line()}\n")
             sys.stdout.flush()
         self.stop_rule.consider(0, Evaluation.read(path))
+        return figures
 
     def evaluate_between(self) -> dict[str, float]:
-        """Figures for the log, at the steps that ask for them."""
+        """Figures and alarms for the log, at the steps that ask for them."""
         every = self.settings.eval_every
         if not every or self.step % every or self.step == self.settings.steps:
             return {}
-        found = self.evaluate()
+        found, figures = self._monitor.watch(self.step, self.evaluate())
         standing = self.stop_rule.consider(self.step, found)
         if self.settings.keep_best and self._is_best:
             best = best_folder(self.settings.output, self.step)
             save_model(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
-        return standing | {
-            "eval/score_mean": found.score_mean,
-            "eval/score_ci95": found.score_ci95,
-            "eval/kl_sequence_mean": found.kl_sequence_mean,
-            "eval/unique_share": found.unique_share,
-            **means_by_name([sample.scores for sample in found.samples], "eval"),
-        }
+        return figures | standing | means_by_name([sample.scores for sample in found.samples], "eval")
 
-    def evaluate_after(self) -> None:
-        """The trained policy."""
-        evaluation = self.evaluate()
-        evaluation.write(self.settings.output / _AFTER)
+    def evaluate_after(self) -> dict[str, float]:
+        """The trained policy; returns its figures."""
+        evaluation, figures = self._monitor.watch(self.step, self.evaluate(), self.settings.output / _AFTER)
         if self.stop_rule.reason is not None:
             sys.stdout.write(f"stopped after step {self.step} of {self.settings.steps}: {self.stop_rule.reason}\n")
         sys.stdout.write(f"after:  {evaluation.line()}\n")
@@ -346,6 +373,7 @@ class PPORun:
             self.stop_rule.consider(self.step, evaluation)
             if self._is_best:
                 keep_only_best(self.settings.output, self.step)  # What is exported at the end.
+        return figures
 
     @property
     def _is_best(self) -> bool:
@@ -465,12 +493,12 @@ async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
     return Services(settings, tokenizer, policy_admin=settings.policy_admin, admin_security=settings.admin_security)
 
 
-def _judges(info: ServiceInfo) -> dict[str, object]:
-    """What decides the rewards besides the settings, as JSON values: it must be the same when a run goes on."""
+def _judges(info: ServiceInfo, judge: JudgeService | None) -> dict[str, object]:
+    """What decides rewards and judgements besides the settings, as JSON values: the same when a run goes on."""
     judges: dict[str, object] = {"reference": info.reference.served_by.result_fingerprint}
     for reward in info.rewards:
         judges |= reward.as_judge()
-    return judges
+    return judges if judge is None else judges | {"judge": judge.served_by.result_fingerprint}
 
 
 def _in_deviations(before: Evaluation, after: Evaluation) -> str:
@@ -480,7 +508,7 @@ def _in_deviations(before: Evaluation, after: Evaluation) -> str:
     return f", {(after.score_mean - before.score_mean) / before.score_std:+.2f} standard deviations of before"
 
 
-def _write_settings(settings: PPOSettings, info: ServiceInfo) -> dict[str, dict[str, Any]]:
+def _write_settings(settings: PPOSettings, info: ServiceInfo, judge: JudgeService | None) -> dict[str, dict[str, Any]]:
     """Settings and what answered, for the report and for people. Returns what answered."""
     hosted = {
         name: {
@@ -493,6 +521,7 @@ def _write_settings(settings: PPOSettings, info: ServiceInfo) -> dict[str, dict[
             ("policy", info.policy),
             *((f"reward {reward.name}".rstrip(), reward.model) for reward in info.rewards),
             ("reference", info.reference),
+            *([("judge", judge.info)] if judge else []),
         )
     }
     content = settings.model_dump(mode="json") | {"services": hosted, "torch": torch.__version__}

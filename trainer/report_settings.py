@@ -20,4 +20,6 @@ class ReportSettings(Settings):
     command: ClassVar[str] = "quartet-train report"
 
     run_dir: CliPositionalArg[Path] = Field(description="folder of the run")
-    kl_budget: PositiveFloat = Field(KL_BUDGET, description="nats of KL per response above which there is an alarm")
+    kl_budget: PositiveFloat | None = Field(
+        None, description="nats of KL per response above which there is an alarm; default the run's own --alarm-kl"
+    )

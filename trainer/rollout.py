@@ -85,6 +85,8 @@ class Sample:
     """Raw score of each of several reward services, by name; empty where there is one."""
     weights_version: int = 0
     """Of the policy that sampled it."""
+    spread: float | None = None
+    """Of the scores of an ensemble's members; None: the reward service hosts none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +362,7 @@ class _Judge:
         self._arrived: asyncio.Queue[tuple[int, Completion] | None] = asyncio.Queue()
         self._responses: dict[int, Completion] = {}
         self._scores: dict[str, dict[int, float]] = {reward.name: {} for reward in services.info.rewards}
+        self._spreads: dict[int, float | None] = {}
         self._references: dict[int, tuple[float, ...]] = {}
         self._failures: dict[int, str] = {}
         self.work: list[WorkInterval] = []
@@ -423,15 +426,14 @@ class _Judge:
         )
         require_same_judge(reward.title, scores.served_by, reward.model.served_by)
         self.work.append(within_call(scores.work, asked_ns, time.time_ns()))
+        if not reward.name:  # Those of several services have no unit in common.
+            for (index, _), result in zip(items, scores.results, strict=True):
+                self._spreads[index] = None if isinstance(result, ItemFailure) else result.spread
         return [result if isinstance(result, ItemFailure) else result.score for result in scores.results]
 
     def _score_item(self, index: int, completion: Completion, takes_tokens: bool) -> ScoreItem:
-        if takes_tokens:
-            return ScoreItem(prompt=self._tasks[index].ids, response=completion.token_ids)
         finished = completion.token_ids[-1] in self._stop_ids
-        text_ids = completion.token_ids[:-1] if finished else completion.token_ids
-        text = self._services.tokenizer.decode(text_ids, skip_special_tokens=True)
-        return ScoreItem(prompt=self._tasks[index].prompt, response=text, finished=finished)
+        return score_item(self._tasks[index], completion.token_ids, finished, self._services.tokenizer, takes_tokens)
 
     async def _reference(self, items: Sequence[_Item]) -> list[tuple[float, ...] | ItemFailure]:
         services = self._services
@@ -467,6 +469,7 @@ class _Judge:
                     score=combined(rewards, scores),
                     finished=completion.token_ids[-1] in self._stop_ids,
                     scores=scores if rewards[0].name else {},
+                    spread=self._spreads.get(index),
                     weights_version=version_of(completion),
                 )
             )
@@ -476,6 +479,17 @@ class _Judge:
 def prompt_seed(seed: int, purpose: str, step: int, prompt: int, sample: int) -> int:
     """The seed of one draw: the same in a resumed run, another for every step, prompt and sample."""
     return derive_seed(purpose, seed, step, prompt, sample)
+
+
+def score_item(
+    task: PromptTask, response_ids: Sequence[int], finished: bool, tokenizer: Any, takes_tokens: bool
+) -> ScoreItem:
+    """A response as a reward model is asked about it: token ids where it reads the policy's, else text."""
+    if takes_tokens:
+        return ScoreItem(prompt=task.ids, response=response_ids)
+    text_ids = response_ids[:-1] if finished else response_ids
+    text = tokenizer.decode(text_ids, skip_special_tokens=True)
+    return ScoreItem(prompt=task.prompt, response=text, finished=finished)
 
 
 def version_of(completion: Completion) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import os
@@ -366,6 +367,76 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start_three, folders, prompts, tmp_p
     assert f"stopped after step {done} of 200, as asked" in stderr
     assert "give the same command again with --resume" in stderr
     assert (tmp_path / "run" / f"checkpoint-{done:06d}" / "state.json").exists()
+
+
+def test_a_run_is_watched_on_its_held_out_prompts(
+    start_three, start_service, folders, make_reward_model, prompts, tmp_path
+):
+    model, reward = folders
+    services = start_three()
+    gold = make_reward_model(seed=31, save_tokenizer=train_tokenizer(270))  # Reads text: the same words, other ids.
+    judge = start_service("reward", gold)
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text(
+        "".join(json.dumps({"prompt": f"hello {i}", "completion": " thanks"}) + "\n" for i in range(9))
+    )
+    output = tmp_path / "run"
+    watched = ["--judge", judge.address, "--monitor-demonstrations", str(demonstrations), "--eval-every", "2"]
+    command = ppo(model, prompts, output, addresses(*services), *watched, "--eval-samples", "2", "--track", "none")
+    done = run([*command, "--alarm-kl", "1e-6"])
+    assert done.returncode == 0, done.stderr
+    before, between, after = (
+        json.loads((output / name).read_text())
+        for name in ("evaluation_before.json", "evaluations/000002.json", "evaluation_after.json")
+    )
+    # The policy starts as its reference, and leaves it; what sampling says of it is near.
+    assert before["kl_exact_mean"] == pytest.approx(0.0, abs=1e-4)
+    assert after["kl_exact_mean"] > 1e-3
+    for found in (between, after):
+        assert abs(found["kl_exact_mean"] - found["kl_sequence_mean"]) < found["kl_ci95"] + found["kl_exact_ci95"]
+        assert found["demonstration_perplexity"] != before["demonstration_perplexity"]
+    # Two answers a prompt, so there is a correlation within prompts.
+    assert (before["n"], before["prompts"]) == (20, 10)
+    assert -1 <= before["length_correlation_within"] <= 1
+    # The exact entropy of the trainer's own policy is what the engine's samples show on average.
+    assert before["entropy_mean"] == pytest.approx(math.log(300), abs=1.0)
+    records = read_metrics(output)
+    assert records[1]["eval/judge_mean"] == between["judge_mean"]
+    assert (records[1]["alarm/kl"], records[1]["alarm/count"] >= 1) == (1.0, True)
+    assert "eval/judge_mean" not in records[0]
+    assert "alarm: The KL to the reference: " in done.stderr
+    assert "in the held-out evaluation at step 2, above 1e-6" in done.stderr
+    assert f"judge {before['judge_mean']:.3f} +- " in done.stdout
+    figures = json.loads((output / "report.json").read_text())
+    assert "evaluation_after/kl_exact_mean" in [alarm["key"] for alarm in figures["alarms"]]
+    assert figures["settings"]["services.judge.weights"] == safetensors_fingerprint(gold)
+    lineage = json.loads((output / "model" / "lineage.json").read_text())["chain"]
+    assert lineage[0]["judges"]["reward"]["weights"] == safetensors_fingerprint(reward)
+    assert (lineage[0]["step"], lineage[0]["parent"]["weights"]) == (4, safetensors_fingerprint(model))
+    # The judge's scores are those that it gives to the texts.
+    sample = after["samples"][0]
+
+    async def ask() -> float:
+        async with RewardClient(judge.address) as client:
+            item = ScoreItem(prompt=sample["prompt"], response=sample["response"], finished=sample["finished"])
+            return (await client.score([item])).results[0].score
+
+    assert asyncio.run(ask()) == pytest.approx(sample["judge"], abs=1e-3)
+    # The same by the command, of what the service serves now.
+    where = addresses(*services)
+    del where[2:4]
+    held_out = tmp_path / "held_out.jsonl"
+    texts = dict.fromkeys(sample["prompt"] for sample in before["samples"])
+    held_out.write_text("".join(json.dumps({"prompt": text}) + "\n" for text in texts))
+    again = [*TRAIN, "evaluate", "--model", str(model), "--prompts", str(held_out), *where, "--max-new-tokens", "16"]
+    against = ["--against", str(output / "evaluation_before.json"), "--alarm-score-shift", "1e-9"]
+    as_judge = ["--judge", services[1].address]  # The reward service itself: token ids, and the same scores.
+    done = run([*again, *as_judge, *against, "--samples-per-prompt", "2", "--output", str(tmp_path / "e.json")])
+    assert done.returncode == 0, done.stderr
+    found = json.loads((tmp_path / "e.json").read_text())
+    assert [s["judge"] for s in found["samples"]] == pytest.approx([s["score"] for s in found["samples"]], abs=1e-4)
+    assert "alarm: The shift of the mean score, in standard deviations of before: " in done.stderr
+    assert (found["kl_exact_mean"], found["n"]) == (None, 20)
 
 
 async def test_text_goes_over_the_wire_where_the_reward_model_reads_other_tokens(

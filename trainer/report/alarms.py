@@ -6,23 +6,16 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from trainer.report.data import Run
+from pydantic import ValidationError
+
+from trainer.monitor_alarms import Alarm, Figures, worst_alarms
+from trainer.monitor_settings import AlarmSettings
+from trainer.report.data import SETTINGS_FILE, ReportError, Run
 from trainer.report.findings import Header
 from trainer.wording import brief, number, percent
 
 # What a step's time may spend in RPC before the services cost more than they bring.
 _RPC_SHARE = 0.05
-
-
-@dataclass(frozen=True, kw_only=True)
-class Alarm:
-    """A figure that crossed ``bound``. ``step`` is where it did so worst; None: over the whole run, or held out."""
-
-    key: str
-    step: int | None
-    value: float
-    bound: float
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,13 +36,26 @@ class _Rule:
         return self.low if value < self.low else self.high
 
 
-def find_alarms(run: Run, header: Header) -> tuple[Alarm, ...]:
+def bounds_of(run: Run, kl_budget: float | None = None) -> AlarmSettings:
+    """The bounds that the run was watched with, as far as its settings tell; ``kl_budget`` stands for its own."""
+    kept = {name: value for name in AlarmSettings.model_fields if (value := run.settings.get(name)) is not None}
+    try:
+        return AlarmSettings(**(kept if kl_budget is None else kept | {"alarm_kl": kl_budget}))
+    except ValidationError as error:
+        field = error.errors()[0]["loc"][0]
+        raise ReportError(
+            f"{SETTINGS_FILE}: {field} is {kept.get(str(field))!r}: {error.errors()[0]['msg']}"
+        ) from error
+
+
+def find_alarms(run: Run, header: Header, bounds: AlarmSettings) -> tuple[Alarm, ...]:
     """Every figure that crossed its bound: in training, with the step at which it did so worst, then held out."""
-    in_training = [alarm for rule in _training_rules(run, header) if (alarm := _check_steps(run, rule)) is not None]
-    return (*in_training, *_check_evaluations(run, header), *_check_rpc(header))
+    rules = _training_rules(run, header, bounds)
+    in_training = [alarm for rule in rules if (alarm := _check_steps(run, rule)) is not None]
+    return (*in_training, *_check_evaluations(run), *_check_monitors(run, bounds), *_check_rpc(header))
 
 
-def _training_rules(run: Run, header: Header) -> list[_Rule]:
+def _training_rules(run: Run, header: Header, bounds: AlarmSettings) -> list[_Rule]:
     # Bounds of importance weights, effective sample size and KL: the ones within which off-policy PPO is healthy.
     drift = "the engine's policy is not the trainer's: check weights versions and numerics"
     rules = [
@@ -94,8 +100,8 @@ def _training_rules(run: Run, header: Header) -> list[_Rule]:
             _Rule(
                 key="policy/entropy_mean",
                 what="The entropy",
-                low=0.2 * start,
-                advice="below a fifth of its start the policy has nearly stopped exploring",
+                low=bounds.alarm_entropy * start,
+                advice=f"below {percent(bounds.alarm_entropy)} of its start the policy has nearly stopped exploring",
             )
         )
     return rules
@@ -119,7 +125,7 @@ def _check_steps(run: Run, rule: _Rule) -> Alarm | None:
     )
 
 
-def _check_evaluations(run: Run, header: Header) -> list[Alarm]:
+def _check_evaluations(run: Run) -> list[Alarm]:
     alarms: list[Alarm] = []
     for name, evaluation in (("before", run.before), ("after", run.after)):
         if evaluation is None:
@@ -133,24 +139,6 @@ def _check_evaluations(run: Run, header: Header) -> list[Alarm]:
                 advice="the score of a cut answer says little",
             ),
         ]
-        if name == "after":
-            rules.append(
-                _Rule(
-                    key="kl_sequence_mean",
-                    what="The KL to the reference",
-                    high=header.kl_budget,
-                    advice="the reward model may be over-optimised: read the samples",
-                )
-            )
-            if run.before is not None and run.before.unique_share is not None:
-                rules.append(
-                    _Rule(
-                        key="unique_share",
-                        what="The share of unique responses",
-                        low=0.5 * run.before.unique_share,
-                        advice="below half of that before training the policy says the same to everything",
-                    )
-                )
         for rule in rules:
             value = getattr(evaluation, rule.key)
             if value is not None and rule.excess(value) > 0:
@@ -161,6 +149,29 @@ def _check_evaluations(run: Run, header: Header) -> list[Alarm]:
                     Alarm(key=f"evaluation_{name}/{rule.key}", step=None, value=value, bound=bound, text=text)
                 )
     return alarms
+
+
+def _check_monitors(run: Run, bounds: AlarmSettings) -> list[Alarm]:
+    """What all evaluations say of the policy, beside the one before training."""
+    series: list[tuple[int, Figures]] = [(0, run.before.figures if run.before else {})]
+    between_steps = (
+        (int(record["step"]), {key.removeprefix("eval/"): record[key] for key in record if key.startswith("eval/")})
+        for record in run.records
+    )
+    series += [(step, figures) for step, figures in between_steps if figures]
+    between = len(series)
+    if run.after is not None:
+        series.append((int(run.records[-1]["step"]) if run.records else 0, run.after.figures))
+    return [
+        Alarm(
+            key=f"eval/{found.key}" if place < between else f"evaluation_after/{found.key}",
+            step=series[place][0] if place < between else None,
+            value=found.value,
+            bound=found.bound,
+            text=text,
+        )
+        for place, found, text in worst_alarms(series, bounds)
+    ]
 
 
 def _check_rpc(header: Header) -> Sequence[Alarm]:

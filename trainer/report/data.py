@@ -70,7 +70,34 @@ class Evaluation(BaseModel):
     distinct_2: UnitFloat | None = None
     unique_share: UnitFloat | None = None
     tokens_per_s: NonNegativeFloat | None = None
+    prompts: PositiveInt | None = None
+    kl_exact_mean: Finite | None = None
+    kl_exact_ci95: NonNegativeFloat | None = None
+    entropy_mean: Finite | None = None
+    length_p05: NonNegativeFloat | None = None
+    length_p50: NonNegativeFloat | None = None
+    length_p95: NonNegativeFloat | None = None
+    length_correlation: Finite | None = None
+    length_correlation_within: Finite | None = None
+    distinct_1: UnitFloat | None = None
+    distinct_3: UnitFloat | None = None
+    self_bleu_4: UnitFloat | None = None
+    repeated_4_share: UnitFloat | None = None
+    spread_mean: NonNegativeFloat | None = None
+    judge_mean: Finite | None = None
+    judge_ci95: NonNegativeFloat | None = None
+    demonstration_perplexity: NonNegativeFloat | None = None
+    best_step: NonNegativeInt | None = None
+    judge_since_best: Finite | None = None
+    judge_since_best_ci95: NonNegativeFloat | None = None
+    score_since_best: Finite | None = None
+    score_since_best_ci95: NonNegativeFloat | None = None
     samples: tuple[Sample, ...] = ()
+
+    @property
+    def figures(self) -> dict[str, float]:
+        """Those that are known, by name."""
+        return self.model_dump(exclude={"samples"}, exclude_none=True)
 
 
 class Share(BaseModel):

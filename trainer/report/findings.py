@@ -116,7 +116,7 @@ def make_header(run: Run, kl_budget: float) -> Header:
         tokens_per_s_median=statistics.median(rates) if rates else None,
         rpc_s=rpc_s if has_rpc else None,
         rpc_share=rpc_s / step_s if has_rpc else None,
-        held_out_prompts=after.n if after else before.n if before else None,
+        held_out_prompts=(after.prompts or after.n) if after else (before.prompts or before.n) if before else None,
         reward_before=before.score_mean if before else None,
         reward_before_ci95=before.score_ci95 if before else None,
         reward_after=after.score_mean if after else None,

@@ -17,7 +17,8 @@ import jinja2
 from markupsafe import Markup, escape
 
 from trainer.files import replace_file
-from trainer.report.alarms import Alarm, find_alarms
+from trainer.monitor_alarms import Alarm
+from trainer.report.alarms import bounds_of, find_alarms
 from trainer.report.data import Evaluation, Run, Sample, Supervised, flat, read_run
 from trainer.report.findings import (
     Header,
@@ -32,7 +33,7 @@ from trainer.report.findings import (
     time_sentence,
 )
 from trainer.report.plots import draw_intervals, draw_panels, draw_time
-from trainer.report_settings import KL_BUDGET, ReportSettings
+from trainer.report_settings import ReportSettings
 from trainer.wording import brief, decimals_of_intervals, duration, fixed, number, percent
 
 PAGE_FILE = "report.html"
@@ -76,20 +77,21 @@ class Fact:
     note: str = ""
 
 
-def write_report(run_dir: Path, *, kl_budget: float = KL_BUDGET) -> ReportFiles:
+def write_report(run_dir: Path, *, kl_budget: float | None = None) -> ReportFiles:
     """Writes ``report.html`` and ``report.json`` into the run's folder.
 
     Args:
         run_dir: a run's folder, finished or not.
-        kl_budget: nats a response above which there is an alarm.
+        kl_budget: nats a response above which there is an alarm; None: the run's own --alarm-kl.
 
     Raises:
         TrainerError: the folder holds no run, one of its files is damaged, or the report can't be written.
     """
     run = read_run(run_dir)
-    header = make_header(run, kl_budget)
+    bounds = bounds_of(run, kl_budget)
+    header = make_header(run, bounds.alarm_kl)
     report = Report(
-        run=run, header=header, verdict=judge(header), alarms=find_alarms(run, header), phases=split_time(run)
+        run=run, header=header, verdict=judge(header), alarms=find_alarms(run, header, bounds), phases=split_time(run)
     )
     files = ReportFiles(page=run_dir / PAGE_FILE, figures=run_dir / FIGURES_FILE)
     figures = json.dumps(_figures(report), allow_nan=False, ensure_ascii=False, indent=1)
@@ -254,11 +256,25 @@ def _evaluation_rows(run: Run, header: Header) -> list[dict[str, Any]]:
         ("n", "prompts", number, None),
         ("score_mean", "mean reward", number, "score_ci95"),
         ("score_std", "standard deviation of the reward", number, None),
-        ("kl_sequence_mean", "KL, nats per response", number, "kl_ci95"),
+        ("judge_mean", "mean score of the judge", number, "judge_ci95"),
+        ("spread_mean", "spread of the reward ensemble", number, None),
+        ("kl_sequence_mean", "KL, nats per response, sampled", number, "kl_ci95"),
+        ("kl_exact_mean", "KL, nats per response, over the whole vocabulary", number, "kl_exact_ci95"),
+        ("entropy_mean", "entropy, nats per token", number, None),
+        ("demonstration_perplexity", "perplexity of held-out demonstrations", number, None),
         ("length_mean", "mean length, tokens", number, None),
+        ("length_p05", "5th percentile of the length", number, None),
+        ("length_p50", "median length", number, None),
+        ("length_p95", "95th percentile of the length", number, None),
+        ("length_correlation", "correlation of reward and length", signed, None),
+        ("length_correlation_within", "the same within prompts", signed, None),
         ("finished_share", "finished responses", percent, None),
+        ("distinct_1", "distinct tokens", percent, None),
         ("distinct_2", "distinct pairs of tokens", percent, None),
+        ("distinct_3", "distinct triples of tokens", percent, None),
         ("unique_share", "unique responses", percent, None),
+        ("repeated_4_share", "repeated 4-grams within a response", percent, None),
+        ("self_bleu_4", "self-BLEU-4", number, None),
         ("tokens_per_s", "tokens per second", number, None),
     ]
     rows: list[dict[str, Any]] = []

@@ -62,10 +62,42 @@ PANELS = (
                 lines=(
                     Line(key="kl/sequence_mean", label="KL"),
                     Line(key="eval/kl_sequence_mean", label="held out"),
+                    Line(key="eval/kl_exact_mean", label="held out, exact"),
                 ),
                 floor=0.0,
             ),
             Row(unit="beta, reward per nat", lines=(Line(key="kl/beta", label="beta"),)),
+        ),
+    ),
+    Panel(
+        name="judge",
+        title="Judge and reward on held-out prompts",
+        rows=(
+            Row(unit="score of the judge", lines=(Line(key="eval/judge_mean", label="judge", band="eval/judge_ci95"),)),
+            Row(
+                unit="correlation with length",
+                lines=(
+                    Line(key="eval/length_correlation", label="reward and length"),
+                    Line(key="eval/length_correlation_within", label="within prompts"),
+                ),
+            ),
+        ),
+    ),
+    Panel(
+        name="variety",
+        title="Variety of held-out responses",
+        rows=(
+            Row(
+                unit="share",
+                lines=(
+                    Line(key="eval/unique_share", label="unique responses"),
+                    Line(key="eval/distinct_2", label="distinct pairs of tokens"),
+                    Line(key="eval/repeated_4_share", label="repeated 4-grams"),
+                ),
+                share=True,
+                whole=True,
+            ),
+            Row(unit="self-BLEU-4", lines=(Line(key="eval/self_bleu_4", label="self-BLEU-4"),), floor=0.0),
         ),
     ),
     Panel(
@@ -125,6 +157,7 @@ PANELS = (
                 lines=(
                     Line(key="perplexity", label="perplexity"),
                     Line(key="eval_perplexity", label="held-out perplexity"),
+                    Line(key="eval/demonstration_perplexity", label="held-out demonstrations"),
                 ),
             ),
         ),
@@ -132,7 +165,16 @@ PANELS = (
     Panel(
         name="entropy",
         title="Entropy",
-        rows=(Row(unit="nats per token", lines=(Line(key="policy/entropy_mean", label="entropy"),), floor=0.0),),
+        rows=(
+            Row(
+                unit="nats per token",
+                lines=(
+                    Line(key="policy/entropy_mean", label="entropy"),
+                    Line(key="eval/entropy_mean", label="held out"),
+                ),
+                floor=0.0,
+            ),
+        ),
     ),
     Panel(
         name="length",

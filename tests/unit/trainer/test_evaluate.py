@@ -11,7 +11,8 @@ from scipy import stats
 
 from trainer.data import PromptRow
 from trainer.errors import DataError, OutputError
-from trainer.evaluate import Evaluation, difference, different_prompts, distinct_n, longest_prompt, summarise
+from trainer.evaluate import Evaluation, difference, different_prompts, longest_prompt, summarise
+from trainer.monitors import distinct_n
 from trainer.rollout import Rollout, Sample
 from trainer.statistics import mean_interval_of_groups
 

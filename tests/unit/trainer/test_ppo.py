@@ -493,9 +493,11 @@ class ScriptedRun:
 
     def restore(self, trained: Any) -> None: ...
 
-    def evaluate_before(self) -> None: ...
+    def evaluate_before(self) -> dict[str, float]:
+        return {}
 
-    def evaluate_after(self) -> None: ...
+    def evaluate_after(self) -> dict[str, float]:
+        return {}
 
     def evaluate_between(self) -> dict[str, float]:
         return {"eval/score_mean": 1.0}

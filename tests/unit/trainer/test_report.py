@@ -510,7 +510,7 @@ def test_collapsed_entropy_raises_an_alarm_against_its_own_start(tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value", "bound"),
-    [("unique_share", 0.4, 0.49), ("finished_share", 0.3, 0.5), ("kl_sequence_mean", 25.0, 20.0), ("failed", 2, 0)],
+    [("unique_share", 0.4, 0.9), ("finished_share", 0.3, 0.5), ("kl_sequence_mean", 25.0, 20.0), ("failed", 2, 0)],
 )
 def test_a_held_out_figure_out_of_bounds_raises_an_alarm(tmp_path, key, value, bound):
     write_run(tmp_path, steps=2, prompts=8)
@@ -577,6 +577,35 @@ def test_the_held_out_evaluations_between_steps_are_drawn_with_the_reward(tmp_pa
     )
     assert len(line) == 2
     assert line[0, 1] > line[1, 1]
+
+
+def test_what_is_watched_between_steps_is_drawn_and_its_alarm_has_the_runs_own_bound(tmp_path):
+    quiet = {
+        "eval/judge_mean": 0.1,
+        "eval/judge_ci95": 0.05,
+        "eval/length_correlation": 0.2,
+        "eval/unique_share": 0.97,
+        "eval/distinct_2": 0.6,
+        "eval/repeated_4_share": 0.01,
+        "eval/self_bleu_4": 0.2,
+        "eval/kl_exact_mean": 3.0,
+        "eval/entropy_mean": 2.0,
+        "eval/demonstration_perplexity": 9.0,
+    }
+    between = {2: quiet, 4: quiet | {"eval/unique_share": 0.5, "eval/judge_mean": 0.3}}
+    write_run(
+        tmp_path, steps=5, prompts=4, overrides=between, settings={"steps": 5, "alarm_unique": 0.8, "alarm_kl": 30}
+    )
+    page, figures = report(tmp_path)
+    (alarm,) = figures["alarms"]
+    assert (alarm["key"], alarm["step"], alarm["value"], alarm["bound"]) == ("eval/unique_share", 4, 0.5, 0.8)
+    assert "at step 4 (in 1 of 3), below 0.8" in alarm["text"]
+    assert figures["header"]["kl_budget"] == 30
+    assert {"judge", "variety", "kl", "perplexity"} <= set(page.plots)
+    assert "self-BLEU-4" in "".join(page.texts)
+    (tmp_path / "settings.json").write_text('{"alarm_unique": 2}')
+    with pytest.raises(TrainerError, match=r"settings\.json: alarm_unique is 2: "):
+        write_report(tmp_path)
 
 
 def test_the_same_run_gives_the_same_report_byte_for_byte(healthy):
