@@ -2,8 +2,9 @@
 
 A checkpoint is a folder ``checkpoint-000123``:
 
-    state.json            step, what the stage keeps (settings, counters, controllers), and the size of every other file
-    NAME.safetensors      one file a module
+    state.json            step, what the stage keeps (settings, counters, controllers), the size of every other file,
+                          and the fingerprints of weights that are not trained
+    NAME.safetensors      one file a module: what of it is trained, and its buffers
     optimiser-NAME.pt     one file an optimiser, read back with weights_only
     tensors.safetensors   what else the stage keeps as tensors
     rng.pt                states of Python's, numpy's and torch's random numbers
@@ -12,12 +13,14 @@ A checkpoint is a folder ``checkpoint-000123``:
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import random
 import re
 import signal
 import sys
 import time
+import weakref
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +34,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from quartet.fingerprint import TensorDigest, weights_fingerprint
 from trainer.errors import CheckpointError, StoppedError
 from trainer.files import remove_folder, replace_folder, written
 
@@ -39,6 +43,8 @@ _STATE = "state.json"
 _RNG = "rng.pt"
 _TENSORS = "tensors.safetensors"
 _SAME_REQUEST_S = 1.0
+# Fingerprints of modules' frozen weights: they never change, so they are computed once.
+_frozen: weakref.WeakKeyDictionary[nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -69,7 +75,8 @@ def save_checkpoint(
     Args:
         folder: where the run's checkpoints stand.
         step: steps done.
-        modules: by name; parameters (tied ones once) and persistent buffers are kept.
+        modules: by name; parameters (tied ones once) and persistent buffers are kept. Of parameters that want no
+            gradient, such as those beneath an adapter, the fingerprint alone.
         optimisers: by name.
         state: JSON values.
         tensors: further tensors, such as rollouts in flight.
@@ -97,7 +104,8 @@ def save_checkpoint(
             )
             torch.save(_random_state(), partial / _RNG)
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            content = {"step": step, "state": dict(state), "files": sizes}
+            frozen = {name: fingerprint for name, module in modules.items() if (fingerprint := frozen_weights(module))}
+            content = {"step": step, "state": dict(state), "files": sizes, "frozen": frozen}
             (partial / _STATE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
         for old in [path for _, path in _whole(folder)][: -max(1, keep)]:
             remove_folder(old)
@@ -121,6 +129,8 @@ def load_checkpoint(path: Path, *, modules: Mapping[str, nn.Module], optimisers:
     try:
         content = json.loads((path / _STATE).read_text())
         for name, module in modules.items():
+            if frozen_weights(module) != content.get("frozen", {}).get(name, ""):
+                raise ValueError(f"the weights of {name} that are not trained are others than they were")
             _restore(path / f"{name}.safetensors", module)
         for name, optimiser in optimisers.items():
             # map_location="cpu": load_state_dict moves each state to its parameter's device.
@@ -173,11 +183,33 @@ def _damage(path: Path) -> str | None:
 
 
 def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, tied ones once, and persistent buffers."""
-    parameters = dict(module.named_parameters())
-    tied = {name for name, _ in module.named_parameters(remove_duplicate=False)} - set(parameters)
+    """Parameters that are trained, tied ones once, and persistent buffers."""
+    trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    others = {name for name, _ in module.named_parameters(remove_duplicate=False)} - trained
     state = module.state_dict()
-    return {name: tensor for name, tensor in state.items() if name not in tied}
+    return {name: tensor for name, tensor in state.items() if name not in others}
+
+
+def frozen_weights(module: nn.Module) -> str:
+    """Fingerprint of the parameters that want no gradient; "" where all of them do."""
+    if module not in _frozen:
+        digests = [
+            TensorDigest(
+                name=name,
+                dtype=str(parameter.dtype).removeprefix("torch."),
+                shape=tuple(parameter.shape),
+                sha256=hashlib.sha256(_bytes(parameter)).hexdigest(),
+            )
+            for name, parameter in module.named_parameters()
+            if not parameter.requires_grad
+        ]
+        _frozen[module] = weights_fingerprint(digests) if digests else ""
+    return _frozen[module]
+
+
+def _bytes(tensor: Tensor) -> memoryview:
+    flat = tensor.detach().cpu().contiguous().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 @torch.no_grad()

@@ -20,6 +20,7 @@ from quartet.settings import (
     UnitFloat,
 )
 from trainer.encoding import Truncation
+from trainer.scale_config import FREE, ScaleSettings
 from trainer.service_credentials import Address, ServiceCredentials
 from trainer.track_settings import TrackSettings
 
@@ -38,7 +39,7 @@ ShareOfRows = Annotated[UnitFloat, Field(gt=0)]
 _OUTPUT = "folder of the run: the model in OUTPUT/model, figures in metrics.jsonl and evaluation.json, checkpoints"
 
 
-class TrainingSettings(TrackSettings):
+class TrainingSettings(ScaleSettings, TrackSettings):
     """What supervised stages have in common."""
 
     model: str = Field(description="model to start from: a Hugging Face folder or hub id")
@@ -75,7 +76,7 @@ class TrainingSettings(TrackSettings):
     @property
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
-        free = {"output", "eval_every", "save_every", "keep_checkpoints", "resume", *TrackSettings.model_fields}
+        free = {*FREE, *TrackSettings.model_fields, "output", "eval_every", "save_every", "keep_checkpoints", "resume"}
         return self.model_dump(mode="json", exclude=free)
 
 
@@ -159,6 +160,11 @@ class RewardSettings(TrainingSettings):
     def _has_held_out_rows(self) -> Self:
         if not self.eval_data and self.held_out_fraction == 0:
             raise ValueError("a reward model is never trained unevaluated: give --eval-data or a --held-out-fraction")
+        if self.weight_clip is not None and self.lora_rank:
+            raise ValueError(
+                f"--weight-clip is {self.weight_clip:g} and --lora-rank {self.lora_rank}: a bound on an adapter is "
+                "none on the model; leave one of them out"
+            )
         return self
 
     @model_validator(mode="after")

@@ -40,6 +40,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.scaling import prepare
 from trainer.statistics import Interval, wilson_interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "chosen_logprob_mean", "rejected_logprob_mean", "tokens_per_s")
@@ -56,7 +57,7 @@ def main(settings: DpoSettings) -> None:
     rows, held_out_rows = train_and_held_out(settings, load_preferences)
     folder = find_model(settings.model)
     tokenizer = load_tokenizer(folder)
-    policy = load_policy(folder, tokenizer).to(choose_device())
+    policy = prepare(load_policy(folder, tokenizer).to(choose_device()), settings, seed=settings.seed)
     encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
     train, held_out = encoder.preferences(rows), encoder.preferences(held_out_rows)
     data = rows_digest(*(_answers_of(part) for part in (train, held_out)))

@@ -23,6 +23,7 @@ from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder, written
 from trainer.lineage import Origin, write_lineage
+from trainer.lora import adapter_of, plain_state_dict
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 from trainer.packing import is_packed, packed_outputs
 
@@ -34,6 +35,9 @@ _LOGIT_BYTES = {"cpu": 2**22, "cuda": 2**28}
 _CPU_PART = 4096
 # Largest difference between a model's own logits and hidden states times output weights that is rounding.
 _HEAD_TOLERANCE = 1e-3
+
+# Beside the model, where an adapter was trained.
+ADAPTER_FOLDER = "adapter"
 
 HeadInit = Literal["zero", "normal", "reward"]
 
@@ -175,7 +179,9 @@ def _fit(model: Any, tokenizer: Any) -> None:
     needed = 1 + max(token for token in tokenizer.get_vocab().values() if token != pad)
     if needed > model.get_input_embeddings().weight.shape[0]:
         # The mean of the others, so that the new token is not suddenly the likeliest.
-        with _quiet_transformers():
+        # Drawn from one seed, so that it is the same model whenever it is loaded.
+        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
             model.resize_token_embeddings(needed, mean_resizing=True)
     embeddings = model.get_input_embeddings()
     # Transformers' own classifiers look for the last token that is no pad: with the end token for one they would score
@@ -219,14 +225,16 @@ def longest_sequence(model: Any) -> int:
 def set_dropout(model: nn.Module, probability: float) -> int:
     """Sets every dropout of ``model``, leaving its saved configuration alone. Returns how many there are."""
     found = 0
-    for module in model.modules():
+    for name, module in model.named_modules():
+        if ".lora_dropout." in name:
+            continue  # It has a setting of its own, and evaluation mode is without it.
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = probability
             found += 1
         # Attention implementations keep a plain number, such as LlamaAttention.attention_dropout.
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, probability)
+        for attribute, value in vars(module).items():
+            if "dropout" in attribute and isinstance(value, float):
+                setattr(module, attribute, probability)
                 found += 1
     return found
 
@@ -495,9 +503,10 @@ def _value_head(model: Any, init: HeadInit, seed: int, reward_head: nn.Linear | 
 def export_tensors(model: Any) -> list[tuple[str, Tensor]]:
     """Names and tensors exactly as ``save_pretrained`` would write them: tied copies left out, names of checkpoints.
 
-    The tensors share memory with the model wherever the checkpoint stores what the model holds.
+    The tensors share memory with the model wherever the checkpoint stores what the model holds. An adapter is merged
+    into them.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state = plain_state_dict(model)
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     state = remove_tied_weights_from_state_dict(state, model)
@@ -517,15 +526,22 @@ def save_model(
     """Writes model, tokenizer and quartet.json as a plain Hugging Face folder, which appears whole or not at all.
 
     An existing folder is replaced. quartet.json keeps what it held of the model that was loaded, under ``metadata``;
-    lineage.json says where the model comes from: its ``origin``, and the ``step`` of its training.
+    lineage.json says where the model comes from: its ``origin``, and the ``step`` of its training. Of a model with an
+    adapter the folder holds both merged, and ADAPTER_FOLDER beside it the adapter as peft saves it.
 
     Raises:
         OutputError: it can't be written.
     """
     with written(folder), replace_folder(folder) as partial, _quiet_transformers():
-        model.save_pretrained(partial)
+        model.save_pretrained(partial, state_dict=plain_state_dict(model))
         tokenizer.save_pretrained(partial)
         if metadata:
             write_metadata(partial, **metadata)
         if origin is not None:
             write_lineage(partial, origin, step)
+    if (adapter := adapter_of(model)) is not None:
+        # Several models in one folder have one each.
+        beside = folder.with_name(ADAPTER_FOLDER if folder.name == "model" else f"{folder.name}-{ADAPTER_FOLDER}")
+        with written(beside), replace_folder(beside) as partial:
+            adapter.save(partial)
+            tokenizer.save_pretrained(partial)

@@ -47,6 +47,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.scaling import prepare
 from trainer.statistics import Interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "tokens_per_s", "learning_rate")
@@ -156,6 +157,7 @@ class Run:
         self.model = load_reward_model(
             base, self.tokenizer, new_head_seed=settings.seed, heads=len(self.heads) or 1
         ).to(choose_device())
+        prepare(self.model, settings, seed=settings.seed)
         self.limit = token_limit(settings, self.model)
         self.encoder = Encoder(self.tokenizer, max_tokens=self.limit, truncation=settings.truncation)
         self.train_rows, self.temperature_rows, self.held_out = (

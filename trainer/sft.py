@@ -29,6 +29,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.scaling import prepare
 
 WATCHED = ("loss", "perplexity", "tokens_per_s", "learning_rate")
 
@@ -45,7 +46,7 @@ def main(settings: SftSettings) -> None:
     tokenizer = load_tokenizer(folder)
     if settings.chat_template is not None:
         tokenizer.chat_template = read_template(settings)
-    policy = load_policy(folder, tokenizer).to(choose_device())
+    policy = prepare(load_policy(folder, tokenizer).to(choose_device()), settings, seed=settings.seed)
     encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
     train, held_out = encoder.demonstrations(rows), encoder.demonstrations(held_out_rows)
     data = rows_digest(train, held_out)

@@ -9,6 +9,8 @@ from typing import Any
 
 # What quartet keeps beside a model: normalisation of a reward model and how it was trained.
 METADATA_FILE = "quartet.json"
+# What PEFT saves an adapter's configuration in.
+_ADAPTER_FILE = "adapter_config.json"
 _PICKLED = ("*.bin", "*.pt", "*.pth", "*.pkl", "*.ckpt")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 
@@ -37,6 +39,12 @@ def find_model(
         folder = _download(model, revision, *(["*.py"] if with_code else []))
     if not folder.is_dir():
         raise ModelFolderError(f"model {model!r}: there is no such folder")
+    if (folder / _ADAPTER_FILE).is_file():
+        raise ModelFolderError(
+            f"model {model!r}: the folder holds a LoRA adapter ({_ADAPTER_FILE}), not a whole model: name the folder "
+            "of the model with the adapter merged into it, which quartet-train writes beside the adapter; peft's "
+            "merge_and_unload makes one of any other"
+        )
     if not (folder / "config.json").is_file():
         raise ModelFolderError(f"model {model!r}: the folder has no config.json, so it is not a Hugging Face model")
     pickled = sorted(path.name for pattern in _PICKLED for path in folder.glob(pattern))

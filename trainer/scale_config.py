@@ -1,0 +1,35 @@
+"""Settings of every stage that decide how much memory training takes. Nothing here imports torch."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field
+
+from quartet.settings import NonNegativeInt, PositiveFloat, Settings, UnitFloat
+
+# What of these changes nothing in the result.
+FREE = frozenset({"activation_checkpointing"})
+
+
+class ScaleSettings(Settings):
+    """LoRA, and activations that are computed anew instead of kept."""
+
+    lora_rank: NonNegativeInt = Field(
+        0,
+        description="train a LoRA adapter of this rank and leave the model's own weights as they are; wants about ten "
+        "times the learning rate. 0: all weights are trained",
+    )
+    lora_alpha: PositiveFloat = Field(32.0, description="what the adapter adds is scaled by alpha / rank")
+    lora_dropout: Annotated[UnitFloat, Field(lt=1)] = Field(
+        0.0, description="of what goes into the adapter, in training"
+    )
+    lora_targets: tuple[str, ...] = Field(
+        ("all-linear",),
+        description="layers that get an adapter, by the ends of their names (q_proj v_proj); all-linear: every linear "
+        "layer but the output's",
+        min_length=1,
+    )
+    activation_checkpointing: bool = Field(
+        False, description="keep one activation a layer and compute the others anew when the gradient wants them"
+    )
