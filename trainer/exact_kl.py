@@ -101,13 +101,13 @@ def _logits_at(
         hidden_ND = hidden_at(model, ids_BS, mask_BS, states_BS)
         head = model.get_output_embeddings()
         bias_V = None if head.bias is None else _wide(head.bias)
-        for hidden_CD in hidden_ND.split(chunk):
+        for hidden_CD in torch.split(hidden_ND, chunk):
             # In bfloat16 the difference of two near policies would be its rounding.
             with torch.autocast(hidden_CD.device.type, enabled=False):
                 logits_CV = functional.linear(_wide(hidden_CD), _wide(head.weight), bias_V)
             yield logits_CV
         return
-    yield from own_logits(model, ids_BS, mask_BS, states_BS).split(chunk)
+    yield from torch.split(own_logits(model, ids_BS, mask_BS, states_BS), chunk)
 
 
 def _wide(x: Tensor) -> Tensor:
