@@ -40,8 +40,9 @@ Name = Literal["policy", "reward", "reference"]
 _ITEMS, _PROMPT, _RESPONSE = 4, 112, 16
 _TOKENS = _ITEMS * (_PROMPT + _RESPONSE)
 _WAITING_S = 1.0
-"""The queue holds what the model does in so many seconds, but for no fewer requests than this."""
-_LEAST_WAITING = 40
+"""The queue holds what the model does in so many seconds."""
+_LEAST_WAITING, _LEAST_WAITING_LARGER = 10, 40
+"""Requests that it has room for at least: a slow model's capacity is that of callers of whom some always wait."""
 _CALLERS = (8, 16, 32)
 """That capacity is measured with: the most that any of them gets. Of the policy, so many times its slots are filled."""
 _SLOTS = 32
@@ -152,7 +153,8 @@ def measure(
         # First with a queue that nothing fills, to learn what a queue of a second is.
         with _running(name, model, *flags) as (_, address):
             capacity = asyncio.run(_capacity(name, address, seconds / 3))
-        queued = max(_LEAST_WAITING * _TOKENS, int(capacity * _TOKENS * _WAITING_S))
+        least = _LEAST_WAITING_LARGER if larger else _LEAST_WAITING
+        queued = max(least * _TOKENS, int(capacity * _TOKENS * _WAITING_S))
         # What the policy is generating counts as well, and what waits while its capacity is measured.
         queued += _SLOTS // _ITEMS * _TOKENS if name == "policy" else 0
         with _running(name, model, *flags, "--max-queued-tokens", str(queued)) as (process, address):
@@ -283,6 +285,8 @@ def per_second(times_s: Sequence[float]) -> float:
 
     They come a batch at a time. Counted from a moment to another, one batch more or less would lie between them.
     """
+    if len(times_s) < 2:
+        return 0.0
     return float(np.polyfit(np.array(times_s) - times_s[0], np.arange(len(times_s)), 1)[0])
 
 
@@ -321,7 +325,7 @@ async def _timed(ask: Callable[[], Awaitable[object]]) -> float:
 async def _overload(ask: Callable[[], Awaitable[object]], found: Found, seconds: float) -> None:
     """Requests arrive evenly at ``found.offered`` for ``seconds``; those until the queue is full are not counted."""
     start_s = time.perf_counter()
-    counted_s, end_s = start_s + found.queue_s, start_s + seconds
+    counted_s, end_s = start_s + min(found.queue_s, seconds / 2), start_s + seconds
     answered_s: list[float] = []
 
     async def one() -> None:
