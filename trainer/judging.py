@@ -81,7 +81,7 @@ class JudgeService:
                 tokenizer_fingerprint=self._fingerprint if takes_tokens else "",
                 truncation=Truncation(self._settings.truncation),
             )
-        require_same_judge("judge", reply.served_by, self.served_by)
+        require_same_judge("judge service", reply.served_by, self.served_by)
         failed = [result for result in reply.results if isinstance(result, ItemFailure)]
         if len(failed) > _MAX_FAILED * len(items) or len(items) - len(failed) < 2:
             raise ServicesError(
