@@ -6,6 +6,7 @@ Shapes: B responses, T response tokens.
 from __future__ import annotations
 
 import importlib
+import warnings
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,14 +17,24 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.oracles import peers
-from tests.oracles.batches import BATCHES, Batch, T, assert_agree, gradient
+from tests.oracles.batches import BATCHES, SEEDS, Batch, T, assert_agree, gradient
 from tests.oracles.trl.stand_in import trainer_of_trl
 from trainer import kl, losses
-from trainer.advantages import masked_mean
+from trainer.advantages import group_mean_baseline, leave_one_out, masked_mean
 
 peers.require("trl")
-pytestmark = pytest.mark.filterwarnings("ignore:TRL currently supports vLLM")  # No test here generates.
 trl: Any = importlib.import_module("trl.trainer")
+with warnings.catch_warnings():
+    warnings.filterwarnings("ignore", message="TRL currently supports vLLM")  # No test here generates.
+    grpo_trainer: Any = importlib.import_module("trl.trainer.grpo_trainer")
+GRPO_ADVANTAGES = peers.statements(
+    trl.GRPOTrainer._generate_and_score_completions,
+    "if self.multi_objective_aggregation",
+    "advantages = torch.nan_to_num(",
+)
+RLOO_ADVANTAGES = peers.statements(
+    trl.RLOOTrainer._generate_and_score_completions, "grouped_rewards = ", "advantages = torch.nan_to_num("
+)
 
 
 # The clipped policy loss
@@ -109,3 +120,32 @@ def test_exception_their_rloo_clips_the_ratio_of_whole_responses(batch: Batch) -
     theirs = group_loss_of_trl(trl.RLOOTrainer, new_BT, {"old_logps": old_B}, advantages_B, batch.mask_BT)
     whole_B1 = torch.ones(len(old_B), 1, dtype=torch.bool)
     assert_agree(losses.policy_loss(new_B[:, None], old_B[:, None], advantages_B[:, None], whole_B1).loss, theirs)
+
+
+# Advantages within groups
+
+
+@given(seed=SEEDS, prompts=st.integers(1, 4), samples=st.integers(2, 5))
+def test_advantages_within_groups_agree(seed: int, prompts: int, samples: int) -> None:
+    """GRPO's without its division, and RLOO's, of samples of a prompt that stand together."""
+    batch = Batch(seed, [1] * (prompts * samples))
+    rewards_B, groups_B = batch.scores(), torch.arange(prompts).repeat_interleave(samples)
+    names = {"rewards": rewards_B, "rewards_per_func": rewards_B[:, None], "num_generations": samples, "torch": torch}
+    names |= {"device": rewards_B.device, "unscorable_mask": rewards_B.isnan(), "nanstd": grpo_trainer.nanstd}
+
+    def advantages_of(statements: Any, **settings: Any) -> Tensor:
+        variables = names | {"self": SimpleNamespace(**settings)}
+        exec(statements, variables)
+        return variables["advantages"]
+
+    rloo_B = advantages_of(RLOO_ADVANTAGES, normalize_advantages=False)
+    rewards_BT, mask_BT = torch.nn.functional.pad(rewards_B[:, None], (0, T - 1)), batch.mask_BT
+    assert_agree(leave_one_out(rewards_BT, mask_BT, groups_B)[:, 0], rloo_B)
+    settings = {"multi_objective_aggregation": "sum_then_normalize", "reward_weights": torch.ones(1)}
+    plain_B = advantages_of(GRPO_ADVANTAGES, **settings, scale_rewards="none")
+    assert_agree(group_mean_baseline(rewards_BT, mask_BT, groups_B, divide_by_std=False)[:, 0], plain_B)
+    # Exception: theirs adds 1e-4 to the standard deviation, ours, as verl's, 1e-6.
+    scaled_B = advantages_of(GRPO_ADVANTAGES, **settings, scale_rewards="group")
+    deviation_B = rewards_B.view(prompts, samples).std(dim=1).repeat_interleave(samples)
+    ours_B = group_mean_baseline(rewards_BT, mask_BT, groups_B)[:, 0]
+    assert_agree(ours_B * (deviation_B + 1e-6) / (deviation_B + 1e-4), scaled_B)

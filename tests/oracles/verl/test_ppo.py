@@ -11,6 +11,7 @@ import sys
 import types
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import assume, given
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from tests.oracles import peers
 from tests.oracles.batches import BATCHES, SEEDS, Batch, assert_agree, gradient
 from trainer import kl, losses
-from trainer.advantages import gae, masked_mean, masked_var, whiten
+from trainer.advantages import gae, group_mean_baseline, leave_one_out, masked_mean, masked_var, rewards_to_go, whiten
 from trainer.rewards import place_scores, shape_rewards
 
 peers.require("verl")
@@ -160,6 +161,16 @@ def test_exception_their_loss_of_a_bad_action_stops_growing_at_three_times_its_p
     ours = losses.policy_loss(new_BT, old_BT, advantages_BT, mask_BT).loss.item()
     theirs = _policy_loss(new_BT, old_BT, advantages_BT, mask_BT, dual_clip=3.0)[0].item()
     assert theirs == pytest.approx(min(ours, -3 * advantage) if advantage < 0 else ours)
+
+
+@given(batch=BATCHES, step=STEPS, dual_clip=st.floats(1.1, 5))
+def test_the_dual_clip_agrees(batch: Batch, step: float, dual_clip: float) -> None:
+    old_BT, advantages_BT, mask_BT = batch.logprobs(), batch.normal(), batch.mask_BT
+    new_BT = (old_BT + batch.normal(step)).requires_grad_()
+    ours = losses.policy_loss(new_BT, old_BT, advantages_BT, mask_BT, dual_clip=dual_clip).loss
+    theirs, _ = _policy_loss(new_BT, old_BT, advantages_BT, mask_BT, dual_clip=dual_clip)
+    assert_agree(ours, theirs)
+    assert_agree(gradient(ours, new_BT), gradient(theirs, new_BT))
 
 
 def test_exception_their_figure_of_drift_ends_at_twenty_nats_a_token() -> None:
@@ -352,3 +363,52 @@ def test_logprobs_and_entropies_agree(seed: int, scale: float) -> None:
         losses.selective_logprobs(logits_BTV, ids_BT), torch_functional.logprobs_from_logits(logits_BTV, ids_BT)
     )
     assert_agree(losses.entropy_from_logits(logits_BTV), torch_functional.entropy_from_logits(logits_BTV))
+
+
+# Advantages without a critic
+
+# Groups of 2 to 4 samples of a prompt, in any order.
+GROUPS = st.lists(st.integers(2, 4), min_size=2, max_size=4).flatmap(
+    lambda sizes: st.permutations([group for group, size in enumerate(sizes) for _ in range(size)])
+)
+
+
+@given(seed=SEEDS, groups=GROUPS)
+def test_advantages_within_groups_agree(seed: int, groups: list[int]) -> None:
+    batch = Batch(seed, [1 + (seed + 3 * i) % 8 for i in range(len(groups))])
+    rewards_BT, mask_BT, groups_B = batch.normal(), batch.mask_BT, torch.tensor(groups)
+    theirs = {"token_level_rewards": rewards_BT * mask_BT, "response_mask": mask_BT, "index": np.array(groups)}
+    assert_agree(leave_one_out(rewards_BT, mask_BT, groups_B), core_algos.compute_rloo_outcome_advantage(**theirs)[0])
+    for by_std in (True, False):
+        expected_BT, _ = core_algos.compute_grpo_outcome_advantage(**theirs, norm_adv_by_std_in_grpo=by_std)
+        assert_agree(group_mean_baseline(rewards_BT, mask_BT, groups_B, by_std), expected_BT)
+    assume(sum(batch.lengths) >= 8)
+    above_BT = group_mean_baseline(rewards_BT, mask_BT, groups_B, divide_by_std=False)
+    expected_BT, _ = core_algos.compute_reinforce_plus_plus_baseline_outcome_advantage(**theirs)
+    assert_agree(whiten(above_BT, mask_BT), expected_BT)
+
+
+@given(batch=BATCHES, gamma=UNIT)
+def test_rewards_to_go_agree(batch: Batch, gamma: float) -> None:
+    rewards_BT, mask_BT = batch.normal(), batch.mask_BT
+    config = types.SimpleNamespace(gamma=gamma)
+    advantages_BT, returns_BT = core_algos.compute_reinforce_plus_plus_outcome_advantage(
+        rewards_BT, mask_BT.long(), config
+    )
+    ours_BT = rewards_to_go(rewards_BT, mask_BT, gamma)
+    assert_agree(ours_BT, returns_BT)
+    assert_agree(whiten(ours_BT, mask_BT), advantages_BT)
+
+
+def test_exception_a_response_alone_in_its_group_has_its_own_reward_for_advantage_there_and_0_here() -> None:
+    """Where all others of a prompt failed there is nothing to compare with, so nothing to learn."""
+    rewards_BT, mask_BT = torch.tensor([[3.0], [1.0], [2.0]]), torch.ones(3, 1, dtype=torch.bool)
+    theirs = {"token_level_rewards": rewards_BT, "response_mask": mask_BT, "index": np.array([0, 1, 1])}
+    groups_B = torch.tensor([0, 1, 1])
+    for ours_BT, theirs_BT in (
+        (leave_one_out(rewards_BT, mask_BT, groups_B), core_algos.compute_rloo_outcome_advantage(**theirs)[0]),
+        (group_mean_baseline(rewards_BT, mask_BT, groups_B), core_algos.compute_grpo_outcome_advantage(**theirs)[0]),
+    ):
+        assert ours_BT[0].item() == 0
+        assert theirs_BT[0].item() == pytest.approx(3.0, rel=1e-5)
+        assert_agree(ours_BT[1:], theirs_BT[1:])
