@@ -351,7 +351,7 @@ def test_the_time_of_a_step_adds_up() -> None:
     "how",
     [
         {},
-        {"advantage": "rloo", "samples_per_prompt": 2, "kl_in": "loss", "whiten_advantages": "off"},
+        {"advantage": "rloo", "samples_per_prompt": 4, "kl_in": "loss", "whiten_advantages": "off"},
     ],
     ids=["gae, KL in the reward", "rloo, KL in the loss"],
 )
@@ -367,14 +367,15 @@ def test_ppo_reaches_the_closed_form_optimum(how: dict[str, Any]) -> None:
     reference = copy.deepcopy(policy)
     responses = list(itertools.product(range(tokens), repeat=2))
     reward_of = dict(zip(responses, np.random.default_rng(0).normal(size=len(responses)).tolist(), strict=True))
-    prompt = (2,)
+    # Two tokens: after `a` and after `a a` one layer with rotary positions is in the same state, and could not choose.
+    prompt = (2, 3)
 
     @torch.no_grad()
     def distribution(model: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """(36, 2) log-probabilities of both tokens of every response, and (36,) of the response."""
         ids = torch.tensor([[*prompt, *response] for response in responses])
         table = model(ids).logits.double().log_softmax(-1)
-        logp = torch.stack([table[:, t].gather(1, ids[:, t + 1 : t + 2])[:, 0] for t in range(2)], dim=1)
+        logp = torch.stack([table[:, t + 1].gather(1, ids[:, t + 2 : t + 3])[:, 0] for t in range(2)], dim=1)
         return logp, logp.sum(dim=1)
 
     ref_tokens, ref = distribution(reference)

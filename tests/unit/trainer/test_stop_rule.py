@@ -168,7 +168,8 @@ def test_a_new_best_is_exported_and_saved_before_the_former_one_is_removed(tmp_p
     def note(what: str) -> None:
         seen.append((what, sorted(path.name for path in tmp_path.glob("best-*"))))
 
-    def export(model, tokenizer, folder) -> None:
+    def export(model, tokenizer, folder, *, origin, step) -> None:
+        assert (origin, folder.name) == ("origin", f"best-{step:06d}")
         folder.mkdir()
         note("export")
 
@@ -177,13 +178,20 @@ def test_a_new_best_is_exported_and_saved_before_the_former_one_is_removed(tmp_p
 
     monkeypatch.setattr("trainer.ppo_run.save_model", export)
     monkeypatch.setattr("trainer.ppo_run.save_checkpoint", save_checkpoint)
+
+    def watch(step: int, found: Evaluation, path: Path | None = None) -> tuple[Evaluation, dict[str, float]]:
+        if path is not None:
+            found.write(path)
+        return found, {}
+
     scores = iter([0.0, 1.0, 0.5, 2.0])
     run = object.__new__(PPORun)
     run.__dict__ |= {
         "settings": settings(output=str(tmp_path), eval_every=1, save_every=0, steps=9),
         "stop_rule": StopRule(), "step": 0, "episodes": 0, "policy": None, "tokenizer": None,
         "_saved_step": 0, "_checkpoint": None, "_started_s": 0.0, "_judges": {}, "_data": "",
-        "_ahead": SimpleNamespace(waiting=[]), "evaluate": lambda: evaluation(next(scores) + NOISE),
+        "_ahead": SimpleNamespace(waiting=[]), "_monitor": SimpleNamespace(watch=watch), "_origin": "origin",
+        "evaluate": lambda: evaluation(next(scores) + NOISE),
     }  # fmt: skip
     trained = SimpleNamespace(modules={}, optimisers={}, states={})
     run.evaluate_before()
@@ -213,7 +221,7 @@ def test_the_loop_ends_when_the_rule_says_so(tmp_path: Path):
         return {}
 
     run.evaluate_between = evaluate_between  # type: ignore[method-assign]
-    run.evaluate_after = lambda: ended.append(run.step)  # type: ignore[method-assign]
+    run.evaluate_after = lambda: ended.append(run.step) or {}  # type: ignore[method-assign,func-returns-value]
     train(run, StopRequest())  # type: ignore[arg-type]
     assert ended == [2]
     assert run.saved == [2]
