@@ -217,7 +217,9 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
     )
 
     kl_in: Literal["reward", "loss"] = Field(
-        "reward", description="where KL to the reference is paid: in the reward of each token, or in the loss beside it"
+        "reward",
+        description="where KL to the reference is paid: in the reward of each token, or in the loss beside it, where a "
+        "token pays for its own KL and not for that of what it leads to",
     )
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = Field(
         "auto",
