@@ -168,7 +168,7 @@ async def test_a_watch_that_nobody_reads_keeps_a_service_neither_from_becoming_r
 
 
 async def test_large_requests_at_once_take_the_memory_of_a_few(start):
-    """40 of 8 MiB on 8 connections: 320 MiB, twice while they are parsed and three times with the parsed, without the limit.
+    """40 of 8 MiB on 8 connections: 320 MiB, each twice while it is parsed, come to hundreds more without the limit.
 
     How many are here in the moment that is free depends on the machine.
     """
