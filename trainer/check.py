@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 
 from trainer.comparisons import load_comparisons
 from trainer.config import CheckSettings
-from trainer.data import Row, load_demonstrations, load_preferences, load_prompts
+from trainer.data import load_demonstrations, load_preferences, load_prompts
+from trainer.rows import Row
 
 _LOADERS: dict[str, Callable[[Sequence[str]], Sequence[Row]]] = {
     "comparisons": load_comparisons,

@@ -15,8 +15,9 @@ import numpy as np
 import numpy.typing as npt
 
 from trainer.comparisons import Comparison, Judgement
-from trainer.data import Demonstration, Preference, Prompt, PromptRow, Row
+from trainer.data import Demonstration, Preference, PromptRow
 from trainer.errors import DataError, ModelError
+from trainer.rows import Prompt, Row
 
 Ids = npt.NDArray[np.int32]
 

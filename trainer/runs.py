@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +26,19 @@ from trainer.checkpoint import (
     stop_on_signal,
 )
 from trainer.config import TrainingSettings
-from trainer.data import Row, shared_groups, split_held_out
+from trainer.data import shared_groups, split_held_out
 from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
 from trainer.files import replace_file, require_folder
 from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
+from trainer.rows import RowT
 from trainer.tracking import METRICS_FILE, RunTracker
 
 SETTINGS_FILE = "settings.json"
 EVALUATION_FILE = "evaluation.json"
 MODEL_FOLDER = "model"
-
-RowT = TypeVar("RowT", bound=Row)
 
 
 def open_output(
