@@ -119,7 +119,10 @@ def pad_right(sequences: Sequence[Ids | Sequence[int]], pad_id: int, device: tor
     return torch.from_numpy(ids).to(device), mask_BS.to(device)
 
 
-def response_mask(mask_BS: Tensor, prompt_tokens: Sequence[int]) -> Tensor:
-    """(B, S) True on real response tokens that something stands before: the very first token has no prediction."""
-    starts_B = torch.tensor([max(1, tokens) for tokens in prompt_tokens], device=mask_BS.device)
-    return mask_BS & (torch.arange(mask_BS.shape[1], device=mask_BS.device)[None, :] >= starts_B[:, None])
+def learned_mask(mask_BS: Tensor, learned: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """(B, S) True where a row is learned: its stretches are given by their first place and the one after their last."""
+    wanted = np.zeros(mask_BS.shape, dtype=bool)
+    for row, stretches in enumerate(learned):
+        for start, end in stretches:
+            wanted[row, start:end] = True
+    return mask_BS & torch.from_numpy(wanted).to(mask_BS.device)

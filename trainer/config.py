@@ -88,6 +88,11 @@ class SftSettings(TrainingSettings):
     held_out_fraction: HeldOutFraction = Field(0.05, description="share of data's rows that is set apart, by prompt")
     learning_rate: PositiveFloat = Field(2e-5, description="peak of the learning rate; TRL's default")
     chat_template: Path | None = Field(None, description="Jinja file: chat template to give the tokenizer")
+    train_on: Literal["last-turn", "all-turns"] = Field(
+        "last-turn",
+        description="of messages: the last answer of the assistant, or every one, each with the end token that the "
+        "chat template closes it by",
+    )
 
 
 class RewardSettings(TrainingSettings):

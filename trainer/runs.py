@@ -78,8 +78,12 @@ def open_output(
 
 
 def rows_digest(*parts: Iterable[EncodedResponse]) -> str:
-    """``ids_digest`` of prompts and responses, and of where the one ends and the other begins."""
-    return ids_digest(*((ids for row in part for ids in ((row.prompt_tokens,), row.ids)) for part in parts))
+    """``ids_digest`` of prompts and responses, and of where the one ends and the other begins, turn by turn."""
+    return ids_digest(*((ids for row in part for ids in (_places(row), row.ids)) for part in parts))
+
+
+def _places(row: EncodedResponse) -> tuple[int, ...]:
+    return (row.prompt_tokens, *(place for turn in row.turns for place in turn))
 
 
 def ids_digest(*parts: Iterable[Sequence[int] | Ids]) -> str:
