@@ -55,6 +55,11 @@ COMMANDS = {
         settings="trainer.config:DpoSettings",
         main="trainer.dpo:main",
     ),
+    "kto": Command(
+        summary="train a policy on answers that were judged good or bad one by one",
+        settings="trainer.config:KtoSettings",
+        main="trainer.kto:main",
+    ),
     "ppo": Command(
         summary="train a policy by PPO against the running services",
         settings="trainer.ppo_config:PPOSettings",

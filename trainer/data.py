@@ -13,6 +13,8 @@ prompt, chosen, rejected                  a preference; as a demonstration, its 
 instruction, (input), chosen, rejected    the same
 chosen, rejected                          a preference without a prompt; of two conversations, the shared
                                           beginning is the prompt
+prompt, completion, label                 a judged answer: good where the label is true, bad where it is false
+the shapes of a preference                two judged answers: the chosen one good, the rejected one bad
 prompt; instruction, (input); messages    a prompt
 the shapes of a preference                its prompt
 ========================================  ==================================================================
@@ -36,6 +38,7 @@ from trainer.rows import (
     Row,
     RowT,
     has,
+    kind_of,
     load_rows,
     no_shape,
     not_empty,
@@ -63,6 +66,13 @@ class Demonstration(Row):
     @property
     def group_key(self) -> str:
         return super().group_key or self.completion
+
+
+@dataclass(frozen=True, kw_only=True)
+class JudgedAnswer(Demonstration):
+    """A prompt and an answer that was judged by itself."""
+
+    desirable: bool
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +104,21 @@ def load_demonstrations(sources: Sequence[str], *, split_by: str | None = None) 
 def load_preferences(sources: Sequence[str], *, split_by: str | None = None) -> list[Preference]:
     """The preferences of all ``sources``; arguments and errors as ``load_demonstrations`` has them."""
     return load_rows(sources, read_preference, split_by)
+
+
+def load_judged(sources: Sequence[str], *, split_by: str | None = None) -> list[JudgedAnswer]:
+    """The judged answers of all ``sources``, two of a preference; arguments and errors as ``load_demonstrations``."""
+    judged = []
+    for row in load_rows(sources, _judged, split_by):
+        if isinstance(row, JudgedAnswer):
+            judged.append(row)
+            continue
+        for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
+            where, good = f"{row.where} ({name})", name == "chosen"
+            judged.append(
+                JudgedAnswer(prompt=row.prompt, completion=answer, desirable=good, where=where, group=row.group)
+            )
+    return judged
 
 
 def load_prompts(sources: Sequence[str], *, split_by: str | None = None) -> list[PromptRow]:
@@ -188,6 +213,28 @@ def read_preference(fields: Fields, where: str) -> Preference:
             where=where,
         )
     return _preferred_conversation(prompt, chosen, rejected, where)
+
+
+def _judged(fields: Fields, where: str) -> JudgedAnswer | Preference:
+    row: JudgedAnswer | Preference
+    if has(fields, "chosen") or has(fields, "rejected"):
+        row = read_preference(fields, where)
+    elif has(fields, "completion") or has(fields, "label"):
+        needs = "a judged answer needs prompt, completion and label"
+        completion = read_answer(present(fields, "completion", where, needs), "completion", where)
+        label = present(fields, "label", where, needs)
+        if not isinstance(label, bool):
+            raise DataError(f"{where}: field 'label' must be true or false, is {kind_of(label)}")
+        prompt = read_prompt_if_any(fields, where)
+        row = JudgedAnswer(prompt=prompt, completion=completion, desirable=label, where=where)
+    else:
+        raise no_shape(fields, where, "a judged answer needs prompt, completion and label, or chosen and rejected")
+    if not row.prompt:
+        raise DataError(
+            f"{where}: field 'prompt' is missing or empty: KTO measures how far the policy has gone by answers to "
+            "other prompts"
+        )
+    return row
 
 
 def _preferred_conversation(prompt: Prompt, chosen: object, rejected: object, where: str) -> Preference:
