@@ -65,6 +65,11 @@ COMMANDS = {
         settings="trainer.ppo_config:PPOSettings",
         main="trainer.ppo:main",
     ),
+    "online-dpo": Command(
+        summary="train a policy by DPO on its own best and worst answers, against the running services",
+        settings="trainer.online_dpo_config:OnlineDpoSettings",
+        main="trainer.online_dpo:main",
+    ),
     "evaluate": Command(
         summary="compare policies on held-out prompts by their rewards",
         settings="trainer.ppo_config:EvaluateSettings",

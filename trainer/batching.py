@@ -5,7 +5,7 @@ Shapes: B sequences, S tokens of prompt and response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -89,6 +89,20 @@ class RowStream:
             drawn.append(self._order[at])
         self.position += number
         return drawn
+
+
+def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[list[int]]:
+    """Rows of each optimiser step on one rollout: every row once an epoch, in a fresh permutation each.
+
+    Args:
+        count: rows of the rollout.
+        epochs: passes over them.
+        parts: optimiser steps an epoch; as many as there are rows where those are fewer.
+        seed, step: all that the order depends on, beside the epoch.
+    """
+    for epoch in range(epochs):
+        random = np.random.default_rng(derive_seed("minibatches", seed, step, epoch))
+        yield from (part.tolist() for part in np.array_split(random.permutation(count), min(parts, count)))
 
 
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:

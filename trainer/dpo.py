@@ -6,6 +6,7 @@ Source: Rafailov et al. 2023, "Direct Preference Optimization: Your Language Mod
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
 from collections.abc import Sequence
@@ -18,14 +19,14 @@ from torch import Tensor
 
 from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
-from trainer.config import DpoSettings, Packing
+from trainer.config import DpoSettings, Packing, ReferencedSettings
 from trainer.data import load_preferences
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import Precision, choose_device
 from trainer.packing import group_micro_batches
-from trainer.references import Reference, Sums, known_sums, open_reference
+from trainer.references import ModelReference, Reference, ServiceReference, Sums, known_sums
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -105,6 +106,24 @@ def main(settings: DpoSettings) -> None:
     from trainer.report import write_report  # Plots are slow to import.
 
     sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
+
+
+def open_reference(
+    settings: ReferencedSettings, answers: Answers, tokenizer: Any
+) -> contextlib.AbstractContextManager[Reference]:
+    """The service where one is named, else the model as it is now."""
+    if settings.reference is None:
+        start = f"{settings.model}, where training starts"
+        return contextlib.nullcontext(ModelReference(answers, settings.micro_batch_tokens, start))
+    return contextlib.closing(
+        ServiceReference(
+            settings.reference,
+            tokenizer,
+            security=settings.security,
+            ready_timeout_s=settings.ready_timeout_s,
+            call_deadline_s=settings.call_deadline_s,
+        )
+    )
 
 
 def _answers_of(pairs: Sequence[EncodedPreference | Pair]) -> list[EncodedResponse]:

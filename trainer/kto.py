@@ -29,12 +29,13 @@ from trainer.answers import Answers
 from trainer.batching import micro_batches
 from trainer.config import KtoSettings
 from trainer.data import JudgedAnswer, load_judged
+from trainer.dpo import open_reference
 from trainer.dpo_losses import kto_loss
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import choose_device
-from trainer.references import Reference, Sums, known_sums, open_reference
+from trainer.references import Reference, Sums, known_sums
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,

@@ -8,7 +8,6 @@ is resumed goes on with the very same numbers. A service may be asked anew at ev
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import json
 import sys
 import time
@@ -23,7 +22,6 @@ from quartet.client import CallPolicy, ReferenceClient, Security
 from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.answers import Answers
-from trainer.config import ReferencedSettings
 from trainer.encoding import EncodedResponse
 from trainer.errors import CheckpointError, ServicesError
 from trainer.runs import write_json
@@ -132,28 +130,6 @@ class ServiceReference:
         except BaseExceptionGroup as failures:
             raise failures.exceptions[0] from failures
         return found
-
-
-def open_reference(
-    settings: ReferencedSettings, answers: Answers, tokenizer: Any
-) -> contextlib.AbstractContextManager[Reference]:
-    """The service where one is named, else the model as it is now.
-
-    Raises:
-        QuartetError, ServicesError: as ``ServiceReference``.
-    """
-    if settings.reference is None:
-        start = f"{settings.model}, where training starts"
-        return contextlib.nullcontext(ModelReference(answers, settings.micro_batch_tokens, start))
-    return contextlib.closing(
-        ServiceReference(
-            settings.reference,
-            tokenizer,
-            security=settings.security,
-            ready_timeout_s=settings.ready_timeout_s,
-            call_deadline_s=settings.call_deadline_s,
-        )
-    )
 
 
 async def _connect(address: str, policy: CallPolicy, security: Security) -> ReferenceClient:
