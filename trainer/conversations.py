@@ -137,7 +137,8 @@ def _marked(
     encoded = tokenizer.apply_chat_template(
         messages, tokenize=True, return_dict=True, return_assistant_tokens_mask=True
     )
-    ids, turns, place = list(encoded["input_ids"]), [], 0
+    ids, place = list(encoded["input_ids"]), 0
+    turns: list[tuple[int, int]] = []
     for said, tokens in itertools.groupby(encoded["assistant_masks"]):
         end = place + len(list(tokens))
         if said:

@@ -1,29 +1,30 @@
 """KTO: a policy learns from answers judged one by one, good or bad, and is held near the model that it starts from.
 
 An answer's gain is log pi - log pi_ref. The loss wants the gains of good answers above a reference point, and those of
-bad ones below it. The point is how far the policy has gone anyhow: the mean gain, over the rows of a step, of a row's
-prompt with the answer to another prompt. Which one that is stays the same for the whole run, so that a reference is
-asked once, before it.
+bad ones below it. The point is how far the policy has gone anyhow: the mean gain of the answers of a step to prompts of
+the step that they do not belong to. Which batch a row is in is known before training, so that a reference can be asked
+about these once, too.
 
 Shapes: N answers.
-Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization"; the answers to other prompts
-as TRL's KTOTrainer has them.
+Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", and its code,
+ContextualAI/HALOs, for the answers to other prompts.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from quartet.fingerprint import derive_seed
 from quartet.model_folder import find_model
 from trainer.answers import Answers
 from trainer.batching import micro_batches
@@ -32,7 +33,6 @@ from trainer.data import JudgedAnswer, load_judged
 from trainer.dpo import open_reference
 from trainer.dpo_losses import kto_loss
 from trainer.encoding import EncodedResponse, Encoder
-from trainer.errors import DataError
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import choose_device
 from trainer.references import Reference, Sums, known_sums
@@ -44,6 +44,8 @@ from trainer.runs import (
     fit,
     ids_digest,
     open_output,
+    planned_batches,
+    rows_digest,
     stage_origin,
     token_limit,
     train_and_held_out,
@@ -59,17 +61,21 @@ _BALANCED = (1.0, 4 / 3)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Judged:
-    """An answer and its judgement; its prompt with the answer to another one; log-probabilities of the reference.
-
-    Those are NaN where it is asked when they are needed.
-    """
+class Weighed:
+    """An answer to a prompt, and the reference's log-probability of it; NaN: it is asked when that is needed."""
 
     answer: EncodedResponse
-    other: EncodedResponse
-    desirable: bool
     reference: float = math.nan
-    reference_other: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Weighed):
+    """An answer that was judged good (``desirable``) or bad."""
+
+    desirable: bool
+
+
+WeighedT = TypeVar("WeighedT", bound=Weighed)
 
 
 def main(settings: KtoSettings) -> None:
@@ -86,9 +92,7 @@ def main(settings: KtoSettings) -> None:
     policy = prepare(load_policy(folder, tokenizer).to(choose_device()), settings, seed=settings.seed)
     limit = token_limit(settings, policy)
     encoder = Encoder(tokenizer, max_tokens=limit, truncation=settings.truncation)
-    train, held_out = (
-        beside_others(part, encoder.demonstrations(part), limit, settings.seed) for part in (rows, held_out_rows)
-    )
+    train, held_out = encode(rows, encoder), encode(held_out_rows, encoder)
     data = _digest(train, held_out)
     origin = stage_origin("kto", settings, data)
     good = sum(row.desirable for row in train)
@@ -98,21 +102,33 @@ def main(settings: KtoSettings) -> None:
     )
     warn_of_balance(good, len(train) - good, settings)
     answers = Answers(policy, tokenizer, settings.precision, settings.packing)
+    lengths = [len(row.answer) for row in train]
+    # The batches of all steps, each with its answers to other prompts.
+    others = {
+        batch: mismatched([train[index] for index in batch], limit)
+        for batch in map(tuple, planned_batches(settings, lengths))
+    }
+    held_out_others = mismatched(held_out, limit)
     with open_reference(settings, answers, tokenizer) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
+        asked: list[Weighed] = [*held_out, *held_out_others]
+        if not settings.reference_live:
+            asked += [*train, *itertools.chain(*others.values())]
+        sequences = [item.answer for item in asked]
+        known = iter(known_sums(settings.output, rows_digest(sequences), reference, sequences).tolist())
+        held_out, held_out_others = with_reference(held_out, known), with_reference(held_out_others, known)
+        if not settings.reference_live:
+            train = with_reference(train, known)
+            others = {batch: with_reference(own, known) for batch, own in others.items()}
         trainer = KtoTrainer(answers, settings, reference)
-        asked = [] if settings.reference_live else train
-        known = known_sums(settings.output, data, reference, _sequences([*asked, *held_out]))
-        train = with_reference(train, known[: 2 * len(asked)]) if asked else train
-        held_out = with_reference(held_out, known[2 * len(asked) :])
-        before = trainer.evaluate(held_out)
+        before = trainer.evaluate(held_out, held_out_others)
         stage = Stage(
             name="KTO",
             model=policy,
-            lengths=[len(row.answer) for row in train],
+            lengths=lengths,
             data=data,
-            accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
-            evaluate=lambda: trainer.evaluate(held_out),
+            accumulate=lambda batch: trainer.accumulate([train[index] for index in batch], others[tuple(batch)]),
+            evaluate=lambda: trainer.evaluate(held_out, held_out_others),
             watch=WATCHED,
         )
         fitted = fit(settings, stage, checkpoint)
@@ -153,67 +169,57 @@ def warn_of_balance(good: int, bad: int, settings: KtoSettings) -> None:
 # Rows --------------------------------------------------------------------------------------------------------------
 
 
-def beside_others(
-    rows: Sequence[JudgedAnswer], encoded: Sequence[EncodedResponse], max_tokens: int, seed: int
-) -> list[Judged]:
-    """Each row beside its prompt with the answer of another row; every answer is another's once.
-
-    Args:
-        rows: as they were loaded.
-        encoded: the same.
-        max_tokens: of a prompt that has become too long with another answer the beginning goes.
-        seed: of which answer goes to which prompt.
+def encode(rows: Sequence[JudgedAnswer], encoder: Encoder) -> list[Judged]:
+    """The rows as token ids.
 
     Raises:
-        DataError: more than half of the rows have the same prompt.
+        DataError: as ``Encoder.demonstrations``.
     """
-    if not rows:
-        return []
-    prompts = [row.ids[: row.prompt_tokens].tobytes() for row in encoded]
-    most = max(Counter(prompts).values())
-    if 2 * most > len(rows):
-        where = rows[prompts.index(Counter(prompts).most_common(1)[0][0])].where
-        raise DataError(
-            f"{most} of {len(rows)} rows have the prompt of {where}: KTO measures how far the policy has gone by "
-            "answers to other prompts, so that at most half of the rows may share theirs; give more rows, or hold out "
-            "more of them"
-        )
-    # Rows of one prompt stand together, so that as many places on there is always another.
-    draws = {prompt: derive_seed("kto", seed, prompt.hex()) for prompt in set(prompts)}
-    order = sorted(range(len(rows)), key=lambda index: (draws[prompts[index]], prompts[index], index))
-    judged: dict[int, Judged] = {}
+    return [
+        Judged(answer=answer, desirable=row.desirable)
+        for row, answer in zip(rows, encoder.demonstrations(rows), strict=True)
+    ]
+
+
+def mismatched(rows: Sequence[Judged], max_tokens: int) -> list[Weighed]:
+    """Each row's prompt with the answer of another row, as far as there is one to another prompt.
+
+    Where no prompt is that of more than half of the rows, every answer is there once.
+
+    Args:
+        rows: of one batch.
+        max_tokens: of a prompt that is too long with another answer the beginning goes.
+    """
+    prompts = [row.answer.ids[: row.answer.prompt_tokens].tobytes() for row in rows]
+    count = Counter(prompts)
+    # Rows of one prompt stand together, so that as many places on as the most frequent one has there is another.
+    first = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
+    order = sorted(range(len(rows)), key=lambda index: (first[prompts[index]], index))
+    found = []
     for place, index in enumerate(order):
-        own, other = encoded[index], encoded[order[(place + most) % len(order)]]
+        partner = order[(place + max(count.values())) % len(order)]
+        if prompts[partner] == prompts[index]:
+            continue
+        own, other = rows[index].answer, rows[partner].answer
         ids = np.concatenate([own.ids[: own.prompt_tokens], other.ids[other.prompt_tokens :]])
         excess = max(0, len(ids) - max_tokens)
         mixed = EncodedResponse(
             ids=ids[excess:], prompt_tokens=max(0, own.prompt_tokens - excess), truncated=excess > 0
         )
-        judged[index] = Judged(answer=own, other=mixed, desirable=rows[index].desirable)
-    return [judged[index] for index in range(len(rows))]
+        found.append(Weighed(answer=mixed))
+    return found
 
 
-def with_reference(rows: Sequence[Judged], sums: Sums) -> list[Judged]:
-    """``rows`` with the reference's ``sums`` of their answers and of the others in turn."""
-    return [
-        replace(row, reference=float(own), reference_other=float(other))
-        for row, (own, other) in zip(rows, sums.reshape(-1, 2), strict=True)
-    ]
-
-
-def _sequences(rows: Sequence[Judged]) -> list[EncodedResponse]:
-    """Answers and the others in turn."""
-    return [sequence for row in rows for sequence in (row.answer, row.other)]
+def with_reference(items: Sequence[WeighedT], sums: Iterator[float]) -> list[WeighedT]:
+    """``items`` with the reference's log-probabilities of their answers, the next ones of ``sums``."""
+    return [replace(item, reference=next(sums)) for item in items]
 
 
 def _digest(*parts: Sequence[Judged]) -> str:
+    """Of answers and judgements."""
     return ids_digest(
         *(
-            (
-                ids
-                for row in part
-                for ids in ((row.answer.prompt_tokens, int(row.desirable)), row.answer.ids, row.other.ids)
-            )
+            (ids for row in part for ids in ((row.answer.prompt_tokens, int(row.desirable)), row.answer.ids))
             for part in parts
         )
     )
@@ -230,32 +236,36 @@ class KtoTrainer:
         self.answers = answers
         self.reference = reference
 
-    def accumulate(self, rows: Sequence[Judged]) -> dict[str, float]:
-        """Adds the gradient of the mean loss over ``rows``, however they are cut: the point is that of all of them."""
+    def accumulate(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> dict[str, float]:
+        """Adds the gradient of the mean loss over ``rows``, however they are cut; the point is that of ``others``."""
         if self.settings.reference_live:
-            rows = with_reference(rows, self.reference.sums(_sequences(rows)))
-        figures = self._look(rows, learn=True)
-        return figures | {"tokens": sum(len(sequence) for sequence in _sequences(rows))}
+            asked = [item.answer for item in (*rows, *others)]
+            sums = iter(self.reference.sums(asked).tolist())
+            rows, others = with_reference(rows, sums), with_reference(others, sums)
+        tokens = sum(len(item.answer) for item in (*rows, *others))
+        return self._look(rows, others, learn=True) | {"tokens": tokens}
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[Judged]) -> dict[str, float]:
+    def evaluate(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> dict[str, float]:
         """The same figures of held-out rows, named ``eval_...``; empty without any."""
         if not rows:
             return {}
         self.answers.policy.eval()
-        return {f"eval_{name}": value for name, value in self._look(rows, learn=False).items()}
+        return {f"eval_{name}": value for name, value in self._look(rows, others, learn=False).items()}
 
-    def reference_point(self, rows: Sequence[Judged]) -> float:
-        """Nats: the mean gain of answers to other prompts, and at least 0; without dropout."""
+    def reference_point(self, others: Sequence[Weighed]) -> float:
+        """Nats: the mean gain of answers to other prompts, without dropout, and at least 0, as it is without any."""
+        if not others:
+            return 0.0
         policy = self.answers.policy
         was_training = policy.training
-        sums = self.answers.all_sums([row.other for row in rows], self.settings.micro_batch_tokens).numpy()
+        sums = self.answers.all_sums([item.answer for item in others], self.settings.micro_batch_tokens).numpy()
         policy.train(was_training)
-        return max(0.0, float(np.mean(sums - np.array([row.reference_other for row in rows]))))
+        return max(0.0, float(np.mean(sums - np.array([item.reference for item in others]))))
 
-    def _look(self, rows: Sequence[Judged], *, learn: bool) -> dict[str, float]:
+    def _look(self, rows: Sequence[Judged], others: Sequence[Weighed], *, learn: bool) -> dict[str, float]:
         settings = self.settings
-        point = self.reference_point(rows)
+        point = self.reference_point(others)
         gains, loss = np.zeros(len(rows)), 0.0
         lengths = [len(row.answer) for row in rows]
         for part in micro_batches(lengths, settings.micro_batch_tokens, packed=self.answers.packed):
@@ -272,14 +282,16 @@ class KtoTrainer:
                 share.backward()  # type: ignore[no-untyped-call]
             gains[part] = gain_N.detach().cpu().numpy()
             loss += float(share.detach())
-        return {"loss": loss, "reference_point": point} | self._figures(rows, gains, point)
+        return {"loss": loss, "reference_point": point, "reference_answers": len(others)} | self._figures(
+            rows, gains, point
+        )
 
     def _gains(self, rows: Sequence[Judged]) -> Tensor:
         """(N,) log pi - log pi_ref; only the policy's part receives a gradient."""
         sums_N = self.answers.sums([row.answer for row in rows])
         return sums_N - sums_N.new_tensor([row.reference for row in rows])
 
-    def _figures(self, rows: Sequence[Judged], gains: np.ndarray[Any, Any], point: float) -> dict[str, float]:
+    def _figures(self, rows: Sequence[Judged], gains: npt.NDArray[Any], point: float) -> dict[str, float]:
         """Those of good and of bad answers, as far as there are such."""
         good = np.array([row.desirable for row in rows])
         # At the point an answer is on neither side, and counts half.

@@ -7,7 +7,7 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -197,6 +197,19 @@ class Fitted:
     evaluation: dict[str, float]
 
 
+def planned_batches(settings: TrainingSettings, lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The rows of every step that ``fit`` will take of rows of these lengths."""
+    plan, steps = _plan(settings, lengths)
+    return (plan.rows(step) for step in range(steps))
+
+
+def _plan(settings: TrainingSettings, lengths: Sequence[int]) -> tuple[BatchPlan, int]:
+    """Batches, and how many steps there are."""
+    plan = BatchPlan(lengths, settings.batch_size, seed=settings.seed)
+    steps = settings.epochs * plan.steps_per_epoch
+    return plan, min(steps, settings.max_steps) if settings.max_steps else steps
+
+
 def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -> Fitted:
     """The loop of every supervised stage: batches in a seeded order, AdamW, a linear schedule, checkpoints.
 
@@ -206,9 +219,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         CheckpointError: it can't be saved or continued, such as with other rows.
     """
     require_same_data(settings.output, checkpoint, stage.data, "--data or --eval-data")
-    plan = BatchPlan(stage.lengths, settings.batch_size, seed=settings.seed)
-    steps = settings.epochs * plan.steps_per_epoch
-    steps = min(steps, settings.max_steps) if settings.max_steps else steps
+    plan, steps = _plan(settings, stage.lengths)
     optimiser = make_adamw(
         stage.model,
         learning_rate=settings.learning_rate,

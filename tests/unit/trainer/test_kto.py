@@ -10,6 +10,7 @@ import math
 import random
 import shutil
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +24,10 @@ from tests.conftest import WORDS
 from trainer.__main__ import main
 from trainer.answers import Answers
 from trainer.config import KtoSettings
-from trainer.data import JudgedAnswer, load_judged
+from trainer.data import load_judged
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
-from trainer.kto import Judged, KtoTrainer, beside_others, warn_of_balance, with_reference
+from trainer.kto import Judged, KtoTrainer, encode, mismatched, warn_of_balance, with_reference
 from trainer.kto import main as train_kto
 from trainer.models import load_policy, load_tokenizer
 from trainer.report.data import read_run
@@ -111,53 +112,41 @@ def test_a_bad_row_is_refused_with_file_line_and_field(row, message, tmp_path, c
 # The reference point
 
 
-def encoded(prompt: list[int], answer: list[int]) -> EncodedResponse:
-    return EncodedResponse(ids=np.array([*prompt, *answer], dtype=np.int32), prompt_tokens=len(prompt), truncated=False)
+def judged_row(prompt: list[int], answer: list[int], desirable: bool = True) -> Judged:
+    ids = np.array([*prompt, *answer], dtype=np.int32)
+    answered = EncodedResponse(ids=ids, prompt_tokens=len(prompt), truncated=False)
+    return Judged(answer=answered, desirable=desirable)
 
 
 @pytest.mark.parametrize("counts", [[1, 1], [2, 2], [3, 1, 2], [1] * 7, [4, 4, 1, 2, 3]])
 def test_every_answer_stands_once_beside_another_prompt(counts):
-    rows, sequences = [], []
-    for group, count in enumerate(counts):
-        for number in range(count):
-            rows.append(JudgedAnswer(prompt=f"p{group}", completion="c", desirable=number % 2 == 0))
-            sequences.append(encoded([3, 10 + group], [100 + len(sequences), 1]))
-    order = random.Random(1).sample(range(len(rows)), len(rows))
-    rows, sequences = [rows[i] for i in order], [sequences[i] for i in order]
-    found = beside_others(rows, sequences, 100, seed=5)
-    own = [row.answer.ids[2] for row in found]
-    others = [row.other.ids[2] for row in found]
-    assert own == [sequence.ids[2] for sequence in sequences]
-    assert Counter(own) == Counter(others)
-    prompt_of = {row.answer.ids[2]: row.answer.ids[1] for row in found}
-    for row in found:
-        assert row.other.ids[:2].tolist() == row.answer.ids[:2].tolist()
-        assert prompt_of[row.other.ids[2]] != row.other.ids[1]
-        assert (row.other.prompt_tokens, row.other.ids[3]) == (2, 1)
-    assert [row.desirable for row in found] == [row.desirable for row in rows]
-    again = beside_others(rows, sequences, 100, seed=5)
-    assert [row.other.ids.tolist() for row in again] == [row.other.ids.tolist() for row in found]
-    if len(counts) > 4:
-        other = beside_others(rows, sequences, 100, seed=6)
-        assert [row.other.ids.tolist() for row in other] != [row.other.ids.tolist() for row in found]
+    rows = [
+        judged_row([3, 10 + group], [100 + 10 * group + number, 1])
+        for group, count in enumerate(counts)
+        for number in range(count)
+    ]
+    random.Random(1).shuffle(rows)
+    found = [item.answer for item in mismatched(rows, 100)]
+    assert Counter(answer.ids[2] for answer in found) == Counter(row.answer.ids[2] for row in rows)
+    assert Counter(answer.ids[1] for answer in found) == Counter(row.answer.ids[1] for row in rows)
+    for answer in found:
+        assert (answer.ids[2] - 100) // 10 != answer.ids[1] - 10  # The prompt that it belongs to.
+        assert (answer.prompt_tokens, answer.ids[0], answer.ids[3]) == (2, 3, 1)
+
+
+def test_answers_that_have_only_their_own_prompt_are_left_out():
+    assert mismatched([], 100) == []
+    assert mismatched([judged_row([5], [6])], 100) == []
+    assert mismatched([judged_row([5], [6]), judged_row([5], [7])], 100) == []
+    found = mismatched([judged_row([ord(text)], [9]) for text in "abbb"], 100)
+    assert sorted(chr(item.answer.ids[0]) for item in found) == ["a", "b"]
 
 
 def test_of_a_prompt_that_is_too_long_with_another_answer_the_beginning_goes():
-    rows = [JudgedAnswer(prompt=text, completion="c", desirable=True) for text in "ab"]
-    long_prompt, long_answer = encoded([2, 3, 4, 5], [6]), encoded([7], [8, 9, 10, 11])
-    first, second = beside_others(rows, [long_prompt, long_answer], 5, seed=0)
-    assert (first.other.ids.tolist(), first.other.prompt_tokens, first.other.truncated) == ([5, 8, 9, 10, 11], 1, True)
-    assert (second.other.ids.tolist(), second.other.truncated) == ([7, 6], False)
-
-
-def test_rows_that_mostly_share_one_prompt_have_no_reference_point():
-    rows = [
-        JudgedAnswer(prompt=text, completion="c", desirable=True, where=f"rows, line {i + 1}")
-        for i, text in enumerate("abbb")
-    ]
-    sequences = [encoded([ord(row.prompt[0])], [5]) for row in rows]
-    with pytest.raises(DataError, match="3 of 4 rows have the prompt of rows, line 2: KTO measures"):
-        beside_others(rows, sequences, 100, seed=0)
+    rows = [judged_row([2, 3, 4, 5], [6]), judged_row([7], [8, 9, 10, 11])]
+    first, second = (item.answer for item in mismatched(rows, 5))
+    assert (first.ids.tolist(), first.prompt_tokens, first.truncated) == ([5, 8, 9, 10, 11], 1, True)
+    assert (second.ids.tolist(), second.prompt_tokens, second.truncated) == ([7, 6], 1, False)
 
 
 # Training
@@ -175,6 +164,14 @@ class Noisy:
         noise = np.array([math.sin(float(row.ids.sum())) for row in rows])
         return self.answers.all_sums(rows, 10_000).numpy() + noise + self.shift
 
+    def of(self, items: list[Any]) -> list[Any]:
+        return with_reference(items, iter(self.sums([item.answer for item in items])))
+
+
+def some_rows(folder: Path, judged: str, count: int, kinds: tuple[bool, ...] = (True, False)) -> list[Judged]:
+    loaded = [row for row in load_judged([judged]) if row.desirable in kinds][:count]
+    return encode(loaded, Encoder(load_tokenizer(folder), max_tokens=128))
+
 
 @pytest.mark.parametrize("packing", ["on", "off"])
 @pytest.mark.parametrize("shift", [-3.0, 3.0], ids=["gone", "at the bound"])
@@ -182,10 +179,10 @@ def test_gradients_are_those_of_the_mean_loss_however_rows_are_cut(packing, shif
     """The reference point is that of all rows of the step; below 0 it is 0; no gradient goes through it."""
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
-    loaded = load_judged([judged])[:9]
-    rows = beside_others(loaded, Encoder(tokenizer, max_tokens=128).demonstrations(loaded), 128, seed=0)
     reference = Noisy(Answers(load_policy(folder, tokenizer), tokenizer, "float32"), shift)
-    rows = with_reference(rows, reference.sums([x for row in rows for x in (row.answer, row.other)]))
+    rows = reference.of(some_rows(folder, judged, 9))
+    others = reference.of(mismatched(rows, 128))
+    assert len(others) == 9
     naive = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64)
 
     def logprob(answer: EncodedResponse) -> torch.Tensor:
@@ -195,7 +192,7 @@ def test_gradients_are_those_of_the_mean_loss_however_rows_are_cut(packing, shif
 
     beta, weights = 0.3, {True: 1.5, False: 0.7}
     with torch.no_grad():
-        drift = float(np.mean([logprob(row.other).item() - row.reference_other for row in rows]))
+        drift = float(np.mean([logprob(item.answer).item() - item.reference for item in others]))
     point = max(0.0, drift)
     assert (point > 1.0) == (shift < 0)
     gains = [logprob(row.answer) - row.reference for row in rows]
@@ -218,7 +215,7 @@ def test_gradients_are_those_of_the_mean_loss_however_rows_are_cut(packing, shif
             micro_batch_tokens=micro_batch_tokens,
         )
         trainer = KtoTrainer(Answers(policy, tokenizer, "float32", packing), settings, reference)
-        figures = trainer.accumulate(rows)
+        figures = trainer.accumulate(rows, others)
         assert policy.training
         assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5)
         assert figures["reference_point"] == pytest.approx(point, abs=1e-4)
@@ -229,26 +226,27 @@ def test_gradients_are_those_of_the_mean_loss_however_rows_are_cut(packing, shif
         assert figures[f"{name}_reward_mean"] == pytest.approx(beta * np.mean(of_kind), abs=1e-4)
     right = [(gain.item() > point) == row.desirable for row, gain in zip(rows, gains, strict=True)]
     assert figures["label_accuracy"] == pytest.approx(np.mean(right))
-    assert trainer.evaluate(rows)["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
+    assert trainer.evaluate(rows, others)["eval_loss"] == pytest.approx(expected.item(), rel=1e-5)
     # Asked at every step, the reference says the same.
-    unknown = [Judged(answer=row.answer, other=row.other, desirable=row.desirable) for row in rows]
     live = settings.model_copy(update={"reference_live": True})
-    asked = KtoTrainer(trainer.answers, live, reference).accumulate(unknown)
+    unknown = [[replace(item, reference=math.nan) for item in items] for items in (rows, others)]
+    asked = KtoTrainer(trainer.answers, live, reference).accumulate(*unknown)
     assert asked["loss"] == pytest.approx(expected.item(), rel=1e-5)
 
 
 def test_a_step_of_one_kind_alone_has_the_figures_of_that_kind(make_policy, judged, tmp_path):
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
-    loaded = [row for row in load_judged([judged]) if not row.desirable][:4]
-    rows = beside_others(loaded, Encoder(tokenizer, max_tokens=128).demonstrations(loaded), 128, seed=0)
     answers = Answers(load_policy(folder, tokenizer), tokenizer, "float32")
     reference = Noisy(answers, 0.0)
-    rows = with_reference(rows, reference.sums([x for row in rows for x in (row.answer, row.other)]))
-    figures = KtoTrainer(answers, settings_of(folder, judged, tmp_path), reference).accumulate(rows)
+    rows = reference.of(some_rows(folder, judged, 4, kinds=(False,)))
+    trainer = KtoTrainer(answers, settings_of(folder, judged, tmp_path), reference)
+    figures = trainer.accumulate(rows, reference.of(mismatched(rows, 128)))
     assert "bad_reward_mean" in figures
     assert "good_reward_mean" not in figures
     assert all(math.isfinite(value) for value in figures.values())
+    alone = trainer.accumulate(rows[:1], mismatched(rows[:1], 128))
+    assert (alone["reference_point"], alone["reference_answers"]) == (0.0, 0)
 
 
 def test_a_run_learns_the_judgements_and_goes_on_to_the_same_bits(make_policy, judged, tmp_path, capsys):
