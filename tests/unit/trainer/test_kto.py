@@ -129,6 +129,8 @@ def test_every_answer_stands_once_beside_another_prompt(counts):
     found = [item.answer for item in mismatched(rows, 100)]
     assert Counter(answer.ids[2] for answer in found) == Counter(row.answer.ids[2] for row in rows)
     assert Counter(answer.ids[1] for answer in found) == Counter(row.answer.ids[1] for row in rows)
+    if set(counts) == {1}:  # As the authors have it: with the answer of the next row.
+        assert [answer.ids[2] for answer in found] == [row.answer.ids[2] for row in (*rows[1:], rows[0])]
     for answer in found:
         assert (answer.ids[2] - 100) // 10 != answer.ids[1] - 10  # The prompt that it belongs to.
         assert (answer.prompt_tokens, answer.ids[0], answer.ids[3]) == (2, 3, 1)
