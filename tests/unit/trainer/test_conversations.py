@@ -27,18 +27,18 @@ from trainer.sft import main as train_sft
 
 Turn = tuple[str, str]
 
-# Of a role's line, its text and the end token; the second tells what the assistant says.
+# A line with the role, the text, the end token; the second says what the assistant says.
 PLAIN = (
-    "{% for m in messages %}<bos>{{ m['role'] }}\n{{ m['content'] }}<eos>\n{% endfor %}"
-    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+    "{% for m in messages %}<bos>{{ m['role'] + '\\n' + m['content'] }}<eos>{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant{{ '\\n' }}{% endif %}"
 )
 MARKED = (
-    "{% for m in messages %}<bos>{{ m['role'] }}\n{% if m['role'] == 'assistant' %}{% generation %}{{ m['content'] }}"
-    "<eos>{% endgeneration %}{% else %}{{ m['content'] }}<eos>{% endif %}\n{% endfor %}"
-    "{% if add_generation_prompt %}<bos>assistant\n{% endif %}"
+    "{% for m in messages %}<bos>{{ m['role'] + '\\n' }}{% if m['role'] == 'assistant' %}{% generation %}"
+    "{{ m['content'] }}<eos>{% endgeneration %}{% else %}{{ m['content'] }}<eos>{% endif %}{{ '\\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}<bos>assistant{{ '\\n' }}{% endif %}"
 )
 # Earlier answers are written without their first word, as some templates leave out their thoughts.
-FORGETS = PLAIN.replace("m['content']", "m['content'] if loop.last else m['content'].split(' ', 1)[-1]")
+FORGETS = PLAIN.replace("m['content']", "(m['content'] if loop.last else m['content'].split(' ', 1)[-1])")
 FORGETS_MARKED = MARKED.replace(
     "{% generation %}{{ m['content'] }}<eos>{% endgeneration %}",
     "{% generation %}{{ m['content'] if loop.last else m['content'].split(' ', 1)[-1] }}{% endgeneration %}<eos>",
@@ -170,7 +170,7 @@ def test_a_template_that_depends_on_what_follows_needs_its_own_marks(tokenizer, 
             [("user", "a"), ("assistant", "b c"), ("user", "a"), ("assistant", "d e")],
             "the model's chat template marks 2 turns by {% generation %} of the assistant's 2, or no end token closes",
         ),
-        (None, [("user", "a"), ("assistant", "b")], "the model's tokenizer has no chat template"),
+        (None, [("user", "a"), ("assistant", "b")], "the prompt is chat messages, but the model's tokenizer has no"),
     ],
 )
 def test_conversations_that_can_not_be_told_apart_are_refused_by_file_and_line(
