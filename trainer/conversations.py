@@ -125,9 +125,7 @@ def _joined(parts: Sequence[Sequence[int]], where: str, ends: frozenset[int], ad
     return Conversation(ids=tuple(ids[: turns[-1][1]]), turns=tuple(turns))
 
 
-def _marked(
-    tokenizer: Any, messages: Sequence[Message], where: str, ends: frozenset[int], advice: str
-) -> Conversation:
+def _marked(tokenizer: Any, messages: Sequence[Message], where: str, ends: frozenset[int], advice: str) -> Conversation:
     """By the template's own marks, as transformers reads them."""
     if not _MARKED.search(tokenizer.get_chat_template()):
         raise DataError(

@@ -35,7 +35,7 @@ from trainer.dpo_losses import kto_loss
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import choose_device
-from trainer.references import Reference, Sums, known_sums
+from trainer.references import Reference, known_sums
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,

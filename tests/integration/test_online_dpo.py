@@ -46,9 +46,7 @@ def command(model: Path, prompts: Path, output: Path, services: list[str], *flag
     return [*start, *services, *small, *how, *watched, *flags]
 
 
-async def test_it_learns_the_rule_and_a_killed_run_resumes_to_the_same_bits(
-    services, policy_folder, prompts, tmp_path
-):
+async def test_it_learns_the_rule_and_a_killed_run_resumes_to_the_same_bits(services, policy_folder, prompts, tmp_path):
     where = addresses(*services)
     before = safetensors_fingerprint(policy_folder)
     whole = run(command(policy_folder, prompts, tmp_path / "whole", where))

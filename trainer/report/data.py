@@ -1,7 +1,7 @@
 """What a finished or unfinished run left in its folder, read and checked for the report.
 
-``metrics.jsonl`` is needed. ``evaluation_before.json`` and ``evaluation_after.json`` (PPO, online DPO), ``evaluation.json`` (the
-supervised stages) and ``settings.json`` are used as far as they are there.
+``metrics.jsonl`` is needed. ``evaluation_before.json`` and ``evaluation_after.json`` (PPO, online DPO),
+``evaluation.json`` (the supervised stages) and ``settings.json`` are used as far as they are there.
 """
 
 from __future__ import annotations
