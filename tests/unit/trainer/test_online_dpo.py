@@ -178,7 +178,7 @@ def test_steps_whose_prompts_are_all_tied_teach_nothing_are_told_and_end_the_run
     other = make_learner(settings(missing_eos="none", max_tied_steps=3))
     other.trained.states["ties"].load_state_dict(learner.trained.states["ties"].state_dict())
     for one in (learner, other):
-        with pytest.raises(RolloutError, match="step 3 teaches nothing: .* that is 3 steps in a row, --max-tied-steps"):
+        with pytest.raises(RolloutError, match=r"step 3 teaches nothing: .* that is 3 steps in a row"):
             one.step(tied, 2)
         assert one.ties.steps == 2  # That step is not done: it will be tried again.
     assert all(value.equal(before[name]) for name, value in learner.policy.state_dict().items())
