@@ -55,10 +55,20 @@ COMMANDS = {
         settings="trainer.config:DpoSettings",
         main="trainer.dpo:main",
     ),
+    "kto": Command(
+        summary="train a policy on answers that were judged good or bad one by one",
+        settings="trainer.config:KtoSettings",
+        main="trainer.kto:main",
+    ),
     "ppo": Command(
         summary="train a policy by PPO against the running services",
         settings="trainer.ppo_config:PPOSettings",
         main="trainer.ppo:main",
+    ),
+    "online-dpo": Command(
+        summary="train a policy by DPO on its own best and worst answers, against the running services",
+        settings="trainer.online_dpo_config:OnlineDpoSettings",
+        main="trainer.online_dpo:main",
     ),
     "evaluate": Command(
         summary="compare policies on held-out prompts by their rewards",

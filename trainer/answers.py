@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.batching import micro_batches, pad_right, response_mask
+from trainer.batching import learned_mask, micro_batches, pad_right
 from trainer.config import Packing
 from trainer.encoding import EncodedResponse
 from trainer.models import TokenLogprobs, padding_id
@@ -22,20 +22,32 @@ from trainer.packing import pack
 class Answers:
     """A policy that is asked how likely given answers are."""
 
-    def __init__(self, policy: Any, tokenizer: Any, precision: Precision, packing: Packing = "auto") -> None:
+    def __init__(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        precision: Precision,
+        packing: Packing = "auto",
+        temperature: float = 1.0,
+    ) -> None:
+        """``temperature``: divides the logits, as it does where answers are sampled."""
         self.policy = policy
         self.device = policy.device
         self.pad_id = padding_id(tokenizer)
         self.precision: Precision = precision
         self.packed = pack(policy, packing, precision)
+        self.temperature = temperature
         self.logprobs = TokenLogprobs(policy)
 
     def sums(self, rows: Sequence[EncodedResponse]) -> Tensor:
-        """(B,) float64 log-probability of each answer, end token included, in one forward pass; differentiable."""
+        """(B,) float64 log-probability of each answer, end token included, of all its turns where a row has several.
+
+        In one forward pass; differentiable.
+        """
         ids_BS, mask_BS = pad_right([row.ids for row in rows], self.pad_id, self.device)
-        wanted_BS = response_mask(mask_BS, [row.prompt_tokens for row in rows])
+        wanted_BS = learned_mask(mask_BS, [row.learned for row in rows])
         with autocast(self.device, self.precision):
-            logprobs_BS, _ = self.logprobs(ids_BS, mask_BS, wanted_BS)
+            logprobs_BS, _ = self.logprobs(ids_BS, mask_BS, wanted_BS, self.temperature)
         sums_B: Tensor = logprobs_BS.sum(dim=1, dtype=torch.float64)
         return sums_B
 
@@ -51,4 +63,4 @@ class Answers:
 
 def answer_tokens(row: EncodedResponse) -> int:
     """Tokens that are learned: of the answer, less the very first of the sequence, which nothing predicts."""
-    return len(row) - max(1, row.prompt_tokens)
+    return sum(end - start for start, end in row.learned)

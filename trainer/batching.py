@@ -5,7 +5,7 @@ Shapes: B sequences, S tokens of prompt and response.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
@@ -91,6 +91,20 @@ class RowStream:
         return drawn
 
 
+def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[list[int]]:
+    """Rows of each optimiser step on one rollout: every row once an epoch, in a fresh permutation each.
+
+    Args:
+        count: rows of the rollout.
+        epochs: passes over them.
+        parts: optimiser steps an epoch; as many as there are rows where those are fewer.
+        seed, step: all that the order depends on, beside the epoch.
+    """
+    for epoch in range(epochs):
+        random = np.random.default_rng(derive_seed("minibatches", seed, step, epoch))
+        yield from (part.tolist() for part in np.array_split(random.permutation(count), min(parts, count)))
+
+
 def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
     """Cuts a batch into parts of at most ``max_tokens`` tokens, padding counted unless ``packed``, sorted by length.
 
@@ -119,7 +133,10 @@ def pad_right(sequences: Sequence[Ids | Sequence[int]], pad_id: int, device: tor
     return torch.from_numpy(ids).to(device), mask_BS.to(device)
 
 
-def response_mask(mask_BS: Tensor, prompt_tokens: Sequence[int]) -> Tensor:
-    """(B, S) True on real response tokens that something stands before: the very first token has no prediction."""
-    starts_B = torch.tensor([max(1, tokens) for tokens in prompt_tokens], device=mask_BS.device)
-    return mask_BS & (torch.arange(mask_BS.shape[1], device=mask_BS.device)[None, :] >= starts_B[:, None])
+def learned_mask(mask_BS: Tensor, learned: Sequence[Sequence[tuple[int, int]]]) -> Tensor:
+    """(B, S) True where a row is learned: its stretches are given by their first place and the one after their last."""
+    wanted = np.zeros(mask_BS.shape, dtype=bool)
+    for row, stretches in enumerate(learned):
+        for start, end in stretches:
+            wanted[row, start:end] = True
+    return mask_BS & torch.from_numpy(wanted).to(mask_BS.device)

@@ -7,11 +7,13 @@ from collections.abc import Callable, Sequence
 
 from trainer.comparisons import load_comparisons
 from trainer.config import CheckSettings
-from trainer.data import Row, load_demonstrations, load_preferences, load_prompts
+from trainer.data import load_demonstrations, load_judged, load_preferences, load_prompts
+from trainer.rows import Row
 
 _LOADERS: dict[str, Callable[[Sequence[str]], Sequence[Row]]] = {
     "comparisons": load_comparisons,
     "demonstrations": load_demonstrations,
+    "judged": load_judged,
     "preferences": load_preferences,
     "prompts": load_prompts,
 }

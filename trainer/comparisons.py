@@ -28,21 +28,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
-from trainer.data import (
-    Fields,
-    Prompt,
-    Row,
-    _has,
-    _instruction,
-    _kind,
-    _load,
-    _messages,
-    _not_empty,
-    _preference,
-    _present,
-    _prompt,
-)
+from trainer.data import read_preference
 from trainer.errors import DataError
+from trainer.rows import Fields, Row, has, kind_of, load_rows, no_shape, present, read_answer, read_prompt_if_any
 
 Aggregation = Literal["mean", "majority"]
 
@@ -106,7 +94,7 @@ def load_comparisons(
     Raises:
         DataError: a source can't be read or has no row, or a row doesn't fit; with file, line and field.
     """
-    return _load(sources, functools.partial(_comparison, annotators=annotators), split_by)
+    return load_rows(sources, functools.partial(_comparison, annotators=annotators), split_by)
 
 
 def refuse_strange_attributes(rows: Sequence[Comparison], heads: Sequence[str]) -> None:
@@ -137,27 +125,29 @@ def refuse_strange_attributes(rows: Sequence[Comparison], heads: Sequence[str]) 
 
 
 def _comparison(fields: Fields, where: str, *, annotators: Aggregation) -> Comparison:
-    if _has(fields, "ranking"):
+    if has(fields, "ranking"):
         answers = _answers(fields, "ranking", where)
         pairs = itertools.combinations(range(len(answers)), 2)
         judgements = [Judgement(first=a, second=b, attribute=_attribute(fields, where)) for a, b in pairs]
         return _row(fields, answers, judgements, where, ranked=True)
-    if _has(fields, "answers"):
+    if has(fields, "answers"):
         answers = _answers(fields, "answers", where)
-        if _has(fields, "ranks"):
+        if has(fields, "ranks"):
             answers, judgements, ranked = _from_ranks(fields, answers, where)
             return _row(fields, answers, judgements, where, ranked=ranked)
         return _row(fields, answers, _from_comparisons(fields, len(answers), where, annotators), where)
-    if _has(fields, "first") or _has(fields, "second"):
+    if has(fields, "first") or has(fields, "second"):
         needs = "a pair needs first, second and preference"
-        answers = tuple(_answer(_present(fields, name, where, needs), name, where) for name in ("first", "second"))
+        answers = tuple(read_answer(present(fields, name, where, needs), name, where) for name in ("first", "second"))
         return _row(fields, answers, _judgements(fields, 0, 1, where, annotators), where)
-    if not _has(fields, "chosen") and not _has(fields, "rejected"):
-        raise DataError(
-            f"{where}: a comparison needs chosen and rejected; first, second and preference; ranking; or answers with "
-            f"ranks or comparisons; the row has {', '.join(repr(name) for name in fields) or 'no fields'}"
+    if not has(fields, "chosen") and not has(fields, "rejected"):
+        raise no_shape(
+            fields,
+            where,
+            "a comparison needs chosen and rejected; first, second and preference; ranking; or answers with ranks or "
+            "comparisons",
         )
-    pair = _preference(fields, where)
+    pair = read_preference(fields, where)
     return Comparison(
         prompt=pair.prompt,
         answers=(pair.chosen, pair.rejected),
@@ -169,11 +159,7 @@ def _comparison(fields: Fields, where: str, *, annotators: Aggregation) -> Compa
 def _row(
     fields: Fields, answers: tuple[str, ...], judgements: Sequence[Judgement], where: str, *, ranked: bool = False
 ) -> Comparison:
-    prompt: Prompt = ""
-    if _has(fields, "prompt"):
-        prompt = _prompt(fields, where)
-    elif _has(fields, "instruction"):
-        prompt = _instruction(fields, where)
+    prompt = read_prompt_if_any(fields, where)
     return Comparison(prompt=prompt, answers=answers, judgements=tuple(judgements), ranked=ranked, where=where)
 
 
@@ -182,7 +168,7 @@ def _from_ranks(fields: Fields, answers: tuple[str, ...], where: str) -> tuple[t
     ranks = fields["ranks"]
     if not isinstance(ranks, list) or len(ranks) != len(answers):
         raise DataError(
-            f"{where}: field 'ranks' must be a list of {len(answers)} numbers, one an answer, is {_kind(ranks)}"
+            f"{where}: field 'ranks' must be a list of {len(answers)} numbers, one an answer, is {kind_of(ranks)}"
         )
     ranked = [(_number(rank, f"'ranks', number {i}", where), i - 1) for i, rank in enumerate(ranks, start=1)]
     ranked.sort()
@@ -196,17 +182,17 @@ def _from_ranks(fields: Fields, answers: tuple[str, ...], where: str) -> tuple[t
 
 
 def _from_comparisons(fields: Fields, count: int, where: str, annotators: Aggregation) -> list[Judgement]:
-    said = _present(fields, "comparisons", where, "what was said of the answers: it or 'ranks'")
+    said = present(fields, "comparisons", where, "what was said of the answers: it or 'ranks'")
     if not isinstance(said, list) or not said:
-        raise DataError(f"{where}: field 'comparisons' must be a list of at least one object, is {_kind(said)}")
+        raise DataError(f"{where}: field 'comparisons' must be a list of at least one object, is {kind_of(said)}")
     judgements: list[Judgement] = []
     for number, item in enumerate(said, start=1):
         part = f"{where}: field 'comparisons', number {number}"
         if not isinstance(item, dict):
-            raise DataError(f"{part}: must be an object with first, second and preference, is {_kind(item)}")
+            raise DataError(f"{part}: must be an object with first, second and preference, is {kind_of(item)}")
         places = []
         for name in ("first", "second"):
-            place = _present(item, name, part, "the place of an answer, from 0")
+            place = present(item, name, part, "the place of an answer, from 0")
             if not isinstance(place, int) or isinstance(place, bool) or not 0 <= place < count:
                 raise DataError(f"{part}: field {name!r} must be a whole number from 0 to {count - 1}, is {place!r}")
             places.append(place)
@@ -220,18 +206,19 @@ def _judgements(
     fields: Fields, first: int, second: int, where: str, annotators: Aggregation, *, default: str | None = None
 ) -> list[Judgement]:
     """Of one pair: one, or one an attribute."""
-    if _has(fields, "preferences"):
+    if has(fields, "preferences"):
         by_attribute = fields["preferences"]
         if not isinstance(by_attribute, Mapping) or not by_attribute:
             raise DataError(
-                f"{where}: field 'preferences' must be an object of preferences by attribute, is {_kind(by_attribute)}"
+                f"{where}: field 'preferences' must be an object of preferences by attribute, is "
+                f"{kind_of(by_attribute)}"
             )
         # Parquet gives every row the same names, and null to those that it does not have.
         said = {name: value for name, value in by_attribute.items() if value is not None}
     else:
         value = fields.get("preference", default)
         if value is None:
-            _present(fields, "preference", where, "first, second, tie, a probability, or those of several annotators")
+            present(fields, "preference", where, "first, second, tie, a probability, or those of several annotators")
         said = {_attribute(fields, where): value}
     judgements = []
     for attribute, value in said.items():
@@ -262,7 +249,7 @@ def _votes(value: object, where: str) -> list[float]:
         else:
             raise DataError(
                 f"{where}: field 'preference' must be first, second, tie, or the probability from 0 to 1 that the "
-                f"first is better, is {_kind(vote)}"
+                f"first is better, is {kind_of(vote)}"
             )
     return found
 
@@ -275,7 +262,7 @@ def _aggregate(votes: Sequence[float], how: Aggregation) -> float:
 
 
 def _margin(fields: Fields, where: str) -> float | None:
-    if not _has(fields, "margin"):
+    if not has(fields, "margin"):
         return None
     margin = _number(fields["margin"], "'margin'", where)
     if margin < 0:
@@ -284,31 +271,21 @@ def _margin(fields: Fields, where: str) -> float | None:
 
 
 def _attribute(fields: Fields, where: str) -> str | None:
-    if not _has(fields, "attribute"):
+    if not has(fields, "attribute"):
         return None
     if not isinstance(fields["attribute"], str) or not fields["attribute"]:
-        raise DataError(f"{where}: field 'attribute' must be the name of one, is {_kind(fields['attribute'])}")
+        raise DataError(f"{where}: field 'attribute' must be the name of one, is {kind_of(fields['attribute'])}")
     return str(fields["attribute"])
 
 
 def _number(value: object, name: str, where: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise DataError(f"{where}: field {name} must be a finite number, is {_kind(value)}")
+        raise DataError(f"{where}: field {name} must be a finite number, is {kind_of(value)}")
     return float(value)
 
 
 def _answers(fields: Fields, name: str, where: str) -> tuple[str, ...]:
     value = fields[name]
     if not isinstance(value, list) or len(value) < 2:
-        raise DataError(f"{where}: field {name!r} must be a list of at least 2 answers, is {_kind(value)}")
-    return tuple(_answer(answer, name, where) for answer in value)
-
-
-def _answer(value: object, name: str, where: str) -> str:
-    """Text, or a list of one message of the assistant."""
-    if isinstance(value, str):
-        return _not_empty(value, name, where)
-    messages = _messages(value, name, where)
-    if len(messages) != 1 or messages[0]["role"] != "assistant":
-        raise DataError(f"{where}: field {name!r} must be text or one message of the assistant")
-    return _not_empty(messages[0]["content"], name, where)
+        raise DataError(f"{where}: field {name!r} must be a list of at least 2 answers, is {kind_of(value)}")
+    return tuple(read_answer(answer, name, where) for answer in value)

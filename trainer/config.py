@@ -88,6 +88,11 @@ class SftSettings(TrainingSettings):
     held_out_fraction: HeldOutFraction = Field(0.05, description="share of data's rows that is set apart, by prompt")
     learning_rate: PositiveFloat = Field(2e-5, description="peak of the learning rate; TRL's default")
     chat_template: Path | None = Field(None, description="Jinja file: chat template to give the tokenizer")
+    train_on: Literal["last-turn", "all-turns"] = Field(
+        "last-turn",
+        description="of messages: the last answer of the assistant, or every one, each with the end token that the "
+        "chat template closes it by",
+    )
 
 
 class RewardSettings(TrainingSettings):
@@ -206,22 +211,10 @@ def _read_head(text: str) -> tuple[str, float]:
     return name, value
 
 
-class DpoSettings(ServiceCredentials, TrainingSettings):
-    """Direct preference optimisation of a policy from preferences, held near the model that it starts from."""
-
-    command: ClassVar[str] = "quartet-train dpo"
+class ReferencedSettings(ServiceCredentials, TrainingSettings):
+    """What stages have in common that hold the policy near the model that it starts from, or near a served one."""
 
     learning_rate: PositiveFloat = Field(1e-6, description="peak of the learning rate; TRL's default")
-    beta: PositiveFloat = Field(0.1, description="price of a nat between policy and reference")
-    loss: Literal["sigmoid", "robust", "ipo-mean", "ipo-sum"] = Field(
-        "sigmoid",
-        description="sigmoid (with --label-smoothing: cDPO), robust (unbiased under flipped labels), or IPO over mean "
-        "log-probabilities of tokens (its authors' code) or their sums (the paper)",
-    )
-    label_smoothing: Smoothing = Field(0.0, description="share of preferences believed to be the wrong way round")
-    sft_weight: NonNegativeFloat = Field(
-        0.0, description="weight of the chosen answers' cross entropy a token beside the loss; RPO's alpha"
-    )
     reference: Address | None = Field(
         None,
         description="reference service that gives the log-probabilities to stay near: host:port, or ip:port,...; "
@@ -240,7 +233,28 @@ class DpoSettings(ServiceCredentials, TrainingSettings):
         return {name: value for name, value in super().decisive.items() if name not in free}
 
     @model_validator(mode="after")
-    def _choices_fit_together(self) -> Self:
+    def _live_reference_is_a_service(self) -> Self:
+        if self.reference_live and self.reference is None:
+            raise ValueError("--reference-live is set without --reference: it is the service that is asked")
+        return self
+
+
+class PairLossSettings(Settings):
+    """The loss that DPO lays on a pair of answers."""
+
+    beta: PositiveFloat = Field(0.1, description="price of a nat between policy and reference")
+    loss: Literal["sigmoid", "robust", "ipo-mean", "ipo-sum"] = Field(
+        "sigmoid",
+        description="sigmoid (with --label-smoothing: cDPO), robust (unbiased under flipped labels), or IPO over mean "
+        "log-probabilities of tokens (its authors' code) or their sums (the paper)",
+    )
+    label_smoothing: Smoothing = Field(0.0, description="share of preferences believed to be the wrong way round")
+    sft_weight: NonNegativeFloat = Field(
+        0.0, description="weight of the chosen answers' cross entropy a token beside the loss; RPO's alpha"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_fits_the_loss(self) -> Self:
         if self.label_smoothing and self.loss.startswith("ipo"):
             raise ValueError(
                 f"--label-smoothing is {self.label_smoothing:g} and --loss {self.loss}: IPO has none; choose sigmoid "
@@ -248,8 +262,33 @@ class DpoSettings(ServiceCredentials, TrainingSettings):
             )
         if self.loss == "robust" and not self.label_smoothing:
             raise ValueError("--loss is robust and --label-smoothing 0: say how many labels are believed to be flipped")
-        if self.reference_live and self.reference is None:
-            raise ValueError("--reference-live is set without --reference: it is the service that is asked")
+        return self
+
+
+class DpoSettings(PairLossSettings, ReferencedSettings):
+    """Direct preference optimisation of a policy from preferences, held near the model that it starts from."""
+
+    command: ClassVar[str] = "quartet-train dpo"
+
+
+class KtoSettings(ReferencedSettings):
+    """KTO: a policy learns from answers judged good or bad one by one, held near the model that it starts from."""
+
+    command: ClassVar[str] = "quartet-train kto"
+
+    batch_size: Annotated[PositiveInt, Field(ge=2)] = Field(
+        64, description="rows an optimiser step, over which the reference point is estimated"
+    )
+    beta: PositiveFloat = Field(0.1, description="price of a nat between policy and reference")
+    desirable_weight: NonNegativeFloat = Field(
+        1.0, description="of good answers (lambda_D); weights times numbers of the two kinds are best about equal"
+    )
+    undesirable_weight: NonNegativeFloat = Field(1.0, description="of bad answers (lambda_U)")
+
+    @model_validator(mode="after")
+    def _something_is_learned(self) -> Self:
+        if not (self.desirable_weight or self.undesirable_weight):
+            raise ValueError("--desirable-weight and --undesirable-weight are 0: there would be nothing to learn from")
         return self
 
 
@@ -259,10 +298,10 @@ class CheckSettings(Settings):
     command: ClassVar[str] = "quartet-train check"
 
     data: tuple[str, ...] = Field(description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1)
-    kinds: tuple[Literal["demonstrations", "preferences", "comparisons", "prompts"], ...] = Field(
+    kinds: tuple[Literal["demonstrations", "preferences", "comparisons", "judged", "prompts"], ...] = Field(
         ("demonstrations", "preferences", "prompts"),
         description="what each row must be readable as: demonstrations (sft), preferences (dpo, reward), comparisons "
-        "(reward), prompts (ppo)",
+        "(reward), judged (kto), prompts (ppo, online-dpo)",
         min_length=1,
     )
 

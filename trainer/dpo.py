@@ -11,7 +11,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,12 +19,12 @@ from torch import Tensor
 
 from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
-from trainer.config import DpoSettings
+from trainer.config import DpoSettings, Packing, ReferencedSettings
 from trainer.data import load_preferences
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
-from trainer.optimisation import choose_device
+from trainer.optimisation import Precision, choose_device
 from trainer.packing import group_micro_batches
 from trainer.references import ModelReference, Reference, ServiceReference, Sums, known_sums
 from trainer.runs import (
@@ -67,7 +67,8 @@ def main(settings: DpoSettings) -> None:
         f"DPO of {policy.num_parameters():,} parameters on {len(train):,} pairs ({cut:,} of them cut to "
         f"{token_limit(settings, policy)} tokens), {len(held_out):,} held out\n"
     )
-    with _reference(settings, Answers(policy, tokenizer, settings.precision, settings.packing), tokenizer) as reference:
+    answers = Answers(policy, tokenizer, settings.precision, settings.packing)
+    with open_reference(settings, answers, tokenizer) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         trainer = DpoTrainer(policy, tokenizer, settings, reference)
         known = known_sums(
@@ -107,7 +108,9 @@ def main(settings: DpoSettings) -> None:
     sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
 
 
-def _reference(settings: DpoSettings, answers: Answers, tokenizer: Any) -> contextlib.AbstractContextManager[Reference]:
+def open_reference(
+    settings: ReferencedSettings, answers: Answers, tokenizer: Any
+) -> contextlib.AbstractContextManager[Reference]:
     """The service where one is named, else the model as it is now."""
     if settings.reference is None:
         start = f"{settings.model}, where training starts"
@@ -178,12 +181,48 @@ class _Seen:
         }
 
 
+class DpoLike(Protocol):
+    """What a trainer on pairs reads of settings, whether its pairs were collected before or are sampled in the run."""
+
+    @property
+    def beta(self) -> float: ...
+    @property
+    def loss(self) -> str: ...
+    @property
+    def label_smoothing(self) -> float: ...
+    @property
+    def sft_weight(self) -> float: ...
+    @property
+    def reference_live(self) -> bool: ...
+    @property
+    def micro_batch_tokens(self) -> int: ...
+    @property
+    def packing(self) -> Packing: ...
+    @property
+    def precision(self) -> Precision: ...
+
+
 class DpoTrainer:
     """The loss, its gradient, and what is measured on held-out pairs."""
 
-    def __init__(self, policy: Any, tokenizer: Any, settings: DpoSettings, reference: Reference) -> None:
+    def __init__(
+        self,
+        policy: Any,
+        tokenizer: Any,
+        settings: DpoLike,
+        reference: Reference | None,
+        temperature: float = 1.0,
+    ) -> None:
+        """
+        Args:
+            policy: that is trained.
+            tokenizer: its own.
+            settings: of the run.
+            reference: is asked at every step, where the settings say so.
+            temperature: divides the logits of the policy, as it did of the reference.
+        """
         self.settings = settings
-        self.answers = Answers(policy, tokenizer, settings.precision, settings.packing)
+        self.answers = Answers(policy, tokenizer, settings.precision, settings.packing, temperature)
         self.reference = reference
 
     def accumulate(self, pairs: Sequence[Pair]) -> dict[str, float]:
@@ -191,7 +230,7 @@ class DpoTrainer:
         settings = self.settings
         tokens = sum(answer_tokens(pair.chosen) for pair in pairs)
         sums: dict[str, float] = {}
-        if settings.reference_live:
+        if settings.reference_live and self.reference is not None:
             pairs = with_reference(pairs, self.reference.sums(_answers_of(pairs)))
         for part in self._parts(pairs):
             seen = self._see([pairs[index] for index in part])

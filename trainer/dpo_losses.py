@@ -99,12 +99,11 @@ def kto_loss(
 ) -> Tensor:
     """The mean over answers, judged one by one, of w (1 - sigmoid(+-beta (gain - max(0, kl)))).
 
-    For answers that stand alone, which no stage trains on yet.
-
     Args:
         gain_N: (N,) log pi - log pi_ref of each answer, summed over its tokens.
         desirable_N: (N,) True where the answer was judged good.
-        kl: estimate of KL(pi, pi_ref), nats an answer: the mean gain of answers to other prompts. No gradient.
+        kl: the reference point, an estimate of KL(pi, pi_ref) in nats an answer: the mean gain of answers to other
+            prompts. No gradient.
         beta: price of a nat, above 0.
         desirable_weight: w of good answers, at least 0.
         undesirable_weight: w of the others.

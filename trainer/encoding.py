@@ -10,13 +10,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jinja2
 import numpy as np
 import numpy.typing as npt
 
 from trainer.comparisons import Comparison, Judgement
-from trainer.data import Demonstration, Preference, Prompt, PromptRow, Row
+from trainer.conversations import encode_conversations, render
+from trainer.data import Demonstration, Preference, PromptRow
 from trainer.errors import DataError, ModelError
+from trainer.rows import Message, Prompt, Row
 
 Ids = npt.NDArray[np.int32]
 
@@ -33,11 +34,21 @@ Truncation = Literal["refuse", "left", "right"]
 
 @dataclass(frozen=True, kw_only=True)
 class EncodedResponse:
-    """Token ids of prompt and response, where the response begins, and whether anything was cut off."""
+    """Token ids of prompt and response, where the response begins, and whether anything was cut off.
+
+    ``turns``: of a conversation learned from in every turn, where each of the assistant's begins and ends.
+    """
 
     ids: Ids
     prompt_tokens: int
     truncated: bool
+    turns: tuple[tuple[int, int], ...] = ()
+
+    @property
+    def learned(self) -> tuple[tuple[int, int], ...]:
+        """Where what is learned begins and ends: never the very first token, which nothing predicts."""
+        spans = self.turns or ((self.prompt_tokens, len(self.ids)),)
+        return tuple((max(1, start), end) for start, end in spans)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -105,13 +116,23 @@ class Encoder:
         self._refuse_long([(row, len(ids)) for row, ids in zip(rows, encoded, strict=True)], "prompt")
         return [self._cut(ids) for ids in encoded]
 
-    def demonstrations(self, rows: Sequence[Demonstration]) -> list[EncodedResponse]:
-        """Prompt and completion of each row.
+    def demonstrations(self, rows: Sequence[Demonstration], *, every_turn: bool = False) -> list[EncodedResponse]:
+        """Prompt and completion of each row. ``every_turn``: of messages, the whole conversation as the chat template
+        writes it, to be learned from in all turns of the assistant.
 
         Raises:
-            DataError: rows are too long, or need a chat template where there is none.
+            DataError: rows are too long, or need a chat template where there is none; their roles are out of order, or
+                the template doesn't tell their turns apart.
         """
-        return self._responses(rows, [row.completion for row in rows], "prompt and completion")
+        talks: dict[int, list[Message]] = {
+            place: [*row.prompt, {"role": "assistant", "content": row.completion}]
+            for place, row in enumerate(rows)
+            if every_turn and isinstance(row.prompt, list)
+        }
+        others = [row for place, row in enumerate(rows) if place not in talks]
+        encoded_talks = iter(self._conversations([(rows[place], messages) for place, messages in talks.items()]))
+        encoded = iter(self._responses(others, [row.completion for row in others], "prompt and completion"))
+        return [next(encoded_talks if place in talks else encoded) for place in range(len(rows))]
 
     def preferences(self, rows: Sequence[Preference]) -> list[EncodedPreference]:
         """Both answers of each row.
@@ -162,6 +183,27 @@ class Encoder:
             )
         return encoded
 
+    def _conversations(self, rows: Sequence[tuple[Row, list[Message]]]) -> list[EncodedResponse]:
+        places = [(messages, row.where) for row, messages in rows]
+        found = encode_conversations(self._tokenizer, places, "choose --train-on last-turn")
+        self._refuse_long([(row, len(talk.ids)) for (row, _), talk in zip(rows, found, strict=True)], "messages")
+        encoded = []
+        for (row, _), talk in zip(rows, found, strict=True):
+            excess = max(0, len(talk.ids) - self._max_tokens)
+            gone = excess if self._truncation == "left" else 0
+            cut = ((max(0, start - gone), min(end - gone, self._max_tokens)) for start, end in talk.turns)
+            turns = tuple((start, end) for start, end in cut if end > max(1, start))
+            if not turns:
+                raise DataError(
+                    f"{row.where}: before the assistant's first answer there are {talk.turns[0][0]} tokens of the "
+                    f"{self._max_tokens} allowed, so truncation right would leave nothing to learn"
+                )
+            ids = np.array(talk.ids, dtype=np.int32)
+            encoded.append(
+                EncodedResponse(ids=self._cut(ids), prompt_tokens=turns[0][0], truncated=excess > 0, turns=turns)
+            )
+        return encoded
+
     def _cut(self, ids: Ids) -> Ids:
         return ids[-self._max_tokens :] if self._truncation == "left" else ids[: self._max_tokens]
 
@@ -176,18 +218,7 @@ class Encoder:
     def _prompt_text(self, prompt: Prompt, where: str) -> str:
         if isinstance(prompt, str):
             return prompt
-        if not self._tokenizer.chat_template:
-            raise DataError(
-                f"{where}: the prompt is chat messages, but the model's tokenizer has no chat template; "
-                "give it one (quartet-train sft takes --chat-template FILE)"
-            )
-        try:
-            text: str = self._tokenizer.apply_chat_template(prompt, tokenize=False, add_generation_prompt=True)
-        except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
-            raise DataError(
-                f"{where}: the model's chat template refuses the messages of the prompt: {error}"
-            ) from error
-        return text
+        return render(self._tokenizer, prompt, where)
 
     def _refuse_long(self, lengths: Sequence[tuple[Row, int]], what: str) -> None:
         if self._truncation != "refuse":

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.batching import micro_batches, pad_right, response_mask
+from trainer.batching import learned_mask, micro_batches, pad_right
 from trainer.encoding import EncodedResponse
 from trainer.kl import exact_kl
 from trainer.losses import entropy_from_logits
@@ -66,7 +66,7 @@ def distributions(
         plain = [TokenLogprobs(model).plain_head for model in models]
         for part in micro_batches([len(row) for row in rows], micro_batch_tokens):
             ids_BS, mask_BS = pad_right([rows[index].ids for index in part], pad_id, policy.device)
-            wanted_BS = response_mask(mask_BS, [rows[index].prompt_tokens for index in part])
+            wanted_BS = learned_mask(mask_BS, [rows[index].learned for index in part])
             # The state that a token was drawn in stands one place before it.
             states_BS = torch.zeros_like(wanted_BS)
             states_BS[:, :-1] = wanted_BS[:, 1:]

@@ -13,11 +13,11 @@ import transformers
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from trainer.config import InitSettings
-from trainer.data import read_rows, row_texts
 from trainer.errors import DataError, OutputError
 from trainer.files import require_folder
 from trainer.lineage import origin
 from trainer.models import save_model
+from trainer.rows import read_rows, row_texts
 
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"

@@ -15,7 +15,7 @@ from quartet.client import (
 )
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.errors import ServicesError
-from trainer.ppo_config import EvaluateSettings, PPOSettings
+from trainer.ppo_config import EvaluateSettings, RunSettings
 from trainer.rollout import PromptTask, Sample, require_same_judge, score_item
 from trainer.service_checks import deadline_explained
 
@@ -26,7 +26,7 @@ _MAX_FAILED = 0.1
 class JudgeService:
     """The reward service of --judge. Make it in the event loop that it is used in."""
 
-    def __init__(self, address: str, settings: PPOSettings | EvaluateSettings, tokenizer: Any) -> None:
+    def __init__(self, address: str, settings: RunSettings | EvaluateSettings, tokenizer: Any) -> None:
         """
         Args:
             address: of the service.
@@ -90,7 +90,7 @@ class JudgeService:
         return [None if isinstance(result, ItemFailure) else result.score for result in reply.results]
 
 
-async def open_judge(settings: PPOSettings | EvaluateSettings, tokenizer: Any) -> JudgeService | None:
+async def open_judge(settings: RunSettings | EvaluateSettings, tokenizer: Any) -> JudgeService | None:
     """The judge that the settings name, connected; None: they name none."""
     if settings.judge is None:
         return None

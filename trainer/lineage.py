@@ -78,7 +78,7 @@ def origin(
     """What is known of a model at the start of its training. Reads the parent's weights and the files once.
 
     Args:
-        stage: sft, reward, dpo, ppo or init.
+        stage: sft, reward, dpo, kto, ppo, online-dpo or init.
         settings: of the stage, as JSON values.
         parent: folder or hub id of the model that training starts from; None: random weights.
         sources: files and hub names of the data, held-out ones included.

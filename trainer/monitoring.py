@@ -1,4 +1,4 @@
-"""Watching the policy of a PPO run on its held-out prompts: what only its own weights tell, and the alarms."""
+"""Watching the policy of a run on its held-out prompts: what only its own weights tell, and the alarms."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trainer.evaluate import Evaluation, PolicyFigures
 from trainer.exact_kl import Distributions, distributions, evaluating
 from trainer.models import load_policy, padding_id
 from trainer.monitor_alarms import Crossing, checked, crossings
-from trainer.ppo_config import PPOSettings
+from trainer.ppo_config import RunSettings
 from trainer.rollout import Sample
 from trainer.statistics import Interval, mean_interval_of_groups
 
@@ -32,7 +32,7 @@ class PolicyMonitor:
 
     def __init__(
         self,
-        settings: PPOSettings,
+        settings: RunSettings,
         policy: Any,
         tokenizer: Any,
         *,

@@ -14,16 +14,15 @@ Models from Human Preferences", and its code, openai/lm-human-preferences.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from quartet import tracing
 from quartet.client import QuartetError
-from quartet.fingerprint import derive_seed
-from trainer.batching import micro_batches
+from trainer.batching import micro_batches, minibatches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
@@ -66,13 +65,27 @@ def main(settings: PPOSettings) -> None:
         run.finish()
 
 
-def train(run: PPORun, stop: StopRequest) -> None:
-    """The loop: one rollout and its update a step."""
+class Learns(Protocol):
+    """What learns from rollouts. ``watched``: the figures of a step to show."""
+
+    policy: Any
+
+    @property
+    def watched(self) -> Sequence[str]: ...
+
+    @property
+    def trained(self) -> Trained: ...
+
+    def step(self, rollout: Rollout, step: int) -> dict[str, float]: ...
+
+
+def train(run: PPORun[Any], stop: StopRequest, make_learner: Callable[[Any], Learns] | None = None) -> None:
+    """The loop: one rollout and its update a step. ``make_learner``: of the run; default: PPO's."""
     settings = run.settings
-    learner = Learner(run)
+    learner = (make_learner or Learner)(run)
     run.restore(learner.trained)
-    watched = [name for name in WATCHED if settings.has_critic or not name.startswith("value/")]
-    with RunTracker(settings.output, settings.steps, watched, "PPO", run.resumed_step, settings=settings) as tracker:
+    watched, title = learner.watched, settings.title
+    with RunTracker(settings.output, settings.steps, watched, title, run.resumed_step, settings=settings) as tracker:
         try:
             publish(run, learner)
             if not stop.requested:
@@ -101,13 +114,13 @@ def train(run: PPORun, stop: StopRequest) -> None:
             raise run.interrupted(error, learner.trained) from error
 
 
-def collect(run: PPORun) -> tuple[Rollout, float]:
+def collect(run: PPORun[Any]) -> tuple[Rollout, float]:
     """The next rollout, and the seconds it was waited for."""
     start_s = time.perf_counter()
     return run.collect(), time.perf_counter() - start_s
 
 
-def publish(run: PPORun, learner: Learner) -> float:
+def publish(run: PPORun[Any], learner: Learns) -> float:
     """Brings the trainer's weights to every policy replica; returns the seconds it took."""
     start_s = time.perf_counter()
     run.publish(Weights.of(export_tensors(learner.policy)))
@@ -117,7 +130,7 @@ def publish(run: PPORun, learner: Learner) -> float:
 class Learner:
     """Policy, critic (where the advantages need one) and what optimises them."""
 
-    def __init__(self, run: PPORun) -> None:
+    def __init__(self, run: PPORun[PPOSettings]) -> None:
         settings = self.settings = run.settings
         self.device = run.device
         self.pad_id = padding_id(run.tokenizer)
@@ -147,6 +160,11 @@ class Learner:
     def kl(self) -> FixedKlController | AdaptiveKlController:
         """The price of KL."""
         return self.shaping.kl
+
+    @property
+    def watched(self) -> Sequence[str]:
+        """Figures to show."""
+        return [name for name in WATCHED if self.settings.has_critic or not name.startswith("value/")]
 
     @property
     def trained(self) -> Trained:
@@ -329,10 +347,8 @@ class Learner:
 
     def minibatches(self, count: int, step: int) -> Iterator[list[int]]:
         """Row indices of every optimiser step."""
-        for epoch in range(self.settings.epochs):
-            random = np.random.default_rng(derive_seed("minibatches", self.settings.seed, step, epoch))
-            parts = np.array_split(random.permutation(count), min(self.settings.minibatches, count))
-            yield from (part.tolist() for part in parts)
+        options = self.settings
+        return minibatches(count, epochs=options.epochs, parts=options.minibatches, seed=options.seed, step=step)
 
 
 def means(records: list[dict[str, float]]) -> dict[str, float]:

@@ -117,21 +117,15 @@ class SamplingSettings(Settings):
 _UNDECISIVE = {*AdminCredentials.model_fields, *TrackSettings.model_fields, *MonitorSettings.model_fields}
 
 
-class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings, MonitorSettings):
-    """Trains a policy by PPO against the policy, reward and reference services."""
+class RunSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings, MonitorSettings):
+    """A run that learns from what its policy samples, against the policy, reward and reference services."""
 
-    command: ClassVar[str] = "quartet-train ppo"
+    title: ClassVar[str]
 
     policy_admin: tuple[Address, ...] = Field(
         ("127.0.0.1:50061",), description="weight updates: the admin address of every policy replica", min_length=1
     )
     model: str = Field(description="policy to start from (the SFT model): a Hugging Face folder or hub id")
-    critic: str = Field(
-        "reward",
-        description="where the critic starts: reward (the model that the reward service, or the first of --rewards, "
-        "hosts), policy, or a folder or hub id of a reward model",
-    )
-    critic_head: Literal["zero", "normal", "reward"] = Field("zero", description="the value head's first weights")
     prompts: tuple[str, ...] = Field(
         description="files (.jsonl, .json, .parquet) or hub names (name:split)", min_length=1
     )
@@ -163,20 +157,141 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
         False, description="train on top-p or top-k samples, whose log-probabilities the trainer cannot reproduce"
     )
 
-    epochs: PositiveInt = Field(4, description="passes over each rollout; LMHP's default")
     minibatches: PositiveInt = Field(1, description="optimiser steps an epoch")
     micro_batch_tokens: PositiveInt = Field(
         16384, description="tokens at once on the device; padding, where there is any, included"
     )
     packing: Packing = Field("auto", description=PACKING)
     learning_rate: PositiveFloat = Field(3e-6, description="of the policy at the start; falls linearly to 0")
-    critic_learning_rate: PositiveFloat = Field(9e-6, description="of the critic at the start; falls linearly to 0")
     warmup_fraction: UnitFloat = Field(0.0, description="share of the steps over which the learning rates rise")
     adam_beta1: AdamBeta = Field(0.9, description="Adam's decay of the mean gradient")
     adam_beta2: AdamBeta = Field(0.95, description="Adam's decay of the mean squared gradient; OpenRLHF's")
     adam_eps: PositiveFloat = Field(1e-5, description="Adam's epsilon; LMHP's")
     weight_decay: NonNegativeFloat = Field(0.0, description="of matrices alone")
     max_grad_norm: PositiveFloat = Field(1.0, description="each model's gradient is scaled down to this norm")
+    length_penalty: NonNegativeFloat = Field(
+        0.0, description="taken off the score for each response token beyond the next; in scores as used"
+    )
+    length_penalty_after: NonNegativeInt = Field(0, description="response tokens that cost nothing")
+    missing_eos: Literal["none", "subtract", "replace"] = Field(
+        "subtract", description="what happens to the score of a response that did not end by itself"
+    )
+    missing_eos_value: Finite = Field(1.0, description="by how much it falls, or what replaces it; in scores as used")
+    max_failed_fraction: UnitFloat = Field(
+        0.1,
+        description="share of a rollout's samples that may fail (they are dropped and counted) before the run stops",
+    )
+
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
+    )
+    seed: Seed = Field(0, description="of sampling, the order of prompts and minibatches, and new weights")
+    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: before and after alone")
+    keep_best: bool = Field(
+        True, description="with --eval-every: the model of the best evaluation so far is kept in OUTPUT/best-STEP"
+    )
+    gold: str = Field(
+        "",
+        description="name of one of --rewards: it decides which evaluation is the best and when to stop. Best one that "
+        "is not trained on (weight 0); default: the score trained on",
+    )
+    stop_when_worse: bool = Field(
+        False,
+        description="stop when gold is below its best evaluation (upper 95 % bound of the paired bootstrap below 0) "
+        "twice in a row while the score trained on is above it",
+    )
+    stop_above_kl: PositiveFloat | None = Field(
+        None, description="stop when an evaluation's KL to the reference is above so many nats a response"
+    )
+    stop_below_unique: Annotated[UnitFloat, Field(gt=0)] | None = Field(
+        None, description="stop when a smaller share of an evaluation's responses is unique; usual: .9"
+    )
+    save_every: NonNegativeInt = Field(
+        10, description="steps between checkpoints; 0: when stopped and at the end alone"
+    )
+    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
+    resume: bool = Field(
+        False, description="go on from the newest checkpoint in OUTPUT; from the start if none is there"
+    )
+
+    @property
+    def stage(self) -> str:
+        """What made the model, in its lineage."""
+        return self.command.rpartition(" ")[2]
+
+    @property
+    def batch_size(self) -> int:
+        """Responses of one rollout."""
+        return self.prompts_per_step * self.samples_per_prompt
+
+    @property
+    def may_stop(self) -> bool:
+        """Whether evaluations may end the run before its last step."""
+        return self.stop_when_worse or self.stop_above_kl is not None or self.stop_below_unique is not None
+
+    @property
+    def decisive(self) -> dict[str, object]:
+        """The settings that decide the result: a resumed run must have the same."""
+        free = {
+            "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "rewards",
+            "reference", "ready_timeout_s", "call_deadline_s", "max_failed_fraction", "otlp_endpoint", "keep_best",
+        }  # fmt: skip
+        if not self.may_stop:
+            free |= {"eval_every", "gold"}
+        decisive = self.model_dump(mode="json", exclude=free | _UNDECISIVE)
+        return decisive | {"reward_weights": self.weights_of_rewards}
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if (self.top_p != 1 or self.top_k != 0) and not self.allow_restricted_sampling:
+            raise ValueError(
+                f"--top-p is {self.top_p:g} and --top-k {self.top_k}: training samples from the whole distribution "
+                "(top-p 1, top-k 0), because the update recomputes log-probabilities of that one; "
+                "--allow-restricted-sampling overrides this"
+            )
+        if self.batch_size < 2:
+            raise ValueError("--prompts-per-step is 1 and --samples-per-prompt 1: a rollout needs at least 2 responses")
+        if self.batch_size * self.max_new_tokens < LEAST_TOKENS:
+            raise ValueError(
+                f"--prompts-per-step is {self.prompts_per_step}, --samples-per-prompt {self.samples_per_prompt} and "
+                f"--max-new-tokens {self.max_new_tokens}: together at most {self.batch_size * self.max_new_tokens} "
+                f"response tokens, a rollout needs at least {LEAST_TOKENS}"
+            )
+        if len(self.policy_admin) < (replicas := len(split_addresses(self.policy))):
+            raise ValueError(
+                f"--policy names {replicas} replicas and --policy-admin {len(self.policy_admin)}: every replica needs "
+                "its admin address, or it would go on with the weights that it was started with"
+            )
+        if self.minibatches > self.batch_size:
+            raise ValueError(
+                f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
+            )
+        if self.gold and self.gold not in self.addresses_of_rewards:
+            raise ValueError(f"--gold is {self.gold!r}: --rewards has no such name")
+        if self.may_stop and not self.eval_every:
+            raise ValueError("--eval-every is 0: evaluations between steps decide when to stop, so say how often")
+        if self.length_penalty_after and not self.length_penalty:
+            raise ValueError(f"--length-penalty-after is {self.length_penalty_after} without --length-penalty")
+        if self.missing_eos == "subtract" and self.missing_eos_value < 0:
+            raise ValueError(f"--missing-eos-value is {self.missing_eos_value:g}: subtracted, it must be at least 0")
+        return self
+
+
+class PPOSettings(RunSettings):
+    """Trains a policy by PPO against the policy, reward and reference services."""
+
+    command: ClassVar[str] = "quartet-train ppo"
+    title: ClassVar[str] = "PPO"
+
+    critic: str = Field(
+        "reward",
+        description="where the critic starts: reward (the model that the reward service, or the first of --rewards, "
+        "hosts), policy, or a folder or hub id of a reward model",
+    )
+    critic_head: Literal["zero", "normal", "reward"] = Field("zero", description="the value head's first weights")
+
+    epochs: PositiveInt = Field(4, description="passes over each rollout; LMHP's default")
+    critic_learning_rate: PositiveFloat = Field(9e-6, description="of the critic at the start; falls linearly to 0")
     clip_range: ClipRange = Field(0.2, description="of the policy's ratio around 1")
     dual_clip: Annotated[PositiveFloat, Field(gt=1)] | None = Field(
         None, description="where the advantage is negative, the loss is at most so many times it; usual: 3"
@@ -234,55 +349,6 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
         False, description="divide scores by the standard deviation of all so far; MOSS's PPO-max, with --score-clip 10"
     )
     score_clip: PositiveFloat | None = Field(None, description="scores are kept within this of 0; MOSS's PPO-max: 10")
-    length_penalty: NonNegativeFloat = Field(
-        0.0, description="taken off the score for each response token beyond the next; in scores as used"
-    )
-    length_penalty_after: NonNegativeInt = Field(0, description="response tokens that cost nothing")
-    missing_eos: Literal["none", "subtract", "replace"] = Field(
-        "subtract", description="what happens to the score of a response that did not end by itself"
-    )
-    missing_eos_value: Finite = Field(1.0, description="by how much it falls, or what replaces it; in scores as used")
-    max_failed_fraction: UnitFloat = Field(
-        0.1,
-        description="share of a rollout's samples that may fail (they are dropped and counted) before the run stops",
-    )
-
-    precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
-    )
-    seed: Seed = Field(0, description="of sampling, the order of prompts and minibatches, and new weights")
-    eval_every: NonNegativeInt = Field(0, description="steps between evaluations; 0: before and after alone")
-    keep_best: bool = Field(
-        True, description="with --eval-every: the model of the best evaluation so far is kept in OUTPUT/best-STEP"
-    )
-    gold: str = Field(
-        "",
-        description="name of one of --rewards: it decides which evaluation is the best and when to stop. Best one that "
-        "is not trained on (weight 0); default: the score trained on",
-    )
-    stop_when_worse: bool = Field(
-        False,
-        description="stop when gold is below its best evaluation (upper 95 % bound of the paired bootstrap below 0) "
-        "twice in a row while the score trained on is above it",
-    )
-    stop_above_kl: PositiveFloat | None = Field(
-        None, description="stop when an evaluation's KL to the reference is above so many nats a response"
-    )
-    stop_below_unique: Annotated[UnitFloat, Field(gt=0)] | None = Field(
-        None, description="stop when a smaller share of an evaluation's responses is unique; usual: .9"
-    )
-    save_every: NonNegativeInt = Field(
-        10, description="steps between checkpoints; 0: when stopped and at the end alone"
-    )
-    keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
-    resume: bool = Field(
-        False, description="go on from the newest checkpoint in OUTPUT; from the start if none is there"
-    )
-
-    @property
-    def batch_size(self) -> int:
-        """Responses of one rollout."""
-        return self.prompts_per_step * self.samples_per_prompt
 
     @property
     def kl_used(self) -> KlEstimator:
@@ -306,58 +372,12 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
         by_itself = self.advantage not in ("rloo", "grpo")
         return by_itself if self.whiten_advantages == "auto" else self.whiten_advantages == "on"
 
-    @property
-    def may_stop(self) -> bool:
-        """Whether evaluations may end the run before its last step."""
-        return self.stop_when_worse or self.stop_above_kl is not None or self.stop_below_unique is not None
-
-    @property
-    def decisive(self) -> dict[str, object]:
-        """The settings that decide the result: a resumed run must have the same."""
-        free = {
-            "output", "save_every", "keep_checkpoints", "resume", "policy", "policy_admin", "reward", "rewards",
-            "reference", "ready_timeout_s", "call_deadline_s", "max_failed_fraction", "otlp_endpoint", "keep_best",
-        }  # fmt: skip
-        if not self.may_stop:
-            free |= {"eval_every", "gold"}
-        decisive = self.model_dump(mode="json", exclude=free | _UNDECISIVE)
-        return decisive | {"reward_weights": self.weights_of_rewards}
-
     @model_validator(mode="after")
-    def _fits_together(self) -> Self:
-        if (self.top_p != 1 or self.top_k != 0) and not self.allow_restricted_sampling:
-            raise ValueError(
-                f"--top-p is {self.top_p:g} and --top-k {self.top_k}: training samples from the whole distribution "
-                "(top-p 1, top-k 0), because the update recomputes log-probabilities of that one; "
-                "--allow-restricted-sampling overrides this"
-            )
-        if self.batch_size < 2:
-            raise ValueError("--prompts-per-step is 1 and --samples-per-prompt 1: a rollout needs at least 2 responses")
-        if self.batch_size * self.max_new_tokens < LEAST_TOKENS:
-            raise ValueError(
-                f"--prompts-per-step is {self.prompts_per_step}, --samples-per-prompt {self.samples_per_prompt} and "
-                f"--max-new-tokens {self.max_new_tokens}: together at most {self.batch_size * self.max_new_tokens} "
-                f"response tokens, a rollout needs at least {LEAST_TOKENS}"
-            )
-        if len(self.policy_admin) < (replicas := len(split_addresses(self.policy))):
-            raise ValueError(
-                f"--policy names {replicas} replicas and --policy-admin {len(self.policy_admin)}: every replica needs "
-                "its admin address, or it would go on with the weights that it was started with"
-            )
-        if self.minibatches > self.batch_size:
-            raise ValueError(
-                f"--minibatches is {self.minibatches}, a rollout has {self.batch_size} responses: at most as many"
-            )
-        if self.gold and self.gold not in self.addresses_of_rewards:
-            raise ValueError(f"--gold is {self.gold!r}: --rewards has no such name")
-        if self.may_stop and not self.eval_every:
-            raise ValueError("--eval-every is 0: evaluations between steps decide when to stop, so say how often")
+    def _estimates_fit_together(self) -> Self:
         try:
             check_kl_placement(self.kl_used, self.kl_in)
         except ValueError as error:
             raise ValueError(f"--kl-estimator is {self.kl_estimator} and --kl-in {self.kl_in}: {error}") from None
-        if self.length_penalty_after and not self.length_penalty:
-            raise ValueError(f"--length-penalty-after is {self.length_penalty_after} without --length-penalty")
         if self.compares_samples and self.samples_per_prompt < 2:
             raise ValueError(
                 f"--samples-per-prompt is {self.samples_per_prompt}: --advantage {self.advantage} compares the samples "
@@ -369,8 +389,6 @@ class PPOSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
             )
         if not self.has_critic and self.whiten_rewards:
             raise ValueError(f"--whiten-rewards is set: it is of --advantage gae, not of {self.advantage}")
-        if self.missing_eos == "subtract" and self.missing_eos_value < 0:
-            raise ValueError(f"--missing-eos-value is {self.missing_eos_value:g}: subtracted, it must be at least 0")
         if self.kl == "adaptive" and self.kl_beta == 0:
             raise ValueError("--kl-beta is 0: an adaptive price is multiplied, so it must start above 0")
         if self.kl == "adaptive" and 0.2 * self.batch_size >= self.kl_horizon:

@@ -1,4 +1,4 @@
-"""Everything of a PPO run that is not the algorithm: folder, models, prompts, services, evaluations, checkpoints."""
+"""What of a run against services is not the algorithm: folder, models, prompts, services, evaluations, checkpoints."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol, Self
+from typing import Any, Generic, Protocol, Self, TypeVar
 
 import torch
 from torch import nn
@@ -34,7 +34,7 @@ from trainer.loop_thread import LoopThread
 from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
 from trainer.monitoring import PolicyMonitor
 from trainer.optimisation import choose_device
-from trainer.ppo_config import PPOSettings
+from trainer.ppo_config import PPOSettings, RunSettings
 from trainer.publishing import Weights
 from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
@@ -44,6 +44,8 @@ from trainer.stop_rule import StopRule
 _BEFORE = "evaluation_before.json"
 _AFTER = "evaluation_after.json"
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]")
+
+SettingsT = TypeVar("SettingsT", bound=RunSettings)
 
 
 class Stateful(Protocol):
@@ -63,13 +65,13 @@ class Trained:
     states: Mapping[str, Stateful]
 
 
-class PPORun:
+class PPORun(Generic[SettingsT]):
     """One run in one folder, from its settings to its report. Use it as a context manager.
 
     ``step`` counts the steps done, ``episodes`` the responses learned from.
     """
 
-    def __init__(self, settings: PPOSettings, loop: LoopThread) -> None:
+    def __init__(self, settings: SettingsT, loop: LoopThread) -> None:
         """Waits for the services, whose calls run in ``loop``.
 
         Raises:
@@ -107,7 +109,9 @@ class PPORun:
             self.normalisation = None if settings.rewards else self._info.reward.normalised_by
             self._judges = _judges(self._info, self._judge)
             self._check_judges(folder)
-            self.critic = self._load_critic(folder) if settings.has_critic else None
+            self.critic: Critic | None = None
+            if isinstance(settings, PPOSettings) and settings.has_critic:
+                self.critic = self._load_critic(folder, settings)
             self._encode(rows, held_out)
             self._origin = self._trace_origin(_write_settings(settings, self._info, self._judge))
             self._monitor = self._watch_policy()
@@ -252,8 +256,7 @@ class PPORun:
 
     # Models and prompts --------------------------------------------------------------------------------------------
 
-    def _load_critic(self, policy_folder: Path) -> Critic:
-        settings = self.settings
+    def _load_critic(self, policy_folder: Path, settings: PPOSettings) -> Critic:
         if settings.critic == "policy":
             return Critic.from_policy(policy_folder, self.tokenizer, head=settings.critic_head, seed=settings.seed)
         named = settings.critic
@@ -302,7 +305,7 @@ class PPORun:
     def _trace_origin(self, hosted: Mapping[str, Mapping[str, Any]]) -> Origin:
         settings = self.settings
         return origin(
-            "ppo",
+            settings.stage,
             settings.model_dump(mode="json"),
             parent=settings.model,
             sources=(*settings.prompts, *settings.eval_prompts),
@@ -488,7 +491,7 @@ def keep_only_best(output: Path, step: int) -> None:
             remove_folder(folder)
 
 
-async def _open_services(settings: PPOSettings, tokenizer: Any) -> Services:
+async def _open_services(settings: RunSettings, tokenizer: Any) -> Services:
     # gRPC's channels belong to the loop they are made in.
     return Services(settings, tokenizer, policy_admin=settings.policy_admin, admin_security=settings.admin_security)
 
@@ -508,7 +511,7 @@ def _in_deviations(before: Evaluation, after: Evaluation) -> str:
     return f", {(after.score_mean - before.score_mean) / before.score_std:+.2f} standard deviations of before"
 
 
-def _write_settings(settings: PPOSettings, info: ServiceInfo, judge: JudgeService | None) -> dict[str, dict[str, Any]]:
+def _write_settings(settings: RunSettings, info: ServiceInfo, judge: JudgeService | None) -> dict[str, dict[str, Any]]:
     """Settings and what answered, for the report and for people. Returns what answered."""
     hosted = {
         name: {
@@ -529,7 +532,7 @@ def _write_settings(settings: PPOSettings, info: ServiceInfo, judge: JudgeServic
     return hosted
 
 
-def _read_prompts(settings: PPOSettings) -> tuple[list[PromptRow], list[PromptRow]]:
+def _read_prompts(settings: RunSettings) -> tuple[list[PromptRow], list[PromptRow]]:
     rows = load_prompts(settings.prompts)
     if not settings.eval_prompts:
         return split_held_out(rows, settings.held_out_fraction, seed=settings.seed)

@@ -38,11 +38,11 @@ from quartet.client import (
 from quartet.client.channel import split_addresses
 from quartet.client.types import WorkInterval
 from quartet.fingerprint import derive_seed, tokenizer_fingerprint
-from trainer.data import Prompt
 from trainer.errors import ServicesError
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
 from trainer.publishing import Publisher, Weights
 from trainer.reward_services import HostedReward, ask_rewards, combined, service_title
+from trainer.rows import Prompt
 from trainer.service_checks import deadline_explained, require_same_tokenizer
 from trainer.service_time import covered_s, within_call
 

@@ -7,10 +7,10 @@ import hashlib
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,20 +26,19 @@ from trainer.checkpoint import (
     stop_on_signal,
 )
 from trainer.config import TrainingSettings
-from trainer.data import Row, shared_groups, split_held_out
+from trainer.data import shared_groups, split_held_out
 from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
 from trainer.files import replace_file, require_folder
 from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
+from trainer.rows import RowT
 from trainer.tracking import METRICS_FILE, RunTracker
 
 SETTINGS_FILE = "settings.json"
 EVALUATION_FILE = "evaluation.json"
 MODEL_FOLDER = "model"
-
-RowT = TypeVar("RowT", bound=Row)
 
 
 def open_output(
@@ -79,8 +78,12 @@ def open_output(
 
 
 def rows_digest(*parts: Iterable[EncodedResponse]) -> str:
-    """``ids_digest`` of prompts and responses, and of where the one ends and the other begins."""
-    return ids_digest(*((ids for row in part for ids in ((row.prompt_tokens,), row.ids)) for part in parts))
+    """``ids_digest`` of prompts and responses, and of where the one ends and the other begins, turn by turn."""
+    return ids_digest(*((ids for row in part for ids in (_places(row), row.ids)) for part in parts))
+
+
+def _places(row: EncodedResponse) -> tuple[int, ...]:
+    return (row.prompt_tokens, *(place for turn in row.turns for place in turn))
 
 
 def ids_digest(*parts: Iterable[Sequence[int] | Ids]) -> str:
@@ -194,6 +197,19 @@ class Fitted:
     evaluation: dict[str, float]
 
 
+def planned_batches(settings: TrainingSettings, lengths: Sequence[int]) -> Iterator[list[int]]:
+    """The rows of every step that ``fit`` will take of rows of these lengths."""
+    plan, steps = _plan(settings, lengths)
+    return (plan.rows(step) for step in range(steps))
+
+
+def _plan(settings: TrainingSettings, lengths: Sequence[int]) -> tuple[BatchPlan, int]:
+    """Batches, and how many steps there are."""
+    plan = BatchPlan(lengths, settings.batch_size, seed=settings.seed)
+    steps = settings.epochs * plan.steps_per_epoch
+    return plan, min(steps, settings.max_steps) if settings.max_steps else steps
+
+
 def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -> Fitted:
     """The loop of every supervised stage: batches in a seeded order, AdamW, a linear schedule, checkpoints.
 
@@ -203,9 +219,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         CheckpointError: it can't be saved or continued, such as with other rows.
     """
     require_same_data(settings.output, checkpoint, stage.data, "--data or --eval-data")
-    plan = BatchPlan(stage.lengths, settings.batch_size, seed=settings.seed)
-    steps = settings.epochs * plan.steps_per_epoch
-    steps = min(steps, settings.max_steps) if settings.max_steps else steps
+    plan, steps = _plan(settings, stage.lengths)
     optimiser = make_adamw(
         stage.model,
         learning_rate=settings.learning_rate,

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token cross entropy on the responses of demonstrations."""
+"""Supervised fine-tuning: next-token cross entropy on the responses of demonstrations, or on all turns of them."""
 
 from __future__ import annotations
 
@@ -48,15 +48,16 @@ def main(settings: SftSettings) -> None:
         tokenizer.chat_template = read_template(settings)
     policy = prepare(load_policy(folder, tokenizer).to(choose_device()), settings, seed=settings.seed)
     encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
-    train, held_out = encoder.demonstrations(rows), encoder.demonstrations(held_out_rows)
+    every_turn = settings.train_on == "all-turns"
+    train, held_out = (encoder.demonstrations(part, every_turn=every_turn) for part in (rows, held_out_rows))
     data = rows_digest(train, held_out)
     origin = stage_origin("sft", settings, data)
     trainer = SftTrainer(policy, tokenizer, settings)
     write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
     sys.stdout.write(
-        f"SFT of {policy.num_parameters():,} parameters on {len(train):,} demonstrations "
-        f"({sum(row.truncated for row in train):,} of them cut to {token_limit(settings, policy)} tokens), "
-        f"{len(held_out):,} held out\n"
+        f"SFT of {policy.num_parameters():,} parameters on {sum(len(row.learned) for row in train):,} answers in "
+        f"{len(train):,} demonstrations ({sum(row.truncated for row in train):,} of them cut to "
+        f"{token_limit(settings, policy)} tokens), {len(held_out):,} held out\n"
     )
     before = trainer.evaluate(held_out)
     stage = Stage(

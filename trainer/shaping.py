@@ -17,7 +17,7 @@ from trainer.experience import Experience
 from trainer.kl import AdaptiveKlController, FixedKlController, k3, sequence_kl
 from trainer.losses import ImportanceWeights, OffPolicyCorrection, old_policy
 from trainer.masked import masked_mean, masked_var
-from trainer.ppo_config import PPOSettings
+from trainer.ppo_config import PPOSettings, RunSettings
 from trainer.rewards import RunningScale
 from trainer.statistics import mean_interval_of_groups
 
@@ -156,15 +156,20 @@ class Shaping:
             scores_N = self.scale.scale(scores_N)
         if settings.score_clip is not None:
             scores_N = rewards.clip_scores(scores_N, settings.score_clip)
-        if settings.length_penalty:
-            scores_N = rewards.apply_length_penalty(
-                scores_N, experience.mask_NT, settings.length_penalty, settings.length_penalty_after
-            )
-        if settings.missing_eos != "none":
-            scores_N = rewards.apply_missing_eos(
-                scores_N, experience.finished_N, settings.missing_eos, settings.missing_eos_value
-            )
-        return scores_N
+        return penalised(scores_N, experience, settings)
+
+
+def penalised(scores_N: Tensor, experience: Experience, settings: RunSettings) -> Tensor:
+    """(N,) scores less what length and a missing end cost."""
+    if settings.length_penalty:
+        scores_N = rewards.apply_length_penalty(
+            scores_N, experience.mask_NT, settings.length_penalty, settings.length_penalty_after
+        )
+    if settings.missing_eos != "none":
+        scores_N = rewards.apply_missing_eos(
+            scores_N, experience.finished_N, settings.missing_eos, settings.missing_eos_value
+        )
+    return scores_N
 
 
 def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:

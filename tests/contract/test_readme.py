@@ -12,7 +12,7 @@ import pytest
 import deploy.local
 from quartet.settings import Settings
 from trainer.__main__ import COMMANDS
-from trainer.data import load_demonstrations, load_preferences, load_prompts
+from trainer.data import load_demonstrations, load_judged, load_preferences, load_prompts
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 README = (ROOT / "README.md").read_text()
@@ -92,12 +92,16 @@ def test_every_make_target_exists():
 
 
 def test_the_rows_shown_are_read_as_what_they_are_shown_for(tmp_path):
-    rows = re.findall(
-        r"^\| (SFT|reward model, DPO|PPO) \| `(\{.*?\})`(?:,| \|)", section("On your own data"), re.MULTILINE
-    )
+    shown = r"^\| (SFT|reward model, DPO|KTO|PPO, online DPO) \| `(\{.*?\})`(?:,| \|)"
+    rows = re.findall(shown, section("On your own data"), re.MULTILINE)
     assert [kind for kind, _ in rows].count("SFT") == 4
-    assert len(rows) == 8
-    loaders = {"SFT": load_demonstrations, "reward model, DPO": load_preferences, "PPO": load_prompts}
+    assert len(rows) == 9
+    loaders = {
+        "SFT": load_demonstrations,
+        "reward model, DPO": load_preferences,
+        "KTO": load_judged,
+        "PPO, online DPO": load_prompts,
+    }
     read = []
     for number, (kind, row) in enumerate(rows):
         file = tmp_path / f"{number}.jsonl"
@@ -117,5 +121,6 @@ def test_the_rows_shown_are_read_as_what_they_are_shown_for(tmp_path):
         ("My order is late.", " I am sorry, let me look.", " So what?"),
         (asked("Greet me."), "Good morning!", "No."),
         (asked("Hi"), "Hello!", "What?"),
+        ("My order is late.", " So what?"),
         ("My parcel is damaged.",),
     ]

@@ -81,6 +81,12 @@ def _training_rules(run: Run, header: Header, bounds: AlarmSettings) -> list[_Ru
             advice="the reward model may be over-optimised: read the samples, raise beta",
         ),
         _Rule(
+            key="pairs/tied_share",
+            what="The share of tied prompts",
+            high=0.9,
+            advice="all their answers have one score, so they teach nothing: raise --samples-per-prompt",
+        ),
+        _Rule(
             key="reward/final_mean",
             what="The mean score as PPO uses it",
             low=-10.0,

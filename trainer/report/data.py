@@ -1,7 +1,7 @@
 """What a finished or unfinished run left in its folder, read and checked for the report.
 
-``metrics.jsonl`` is needed. ``evaluation_before.json`` and ``evaluation_after.json`` (PPO), ``evaluation.json`` (the
-supervised stages) and ``settings.json`` are used as far as they are there.
+``metrics.jsonl`` is needed. ``evaluation_before.json`` and ``evaluation_after.json`` (PPO, online DPO),
+``evaluation.json`` (the supervised stages) and ``settings.json`` are used as far as they are there.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ AFTER_FILE = "evaluation_after.json"
 SUPERVISED_FILE = "evaluation.json"
 SETTINGS_FILE = "settings.json"
 
-Kind = Literal["ppo", "reward", "dpo", "sft", "run"]
+Kind = Literal["ppo", "online-dpo", "reward", "dpo", "kto", "sft", "run"]
 
 
 class ReportError(TrainerError):
@@ -158,7 +158,9 @@ class Run:
         """By what the run logged; "run" where that does not tell."""
         keys = set(self.figure_keys())
         if "reward/score_mean" in keys or self.before is not None or self.after is not None:
-            return "ppo"
+            return "online-dpo" if "chosen_logprob_mean" in keys else "ppo"
+        if "label_accuracy" in keys:
+            return "kto"
         if "chosen_logprob_mean" in keys:
             return "dpo"
         if keys & {"accuracy", "margin_mean", "eval_accuracy"}:

@@ -177,7 +177,7 @@ def judge(header: Header) -> Verdict:
         return Verdict(kind="empty", headline="No step is finished yet", sentences=_before_sentence(header))
     if header.reward_before is not None and header.reward_after is not None:
         return _held_out_verdict(header, header.reward_before, header.reward_after)
-    if header.kind == "ppo":
+    if header.kind in ("ppo", "online-dpo"):
         missing = "after" if header.reward_after is None else "before"
         of = f" of {header.total_steps:,d}" if header.total_steps else ""
         return Verdict(

@@ -149,6 +149,42 @@ PANELS = (
         ),
     ),
     Panel(
+        name="judged",
+        title="Good and bad answers",
+        rows=(
+            Row(
+                unit="share of answers",
+                lines=(
+                    Line(key="label_accuracy", label="on their side of the reference point"),
+                    Line(key="eval_label_accuracy", label="held out"),
+                ),
+                share=True,
+                whole=True,
+            ),
+            Row(
+                unit="implicit reward",
+                lines=(
+                    Line(key="good_reward_mean", label="good answers"),
+                    Line(key="bad_reward_mean", label="bad answers"),
+                ),
+            ),
+        ),
+    ),
+    Panel(
+        name="reference_point",
+        title="Reference point",
+        rows=(
+            Row(
+                unit="nats per response",
+                lines=(
+                    Line(key="reference_point", label="mean gain of answers to other prompts"),
+                    Line(key="eval_reference_point", label="held out"),
+                ),
+                floor=0.0,
+            ),
+        ),
+    ),
+    Panel(
         name="perplexity",
         title="Perplexity",
         rows=(

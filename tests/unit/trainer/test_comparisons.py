@@ -8,9 +8,10 @@ from collections.abc import Callable
 import pytest
 
 from trainer.comparisons import Comparison, load_comparisons, refuse_strange_attributes
-from trainer.data import load_preferences, load_prompts, row_texts, split_held_out
+from trainer.data import load_preferences, load_prompts, split_held_out
 from trainer.encoding import Encoder
 from trainer.errors import DataError
+from trainer.rows import row_texts
 
 Write = Callable[..., str]
 

@@ -162,6 +162,20 @@ def test_kto_equals_its_definition(answers, kl, beta, weights):
     assert not found.requires_grad  # The estimate of KL receives none.
 
 
+@pytest.mark.parametrize(("weights", "expected"), [((1.0, 1.0), 0.4626631), ((1.0, 2.0), 0.6815748)])
+def test_kto_of_two_answers_by_hand(weights, expected):
+    """1 - sigmoid(.1 (1 - .5)) = .4875026 of the good one, 1 - sigmoid(.1 (.5 + 2)) = .4378235 of the bad one."""
+    found = kto_loss(
+        torch.tensor([1.0, -2.0], dtype=torch.float64),
+        torch.tensor([True, False]),
+        0.5,
+        beta=0.1,
+        desirable_weight=weights[0],
+        undesirable_weight=weights[1],
+    )
+    assert found.item() == pytest.approx(expected, abs=1e-6)
+
+
 def test_what_can_not_be_a_loss_is_refused():
     chosen, rejected = VECTOR
     one = AnswerLogprobs(policy_B=torch.zeros(1), reference_B=torch.zeros(1), tokens_B=torch.ones(1))

@@ -313,7 +313,7 @@ def test_baselines_see_what_is_there_and_nothing_in_noise(rows):
 @pytest.mark.parametrize(
     ("arguments", "messages"),
     [
-        (["nothing"], ["there is no command 'nothing'; there are helpdesk, check, init, sft, reward, dpo, ppo"]),
+        (["nothing"], ["there is no command 'nothing'; there are helpdesk, check, init, sft, reward, dpo, kto, ppo"]),
         (["sft"], ["--model is required", "--data is required", "--output is required"]),
         (
             ["sft", "--model", "m", "--data", "d", "--output", "o", "--learning-rate", "-1"],

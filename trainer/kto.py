@@ -1,0 +1,305 @@
+"""KTO: a policy learns from answers judged one by one, good or bad, and is held near the model that it starts from.
+
+An answer's gain is log pi - log pi_ref. The loss wants the gains of good answers above a reference point, and those of
+bad ones below it. The point is how far the policy has gone anyhow: the mean gain of the answers of a step to prompts of
+the step that they do not belong to. Which batch a row is in is known before training, so that a reference can be asked
+about these once, too.
+
+Shapes: N answers.
+Source: Ethayarajh et al. 2024, "KTO: Model Alignment as Prospect Theoretic Optimization", and its code,
+ContextualAI/HALOs, for the answers to other prompts.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import sys
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from quartet.model_folder import find_model
+from trainer.answers import Answers
+from trainer.batching import micro_batches
+from trainer.config import KtoSettings
+from trainer.data import JudgedAnswer, load_judged
+from trainer.dpo import open_reference
+from trainer.dpo_losses import kto_loss
+from trainer.encoding import EncodedResponse, Encoder
+from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.optimisation import choose_device
+from trainer.references import Reference, known_sums
+from trainer.runs import (
+    EVALUATION_FILE,
+    MODEL_FOLDER,
+    SETTINGS_FILE,
+    Stage,
+    fit,
+    ids_digest,
+    open_output,
+    planned_batches,
+    rows_digest,
+    stage_origin,
+    token_limit,
+    train_and_held_out,
+    write_json,
+)
+from trainer.scaling import prepare
+from trainer.statistics import wilson_interval
+
+WATCHED = ("loss", "label_accuracy", "reference_point", "good_reward_mean", "bad_reward_mean", "tokens_per_s")
+
+# Within this the weights make good and bad answers count about the same; the paper's recommendation.
+_BALANCED = (1.0, 4 / 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Weighed:
+    """An answer to a prompt, and the reference's log-probability of it; NaN: it is asked when that is needed."""
+
+    answer: EncodedResponse
+    reference: float = math.nan
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judged(Weighed):
+    """An answer that was judged good (``desirable``) or bad."""
+
+    desirable: bool
+
+
+WeighedT = TypeVar("WeighedT", bound=Weighed)
+
+
+def main(settings: KtoSettings) -> None:
+    """Trains, evaluates before and after, and writes OUTPUT/model.
+
+    Raises:
+        QuartetError: the reference service is away or refuses.
+        TrainerError: a setting, a file, a model or the service can't be used; the message says which.
+    """
+    checkpoint = open_output(settings.output, resume=settings.resume, decisive=settings.decisive)
+    rows, held_out_rows = train_and_held_out(settings, load_judged)
+    folder = find_model(settings.model)
+    tokenizer = load_tokenizer(folder)
+    policy = prepare(load_policy(folder, tokenizer).to(choose_device()), settings, seed=settings.seed)
+    limit = token_limit(settings, policy)
+    encoder = Encoder(tokenizer, max_tokens=limit, truncation=settings.truncation)
+    train, held_out = encode(rows, encoder), encode(held_out_rows, encoder)
+    data = _digest(train, held_out)
+    origin = stage_origin("kto", settings, data)
+    good = sum(row.desirable for row in train)
+    sys.stdout.write(
+        f"KTO of {policy.num_parameters():,} parameters on {good:,} good and {len(train) - good:,} bad answers "
+        f"({sum(row.answer.truncated for row in train):,} of them cut to {limit} tokens), {len(held_out):,} held out\n"
+    )
+    warn_of_balance(good, len(train) - good, settings)
+    answers = Answers(policy, tokenizer, settings.precision, settings.packing)
+    lengths = [len(row.answer) for row in train]
+    # The batches of all steps, each with its answers to other prompts.
+    others = {
+        batch: mismatched([train[index] for index in batch], limit)
+        for batch in map(tuple, planned_batches(settings, lengths))
+    }
+    held_out_others = mismatched(held_out, limit)
+    with open_reference(settings, answers, tokenizer) as reference:
+        write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
+        asked: list[Weighed] = [*held_out, *held_out_others]
+        if not settings.reference_live:
+            asked += [*train, *itertools.chain(*others.values())]
+        sequences = [item.answer for item in asked]
+        known = iter(known_sums(settings.output, rows_digest(sequences), reference, sequences).tolist())
+        held_out, held_out_others = with_reference(held_out, known), with_reference(held_out_others, known)
+        if not settings.reference_live:
+            train = with_reference(train, known)
+            others = {batch: with_reference(own, known) for batch, own in others.items()}
+        trainer = KtoTrainer(answers, settings, reference)
+        before = trainer.evaluate(held_out, held_out_others)
+        stage = Stage(
+            name="KTO",
+            model=policy,
+            lengths=lengths,
+            data=data,
+            accumulate=lambda batch: trainer.accumulate([train[index] for index in batch], others[tuple(batch)]),
+            evaluate=lambda: trainer.evaluate(held_out, held_out_others),
+            watch=WATCHED,
+        )
+        fitted = fit(settings, stage, checkpoint)
+    after = fitted.evaluation
+    evaluation = {
+        "held_out_rows": len(held_out),
+        "reference": reference.identity,
+        "before": before,
+        "after": after,
+    }
+    if held_out:
+        accuracy = wilson_interval(after["eval_label_accuracy"] * len(held_out), len(held_out))
+        evaluation["label_accuracy"] = accuracy.as_json()
+        sys.stdout.write(
+            f"held-out answers on the side of the reference point that they were judged to be: {accuracy}\n"
+            f"held-out loss {before['eval_loss']:.4f} before, {after['eval_loss']:.4f} after; "
+            f"the reference point is {after['eval_reference_point']:.2f} nats\n"
+        )
+    write_json(settings.output / EVALUATION_FILE, evaluation)
+    save_model(policy, tokenizer, settings.output / MODEL_FOLDER, origin=origin, step=fitted.step)
+    from trainer.report import write_report  # Plots are slow to import.
+
+    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
+
+
+def warn_of_balance(good: int, bad: int, settings: KtoSettings) -> None:
+    """Says on stderr where good and bad answers count differently, and which weight would make it even."""
+    weighed_good, weighed_bad = settings.desirable_weight * good, settings.undesirable_weight * bad
+    if _BALANCED[0] * weighed_bad <= weighed_good <= _BALANCED[1] * weighed_bad:
+        return
+    advice = f"; --undesirable-weight {settings.desirable_weight * good / bad:.3g} would even it out" if bad else ""
+    sys.stderr.write(
+        f"warning: {good:,} good answers of weight {settings.desirable_weight:g} and {bad:,} bad ones of weight "
+        f"{settings.undesirable_weight:g}: best, the former count 1 to 4/3 times as much as the latter{advice}\n"
+    )
+
+
+# Rows --------------------------------------------------------------------------------------------------------------
+
+
+def encode(rows: Sequence[JudgedAnswer], encoder: Encoder) -> list[Judged]:
+    """The rows as token ids.
+
+    Raises:
+        DataError: as ``Encoder.demonstrations``.
+    """
+    return [
+        Judged(answer=answer, desirable=row.desirable)
+        for row, answer in zip(rows, encoder.demonstrations(rows), strict=True)
+    ]
+
+
+def mismatched(rows: Sequence[Judged], max_tokens: int) -> list[Weighed]:
+    """Each row's prompt with the answer of another row, as far as there is one to another prompt.
+
+    Where no prompt is that of more than half of the rows, every answer is there once.
+
+    Args:
+        rows: of one batch.
+        max_tokens: of a prompt that is too long with another answer the beginning goes.
+    """
+    prompts = [row.answer.ids[: row.answer.prompt_tokens].tobytes() for row in rows]
+    count = Counter(prompts)
+    # Rows of one prompt stand together, so that as many places on as the most frequent one has there is another.
+    first = {prompt: place for place, prompt in reversed(list(enumerate(prompts)))}
+    order = sorted(range(len(rows)), key=lambda index: (first[prompts[index]], index))
+    found = []
+    for place, index in enumerate(order):
+        partner = order[(place + max(count.values())) % len(order)]
+        if prompts[partner] == prompts[index]:
+            continue
+        own, other = rows[index].answer, rows[partner].answer
+        ids = np.concatenate([own.ids[: own.prompt_tokens], other.ids[other.prompt_tokens :]])
+        excess = max(0, len(ids) - max_tokens)
+        mixed = EncodedResponse(
+            ids=ids[excess:], prompt_tokens=max(0, own.prompt_tokens - excess), truncated=excess > 0
+        )
+        found.append(Weighed(answer=mixed))
+    return found
+
+
+def with_reference(items: Sequence[WeighedT], sums: Iterator[float]) -> list[WeighedT]:
+    """``items`` with the reference's log-probabilities of their answers, the next ones of ``sums``."""
+    return [replace(item, reference=next(sums)) for item in items]
+
+
+def _digest(*parts: Sequence[Judged]) -> str:
+    """Of answers and judgements."""
+    return ids_digest(
+        *(
+            (ids for row in part for ids in ((row.answer.prompt_tokens, int(row.desirable)), row.answer.ids))
+            for part in parts
+        )
+    )
+
+
+# Training ----------------------------------------------------------------------------------------------------------
+
+
+class KtoTrainer:
+    """The loss, its gradient, and what is measured on held-out rows."""
+
+    def __init__(self, answers: Answers, settings: KtoSettings, reference: Reference) -> None:
+        self.settings = settings
+        self.answers = answers
+        self.reference = reference
+
+    def accumulate(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> dict[str, float]:
+        """Adds the gradient of the mean loss over ``rows``, however they are cut; the point is that of ``others``."""
+        if self.settings.reference_live:
+            asked = [item.answer for item in (*rows, *others)]
+            sums = iter(self.reference.sums(asked).tolist())
+            rows, others = with_reference(rows, sums), with_reference(others, sums)
+        tokens = sum(len(item.answer) for item in (*rows, *others))
+        return self._look(rows, others, learn=True) | {"tokens": tokens}
+
+    @torch.no_grad()
+    def evaluate(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> dict[str, float]:
+        """The same figures of held-out rows, named ``eval_...``; empty without any."""
+        if not rows:
+            return {}
+        self.answers.policy.eval()
+        return {f"eval_{name}": value for name, value in self._look(rows, others, learn=False).items()}
+
+    def reference_point(self, others: Sequence[Weighed]) -> float:
+        """Nats: the mean gain of answers to other prompts, without dropout, and at least 0, as it is without any."""
+        if not others:
+            return 0.0
+        policy = self.answers.policy
+        was_training = policy.training
+        sums = self.answers.all_sums([item.answer for item in others], self.settings.micro_batch_tokens).numpy()
+        policy.train(was_training)
+        return max(0.0, float(np.mean(sums - np.array([item.reference for item in others]))))
+
+    def _look(self, rows: Sequence[Judged], others: Sequence[Weighed], *, learn: bool) -> dict[str, float]:
+        settings = self.settings
+        point = self.reference_point(others)
+        gains, loss = np.zeros(len(rows)), 0.0
+        lengths = [len(row.answer) for row in rows]
+        for part in micro_batches(lengths, settings.micro_batch_tokens, packed=self.answers.packed):
+            gain_N = self._gains([rows[index] for index in part])
+            share = kto_loss(
+                gain_N,
+                torch.tensor([rows[index].desirable for index in part], device=gain_N.device),
+                point,
+                beta=settings.beta,
+                desirable_weight=settings.desirable_weight,
+                undesirable_weight=settings.undesirable_weight,
+            ) * (len(part) / len(rows))
+            if learn:
+                share.backward()  # type: ignore[no-untyped-call]
+            gains[part] = gain_N.detach().cpu().numpy()
+            loss += float(share.detach())
+        return {"loss": loss, "reference_point": point, "reference_answers": len(others)} | self._figures(
+            rows, gains, point
+        )
+
+    def _gains(self, rows: Sequence[Judged]) -> Tensor:
+        """(N,) log pi - log pi_ref; only the policy's part receives a gradient."""
+        sums_N = self.answers.sums([row.answer for row in rows])
+        return sums_N - sums_N.new_tensor([row.reference for row in rows])
+
+    def _figures(self, rows: Sequence[Judged], gains: npt.NDArray[Any], point: float) -> dict[str, float]:
+        """Those of good and of bad answers, as far as there are such."""
+        good = np.array([row.desirable for row in rows])
+        # At the point an answer is on neither side, and counts half.
+        right = np.where(gains == point, 0.5, (gains > point) == good)
+        figures = {"label_accuracy": float(right.mean())}
+        logprobs = gains + np.array([row.reference for row in rows])
+        for name, kind in (("good", good), ("bad", ~good)):
+            if kind.any():
+                figures[f"{name}_reward_mean"] = self.settings.beta * float(gains[kind].mean())
+                figures[f"{name}_logprob_mean"] = float(logprobs[kind].mean())
+        return figures
