@@ -1,7 +1,12 @@
-"""Linear layers whose float32 products run through oneDNN on a processor, forwards and backwards.
+"""Linear layers with the fastest products that a processor has, forwards and backwards.
 
 PyTorch takes its float32 products from MKL, which keeps its fastest code for Intel's processors: on an AMD EPYC with
-AVX-512 oneDNN is 1.7 to 2.3 times as fast, for the same numbers up to rounding (``python -m bench linear``).
+AVX-512 oneDNN is 1.7 to 2.3 times as fast, for the same numbers up to rounding (``python -m bench linear``). On one
+with AVX2 alone it is 0.7 to 1.0 times as fast, so there MKL stays.
+
+In bfloat16, on a processor without such products, PyTorch takes many times as long as in float32. There the products of
+float32 are taken of the rounded numbers, whose products float32 holds exactly: bfloat16 is what it is anywhere, and as
+fast as float32.
 
 Shapes: N tokens, I inputs, O outputs.
 """
@@ -29,6 +34,12 @@ def available() -> bool:
     )
 
 
+@lru_cache(maxsize=1)
+def faster() -> bool:
+    """Whether oneDNN's float32 products are likely the faster ones here."""
+    return available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+
+
 def helps(x_NI: Tensor) -> bool:
     """Whether ``product`` may be used with ``x_NI`` now, and is likely the faster one."""
     return (
@@ -36,8 +47,22 @@ def helps(x_NI: Tensor) -> bool:
         and x_NI.dtype == torch.float32
         and len(x_NI) >= _MIN_ROWS
         and not torch.is_autocast_enabled("cpu")
-        and available()
+        and faster()
     )
+
+
+@lru_cache(maxsize=1)
+def multiplies_bfloat16() -> bool:
+    """Whether this processor has products of bfloat16, and oneDNN takes them."""
+    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if available() else True
+
+
+def needs_float32(x: Tensor) -> bool:
+    """Whether ``x`` would be multiplied in a bfloat16 that this processor has not."""
+    if x.device.type != "cpu" or multiplies_bfloat16():
+        return False
+    half = torch.is_autocast_enabled("cpu") and torch.get_autocast_dtype("cpu") == torch.bfloat16
+    return x.dtype == torch.bfloat16 or (half and x.dtype == torch.float32)
 
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
@@ -61,10 +86,14 @@ class FastLinear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) to (..., O)."""
         x_NI = x.reshape(x.numel() // x.shape[-1], x.shape[-1])
+        if needs_float32(x_NI) and self.weight.dtype == torch.float32:
+            rounded = cast(Any, _RoundedProduct.apply)
+            y_NO: Tensor = rounded(x_NI, self.weight, self.bias)
+            return y_NO.view(*x.shape[:-1], -1)
         if not helps(x_NI) or self.weight.dtype != torch.float32:
             return super().forward(x)
         apply = cast(Any, _Product.apply)
-        y_NO: Tensor = apply(x_NI, self.weight, self.bias)
+        y_NO = apply(x_NI, self.weight, self.bias)
         return y_NO.view(*x.shape[:-1], -1)
 
 
@@ -85,3 +114,35 @@ class _Product(torch.autograd.Function):
             product(grad_NO.t(), x_NI.t()) if needs_weight else None,
             grad_NO.sum(dim=0) if needs_bias else None,
         )
+
+
+class _RoundedProduct(torch.autograd.Function):
+    """As autocast has it in bfloat16, with float32's products."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+        ctx.x_dtype = x_NI.dtype
+        x_NI = x_NI.to(torch.bfloat16)
+        ctx.save_for_backward(x_NI, weight_OI)
+        y_NO = _float32_product(x_NI, _rounded(weight_OI))
+        return (y_NO if bias_O is None else y_NO.add_(_rounded(bias_O))).to(torch.bfloat16)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_NO: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        x_NI, weight_OI = ctx.saved_tensors
+        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
+        return (
+            _float32_product(grad_NO, _rounded(weight_OI).t()).to(ctx.x_dtype) if needs_x else None,
+            _float32_product(grad_NO.t(), x_NI.t()) if needs_weight else None,
+            grad_NO.sum(dim=0, dtype=torch.float32) if needs_bias else None,
+        )
+
+
+def _rounded(x: Tensor) -> Tensor:
+    return x.to(torch.bfloat16).float()
+
+
+def _float32_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    with torch.autocast("cpu", enabled=False):
+        return nn.functional.linear(x_NI.float(), weight_OI.float())

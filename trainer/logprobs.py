@@ -237,6 +237,8 @@ def _product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
     """(N, O) ``x @ weight.T``."""
     if fast_linear.helps(x_NI) and weight_OI.dtype == torch.float32:
         return fast_linear.product(x_NI, weight_OI)
+    if fast_linear.needs_float32(x_NI):
+        return functional.linear(x_NI.float(), weight_OI.float())
     return functional.linear(x_NI, weight_OI)
 
 

@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import nn
 
+from trainer import fast_linear
 from trainer.fast_linear import FastLinear, available, use_fast_linear
 
 pytestmark = pytest.mark.skipif(not available(), reason="no oneDNN products on this machine")
+
+
+@pytest.fixture(autouse=True)
+def taken(monkeypatch):
+    """Its products, also where they are not the faster ones."""
+    monkeypatch.setattr(fast_linear, "faster", lambda: True)
 
 
 def make(inputs: int = 24, outputs: int = 40, *, bias: bool = True) -> tuple[nn.Linear, FastLinear]:
@@ -60,7 +67,8 @@ def test_inputs_and_gradients_may_lie_in_memory_as_they_like(transposed):
     torch.testing.assert_close(fast.weight.grad, plain.weight.grad, rtol=1e-5, atol=1e-4)
 
 
-def test_autocast_and_other_precisions_are_left_to_torch():
+def test_autocast_and_other_precisions_are_left_to_torch(monkeypatch):
+    monkeypatch.setattr(fast_linear, "multiplies_bfloat16", lambda: True)
     plain, fast = make()
     x = torch.randn(100, 24)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -77,3 +85,37 @@ def test_the_same_batch_gives_the_same_bits():
         fast(x).square().sum().backward()
         gradients.append(fast.weight.grad.clone())
     assert all(torch.equal(gradients[0], other) for other in gradients)
+
+
+def bfloat16(x: torch.Tensor) -> torch.Tensor:
+    return x.detach().to(torch.bfloat16).double()
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_without_bfloat16_in_the_processor_its_products_are_those_of_the_rounded_numbers(bias, monkeypatch):
+    monkeypatch.setattr(fast_linear, "multiplies_bfloat16", lambda: False)
+    _, fast = make(bias=bias)
+    x = torch.randn(3, 40, 24, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        y = fast(x)
+    exact = bfloat16(x) @ bfloat16(fast.weight).t() + (bfloat16(fast.bias) if bias else 0.0)
+    assert y.dtype == torch.bfloat16
+    torch.testing.assert_close(y.double(), exact, rtol=2**-8, atol=1e-6)
+    grad = torch.randn(3, 40, 40).to(torch.bfloat16)
+    y.backward(grad)
+    torch.testing.assert_close(x.grad.double(), grad.double() @ bfloat16(fast.weight), rtol=1e-5, atol=1e-4)
+    expected = grad.double().flatten(0, 1).t() @ bfloat16(x).flatten(0, 1)
+    torch.testing.assert_close(fast.weight.grad.double(), expected, rtol=1e-5, atol=1e-4)
+    if bias:
+        torch.testing.assert_close(fast.bias.grad.double(), grad.double().sum(dim=(0, 1)), rtol=1e-5, atol=1e-4)
+
+
+def test_what_is_not_bfloat16s_is_not_rounded(monkeypatch):
+    monkeypatch.setattr(fast_linear, "multiplies_bfloat16", lambda: False)
+    assert not fast_linear.needs_float32(torch.randn(2, 2))
+    assert fast_linear.needs_float32(torch.randn(2, 2).to(torch.bfloat16))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert fast_linear.needs_float32(torch.randn(2, 2))
+        assert not fast_linear.needs_float32(torch.randn(2, 2).double())
+    with torch.autocast("cpu", dtype=torch.float16):
+        assert not fast_linear.needs_float32(torch.randn(2, 2))
