@@ -1,7 +1,7 @@
 """Attention within a row of sequences: each token looks at its own sequence, or at a beginning that several share.
 
-Shapes: N tokens of the row, M of them asked for, H heads, K key-value heads, E head width, S tokens of a piece, P
-tokens of its prefix.
+Shapes: N tokens of the row, M of them asked for, H heads, K key-value heads, E head width, F all heads side by side, S
+tokens of a piece, P places of a grid.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -20,10 +20,16 @@ from torch.nn import functional
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from trainer.fast_linear import needs_float32
+
 # Name under which transformers finds it.
 ATTENTION = "quartet_training_row"
 # So many queries at a time where a mask says who sees whom: it has that many rows.
 _MASKED_QUERIES = 1024
+# Pieces of fewer tokens on average are too little work to be worth a call each.
+_SHORT = 512
+# Pieces that differ by more are not padded to one length.
+_ALIKE = 0.75
 
 _packing: ContextVar[bool] = ContextVar("_packing", default=False)
 
@@ -116,16 +122,22 @@ def _attention(
         raise NotImplementedError(f"its attention has {', '.join(unknown)}")
     if query.is_cuda and value.dtype in (torch.bfloat16, torch.float16) and not dropout:
         return _varlen(quartet_row, query, key, value, scaling, window), None
+    if needs_float32(value):
+        with torch.autocast("cpu", enabled=False):
+            wide = (x.float() for x in (query, key, value))
+            return _by_piece(quartet_row, *wide, dropout, scaling, window).to(value.dtype), None
     return _by_piece(quartet_row, query, key, value, dropout, scaling, window), None
 
 
 def _by_piece(
     row: Row, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None, window: int | None
 ) -> Tensor:
-    """(1, N, H, E) by torch's own attention, one piece after the other."""
+    """(1, N, H, E) by torch's own attention: short pieces together, others one after the other."""
     if key.shape[1] != query.shape[1]:
         # Without a mask kernels take fewer keys than queries as they are; with one, and on processors, they don't.
         key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], dim=1) for x in (key, value))
+    if (grid := _grid_of(row, window, query.device)) is not None:
+        return _by_grid(grid, query, key, value, dropout, scaling)
     lengths = [piece.length for piece in row.pieces]
     queries, keys, values = (torch.split(x, lengths, dim=2) for x in (query, key, value))
     found = []
@@ -156,6 +168,103 @@ def _by_piece(
                 )
             )
     return torch.cat(found, dim=2).transpose(1, 2)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Grid:
+    """Pieces of like length under one another, padded on the right, where causality keeps padding out of sight.
+
+    ``blocks``: pieces and tokens of each such block, which stand one after the other.
+    """
+
+    blocks: tuple[tuple[int, int], ...]
+    places_P: Tensor
+    """Which token of the row stands at each place; padding repeats the last of its piece."""
+    back_N: Tensor
+    """At which place each token of the row stands."""
+    padded: bool
+
+
+def _grid_of(row: Row, window: int | None, device: torch.device) -> _Grid | None:
+    """How short pieces without a prefix are laid out; None where the pieces are others."""
+    if "grid" not in row.memo:
+        lengths = [piece.length for piece in row.pieces]
+        lone = all(piece.prefix is None for piece in row.pieces)
+        row.memo["grid"] = _lay_out(lengths, device) if lone and 1 < len(lengths) >= sum(lengths) / _SHORT else None
+    short = window is None or window >= max(piece.length for piece in row.pieces)
+    grid: _Grid | None = row.memo["grid"] if short else None
+    return grid
+
+
+def _lay_out(lengths: Sequence[int], device: torch.device) -> _Grid:
+    starts = np.cumsum([0, *lengths])
+    blocks: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda index: (-lengths[index], index)):
+        if blocks and lengths[index] >= _ALIKE * lengths[blocks[-1][0]]:
+            blocks[-1].append(index)
+        else:
+            blocks.append([index])
+    places, back, end = [], np.empty(starts[-1], dtype=np.int64), 0
+    for block in blocks:
+        longest = lengths[block[0]]
+        for index in block:
+            places.append(starts[index] + np.minimum(np.arange(longest), lengths[index] - 1))
+            back[starts[index] : starts[index + 1]] = end + np.arange(lengths[index])
+            end += longest
+    return _Grid(
+        blocks=tuple((len(block), lengths[block[0]]) for block in blocks),
+        places_P=torch.from_numpy(np.concatenate(places)).to(device),
+        back_N=torch.from_numpy(back).to(device),
+        padded=end > starts[-1],
+    )
+
+
+def _by_grid(grid: _Grid, query: Tensor, key: Tensor, value: Tensor, dropout: float, scaling: float | None) -> Tensor:
+    """(1, N, H, E) by torch's own attention, block by block."""
+    heads = query.shape[1]
+    laid_out = [cast(Tensor, _ToGrid.apply(x[0].transpose(0, 1).flatten(1), grid)) for x in (query, key, value)]  # type: ignore[no-untyped-call]
+    found, first = [], 0
+    for pieces, tokens in grid.blocks:
+        own = slice(first, first + pieces * tokens)
+        q_GHSE, k_GHSE, v_GHSE = (x_PF[own].view(pieces, tokens, heads, -1).transpose(1, 2) for x_PF in laid_out)
+        out_GHSE = functional.scaled_dot_product_attention(
+            q_GHSE, k_GHSE, v_GHSE, dropout_p=dropout, scale=scaling, is_causal=tokens > 1
+        )
+        found.append(out_GHSE.transpose(1, 2).reshape(pieces * tokens, -1))
+        first = own.stop
+    out_NF = cast(Tensor, _FromGrid.apply(torch.cat(found), grid))  # type: ignore[no-untyped-call]
+    return out_NF.view(1, len(out_NF), heads, -1)
+
+
+class _ToGrid(torch.autograd.Function):
+    """(P, F) from (N, F). Padding is looked at by nobody and asked for nothing, so its gradient is 0 and left out."""
+
+    @staticmethod
+    def forward(ctx: Any, x_NF: Tensor, grid: _Grid) -> Tensor:
+        ctx.grid = grid
+        return x_NF.index_select(0, grid.places_P)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_PF: Tensor) -> tuple[Tensor, None]:
+        return grad_PF.index_select(0, ctx.grid.back_N), None
+
+
+class _FromGrid(torch.autograd.Function):
+    """(N, F) from (P, F)."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PF: Tensor, grid: _Grid) -> Tensor:
+        ctx.grid = grid
+        return x_PF.index_select(0, grid.back_N)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad_NF: Tensor) -> tuple[Tensor, None]:
+        grid = ctx.grid
+        if not grid.padded:
+            return grad_NF.index_select(0, grid.places_P), None
+        return grad_NF.new_zeros(len(grid.places_P), grad_NF.shape[1]).index_copy_(0, grid.back_N, grad_NF), None
 
 
 def _seen(row: Row, before: int, end: int, window: int | None, query: Tensor) -> Tensor:

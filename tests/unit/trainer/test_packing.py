@@ -134,6 +134,31 @@ def test_every_sequence_has_the_states_and_gradients_that_it_has_alone(kind, cha
     assert found_BS[0, 1:].tolist() == pytest.approx(chosen_S.tolist(), abs=1e-4)
 
 
+@pytest.mark.parametrize(("kind", "changes"), [ARCHITECTURES[0], ARCHITECTURES[4]], ids=["Llama", "GPTNeoX"])
+def test_short_sequences_of_like_length_attend_together_and_are_what_they_are_alone(kind, changes, monkeypatch):
+    model, rows = make(kind, **changes), draw_ids(17, 64, 100, 1, 2, 60, 50, 1, 80)
+    expected_ND = torch.cat([model.base_model(input_ids=torch.tensor(row[None])).last_hidden_state[0] for row in rows])
+    (expected_ND * weights_like(expected_ND)).sum().backward()
+    expected = gradients(model)
+
+    assert pack(model, "on", "float32")
+    layout, calls = lay_out(rows), []
+    attention = functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        functional,
+        "scaled_dot_product_attention",
+        lambda query, *others, **named: calls.append(query.shape[:3]) or attention(query, *others, **named),
+    )
+    found_ND = forward(model.base_model, layout, np.concatenate(layout.places))
+    # Those within three quarters of the longest of their block, in each of three layers.
+    assert calls == 3 * [(2, 4, 100), (3, 4, 64), (1, 4, 17), (1, 4, 2), (2, 4, 1)]
+    tolerance = 1e-9 if kind == "GPTNeoX" else FLOAT32
+    scale = float(expected_ND.detach().abs().max())
+    assert found_ND.detach().numpy() == pytest.approx(expected_ND.detach().numpy(), abs=tolerance * scale)
+    (found_ND * weights_like(found_ND)).sum().backward()
+    assert_equal(gradients(model), expected, tolerance)
+
+
 def as_batch(rows: list[np.ndarray], left: int = 0, right: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
     """Ids and mask, each row padded to the longest on the right, or where ``left``, on the left; and ``right`` more."""
     ids_BS, mask_BS = pad_right(rows, 0, torch.device("cpu"))
