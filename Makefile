@@ -71,7 +71,7 @@ bench-overload: setup  ## each service under five times the load that it can bea
 bench-reference: setup  ## log-probabilities at a large vocabulary against transformers and vLLM
 	$(BIN)/python -m bench.reference
 
-bench-trainer: setup  ## update steps of SFT, reward models and DPO against TRL; some minutes
+bench-trainer: setup $(patsubst %,.venv/oracles/%/.ready,trl trl_ppo)  ## steps of SFT, reward models, DPO and PPO against TRL; some minutes
 	$(BIN)/python -m bench.trainer $(if $(PAIRS),--pairs $(PAIRS))
 
 study-reward-noise: setup  ## reward models on people's preferences and on wrong labels; needs QUARTET_DATA; 15 minutes

@@ -1,4 +1,4 @@
-"""Update steps of SFT, reward models and DPO: the trainer against TRL and against the same step written naively.
+"""Steps of SFT, reward models, DPO and PPO: the trainer against TRL and against the same step written naively.
 
     make bench-trainer PAIRS=pref_hh_harmless_dev.jsonl
 
@@ -11,17 +11,17 @@
 The same Llama of 29 M parameters, weights in float32, products in float32 or (autocast) bfloat16, batches of 8 rows of
 at most 512 tokens, as they come. Tokens are those of prompts and answers, of each answer with its prompt; padding does
 not count. A turn is a few whole steps, optimiser included; sides are processes that take turns (see ``bench.turns``),
-and the first turn warms up. The losses of the first turn are compared: all did the same work. Last, the memory that
-log-probabilities at a vocabulary of 131,072 take, forwards and backwards, above hidden states and weights.
+and the first turn warms up. The losses of the first turn are compared: all did the same work. Then the memory that
+log-probabilities at a vocabulary of 131,072 take, forwards and backwards, above hidden states and weights. Last, a step
+of PPO by phase: see ``bench.ppo_step``.
 
-Without PAIRS rows are made-up tokens of the lengths that HH's have. Without TRL (pip install 'quartet[bench]') its
+Without PAIRS rows are made-up tokens of the lengths that HH's have. `make bench-trainer` installs TRL; without it its
 sides are left out.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import math
 import random
@@ -32,11 +32,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from bench import ppo_step
 from bench.models import END, VOCABULARY, make_larger_policy, save_tokenizer, train_tokenizer
 from bench.outcome import Verdict, conclude
+from bench.peers import TRL, has_trl, use_trl
 from bench.turns import Side, serve_turns, set_threads, start_sides
 
-STAGES = ("sft", "reward", "dpo", "logprobs")
+STAGES = ("sft", "reward", "dpo", "logprobs", "ppo")
 PRECISIONS = ("float32", "bfloat16")
 TRL_TARGET, PADDED_TARGET, MEMORY_TARGET = 1.5, 1.3, 4.0
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}
@@ -84,15 +86,18 @@ def _cut(pair: Pair) -> Pair:
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[Side]]:
-    """The sides of every stage and precision, with their turns."""
-    results = {}
+    """The sides of every stage but PPO and of every precision, with their turns."""
+    results: dict[str, list[Side]] = {}
+    stages = [stage for stage in options.stages if stage != "ppo"]
+    if not stages:
+        return results
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         make_models(folder)
         count = options.steps * _BATCH
         pairs = make_pairs(count) if options.pairs is None else read_pairs(options.pairs, count, folder)
         (folder / "pairs.json").write_text(json.dumps(pairs))
-        for stage in options.stages:
+        for stage in stages:
             for precision in PRECISIONS[:1] if stage == "logprobs" else options.precisions:
                 tokens = count_tokens(stage, pairs)
                 load = "once" if stage == "logprobs" else f"{options.steps} steps of {_BATCH} rows"
@@ -126,8 +131,8 @@ def sides_of(stage: str) -> list[str]:
     if stage == "logprobs":
         return ["naive", "ours"]
     peers = ["TRL", "TRL, reference before"] if stage == "dpo" else ["TRL"]
-    if importlib.util.find_spec("trl") is None:
-        print("TRL is not installed and left out: pip install 'quartet[bench]'")
+    if not has_trl(TRL):
+        print("TRL is not installed and left out: `make bench-trainer` installs it")
         peers = []
     return [*peers, "naive", "padded", "packed"]
 
@@ -196,6 +201,7 @@ def _batches(folder: Path) -> list[list[Pair]]:
 
 
 def _trl(stage: str, precision: str, folder: Path, *, reference_before: bool = False) -> Work:
+    use_trl(TRL)
     import datasets
     import transformers
     import trl
@@ -441,18 +447,28 @@ def main() -> None:
     parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
     parser.add_argument("--steps", type=int, default=2, help="of one turn")
     parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--ppo-rounds", type=int, default=2, help="rounds of the PPO step, which takes longest")
     parser.add_argument("--side", nargs=4, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:
         side, stage, precision, folder = options.side
         serve(side, stage, precision, Path(folder))
         return
+    start_s = time.perf_counter()
     results = measure(options)
-    turns = {
+    judged = list(verdicts(results))
+    figures: dict[str, Any] = {}
+    if "ppo" in options.stages:
+        ppo = ppo_step.measure(ppo_step.Load(), options.pairs, options.precisions, options.ppo_rounds)
+        judged += ppo_step.verdicts(ppo)
+        results["ppo"] = ppo
+        figures["ppo_phases"] = ppo_step.figures(ppo)
+    figures["seconds_and_mib_of_model_and_above"] = {
         name: {side.name: [[turn.seconds, side.model_mib, turn.peak_mib] for turn in side.turns] for side in sides}
         for name, sides in results.items()
     }
-    conclude("trainer", list(verdicts(results)), {"seconds_and_mib_of_model_and_above": turns})
+    print(f"\n{(time.perf_counter() - start_s) / 60:.1f} minutes")
+    conclude("trainer", judged, figures)
 
 
 if __name__ == "__main__":
