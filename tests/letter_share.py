@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 
 def score(pairs: Sequence[tuple[object, str]]) -> list[float]:
-    """The share of the letter e in each response."""
-    return [response.count("e") / max(1, len(response)) for _, response in pairs]
+    """The share of small letters in each response."""
+    return [sum("a" <= letter <= "z" for letter in response) / max(1, len(response)) for _, response in pairs]
 
 
 def nothing(pairs: Sequence[tuple[object, str]]) -> list[float]:

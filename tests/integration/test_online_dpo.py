@@ -22,7 +22,7 @@ def policy_folder(make_policy):
 
 @pytest.fixture(scope="module")
 def services(start_service, policy_folder):
-    """A policy, a rule as its reward (the share of the letter e), and the reference."""
+    """A policy, a rule as its reward (the share of small letters), and the reference."""
     return (
         start_service("policy", policy_folder, "--engine", "transformers", "--deterministic", timeout_s=240),
         start_service("reward", "", "--scorer", "tests.letter_share:score"),
@@ -39,9 +39,9 @@ def prompts(tmp_path_factory):
 
 
 def command(model: Path, prompts: Path, output: Path, services: list[str], *flags: str) -> list[str]:
-    small = ["--steps", "10", "--prompts-per-step", "16", "--samples-per-prompt", "4", "--max-new-tokens", "12"]
+    small = ["--steps", "8", "--prompts-per-step", "16", "--samples-per-prompt", "4", "--max-new-tokens", "12"]
     how = ["--learning-rate", "2e-3", "--epochs", "2", "--missing-eos", "none", "--save-every", "1"]
-    watched = ["--held-out-fraction", "0.3", "--eval-samples", "4", "--track", "none"]
+    watched = ["--max-eval-prompts", "16", "--held-out-fraction", "0.3", "--eval-samples", "4", "--track", "none"]
     start = [*TRAIN, "online-dpo", "--model", str(model), "--prompts", str(prompts), "--output", str(output)]
     return [*start, *services, *small, *how, *watched, *flags]
 
@@ -52,8 +52,8 @@ async def test_it_learns_the_rule_and_a_killed_run_resumes_to_the_same_bits(serv
     whole = run(command(policy_folder, prompts, tmp_path / "whole", where))
     assert whole.returncode == 0, whole.stderr
     records = read_metrics(tmp_path / "whole")
-    assert [record["step"] for record in records] == list(range(1, 11))
-    assert {record["episodes"] for record in records} == {64 * step for step in range(1, 11)}
+    assert [record["step"] for record in records] == list(range(1, 9))
+    assert {record["episodes"] for record in records} == {64 * step for step in range(1, 9)}
     assert {record["samples/failed"] for record in records} == {0}
     # The engine's log-probabilities are the trainer's own, and policy and reference begin as one.
     assert max(record["rollout/logprob_difference"] for record in records) < 1e-3
@@ -72,10 +72,10 @@ async def test_it_learns_the_rule_and_a_killed_run_resumes_to_the_same_bits(serv
     assert served.weights_fingerprint == safetensors_fingerprint(tmp_path / "whole" / "model")
     assert "online DPO run" in (tmp_path / "whole" / "report.html").read_text()
     lineage = json.loads((tmp_path / "whole" / "model" / "lineage.json").read_text())["chain"]
-    assert (lineage[0]["stage"], lineage[0]["step"]) == ("online-dpo", 10)
+    assert (lineage[0]["stage"], lineage[0]["step"]) == ("online-dpo", 8)
 
     trainer = start_in_background(command(policy_folder, prompts, tmp_path / "broken", where), tmp_path / "log")
-    wait_for(lambda: (tmp_path / "broken" / "checkpoint-000003" / "state.json").exists(), trainer)
+    wait_for(lambda: (tmp_path / "broken" / "checkpoint-000002" / "state.json").exists(), trainer)
     trainer.kill()
     trainer.wait()
     assert not (tmp_path / "broken" / "model").exists()
@@ -85,7 +85,7 @@ async def test_it_learns_the_rule_and_a_killed_run_resumes_to_the_same_bits(serv
     resumed = run(command(policy_folder, prompts, tmp_path / "broken", where, "--resume"))
     assert resumed.returncode == 0, resumed.stderr
     ours, theirs = (
-        load_file(tmp_path / name / "checkpoint-000010" / "policy.safetensors") for name in ("broken", "whole")
+        load_file(tmp_path / name / "checkpoint-000008" / "policy.safetensors") for name in ("broken", "whole")
     )
     assert all(ours[name].equal(theirs[name]) for name in theirs)
     kept = ("reward/score_mean", "kl/sequence_mean", "loss", "accuracy", "pairs/count", "chosen_logprob_mean")
@@ -105,5 +105,5 @@ def test_a_reward_that_tells_nothing_apart_is_told_and_ends_the_run(
     )
     assert "step 2 teaches nothing: " in tied.stderr
     assert "that is 2 steps in a row, --max-tied-steps is 2: see whether the reward tells answers apart" in tied.stderr
-    assert "stopped after step 1 of 10; saved in" in tied.stderr
+    assert "stopped after step 1 of 8; saved in" in tied.stderr
     assert [record["pairs/tied_share"] for record in read_metrics(tmp_path / "run")] == [1.0]

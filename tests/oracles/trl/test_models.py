@@ -1,10 +1,11 @@
-"""DPO and reward training of whole models against TRL's, from token ids to the gradient of every weight.
+"""DPO, KTO and reward training of whole models against TRL's, from token ids to the gradient of every weight.
 
 Shapes: N answers, S tokens of prompt and answer.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +20,15 @@ from torch import Tensor
 from tests.oracles import peers
 from tests.oracles.batches import assert_agree
 from tests.oracles.trl.stand_in import trainer_of_trl
+from trainer.answers import Answers
 from trainer.comparisons import Judgement
-from trainer.config import DpoSettings, RewardSettings
+from trainer.config import DpoSettings, KtoSettings, RewardSettings
 from trainer.dpo import DpoTrainer, with_reference
 from trainer.encoding import EncodedComparison, EncodedPreference, EncodedResponse
+from trainer.kto import Judged, KtoTrainer, mismatched
+from trainer.kto import with_reference as with_reference_of_each
 from trainer.models import load_policy, load_reward_model, load_tokenizer
+from trainer.references import ModelReference
 from trainer.reward_trainer import RewardTrainer
 
 peers.require("trl")
@@ -45,7 +50,10 @@ def random_pairs(seed: int) -> list[EncodedPreference]:
 
 def collated(pairs: list[EncodedPreference]) -> dict[str, Tensor]:
     """As TRL's collator has it: all chosen, then all rejected answers, right-padded."""
-    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    return padded([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
+
+
+def padded(answers: list[EncodedResponse]) -> dict[str, Tensor]:
     width = max(len(answer) for answer in answers)
     rows = torch.arange(width).expand(len(answers), width)
     lengths, prompts = (
@@ -105,6 +113,61 @@ def test_dpo_of_a_model_and_all_its_gradients_agree(make_policy: Callable[..., P
     assert_agree(figures["chosen_reward_mean"], logged["rewards/chosen"])
     assert_agree(figures["accuracy"], logged["rewards/accuracies"])
     assert_agree(figures["rejected_logprob_mean"], logged["logps/rejected"])
+    assert ours_of.keys() == theirs_of.keys()
+    for name, gradient_of in ours_of.items():
+        assert_agree(gradient_of, theirs_of[name])
+
+
+def test_kto_of_a_model_and_all_its_gradients_agree(make_policy: Callable[..., Path], tmp_path: Path) -> None:
+    """From token ids on, the reference point included, which is that of the whole batch however ours is cut."""
+    folder = make_policy(seed=3)
+    tokenizer = load_tokenizer(folder)
+    policy, reference = (load_policy(make_policy(seed=s), tokenizer, dtype=torch.float64) for s in (3, 4))
+    pairs = random_pairs(2)
+    rows = [Judged(answer=pair.chosen, desirable=True) for pair in pairs[:4]]
+    rows += [Judged(answer=pair.rejected, desirable=False) for pair in pairs[2:]]
+    others = mismatched(rows, 100)
+    settings = KtoSettings(
+        model=str(folder),
+        data=("-",),
+        output=tmp_path,
+        beta=0.2,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+        micro_batch_tokens=40,
+    )
+    of_reference = ModelReference(Answers(reference, tokenizer, "float32"), 100, "another model")
+    known = iter(of_reference.sums([item.answer for item in (*rows, *others)]).tolist())
+    rows, others = with_reference_of_each(rows, known), with_reference_of_each(others, known)
+    policy.train()
+    figures = KtoTrainer(Answers(policy, tokenizer, "float32"), settings, of_reference).accumulate(rows, others)
+    ours_of = gradients(policy)
+
+    for model in (policy, reference):
+        add_fused_lm_head(model, outputs=("log_probs", "entropy", "mean_logits", "is_top1"))
+    trainer = trainer_of_trl(
+        model=policy.eval(),
+        ref_model=reference,
+        args=SimpleNamespace(gradient_checkpointing_kwargs=None),
+        precompute_ref_logps=False,
+        calculate_KL=True,
+        loss_type="kto",
+        beta=0.2,
+        desirable_weight=1.5,
+        undesirable_weight=0.5,
+    )
+    trainer._compute_kl_logps = functools.partial(trl.KTOTrainer._compute_kl_logps, trainer)
+    inputs = padded([row.answer for row in rows]) | {"label": torch.tensor([row.desirable for row in rows])}
+    inputs |= {f"KL_{name}": tensor for name, tensor in padded([item.answer for item in others]).items()}
+    loss = trl.KTOTrainer._compute_loss(trainer, policy, inputs, False)
+    loss.backward()
+    theirs_of = gradients(policy)
+    assert_agree(figures["loss"], loss)
+    logged = {name: values[-1] for name, values in trainer._metrics["eval"].items() if isinstance(values, list)}
+    assert figures["reference_point"] > 0.1
+    assert_agree(figures["reference_point"], logged["kl"])
+    assert_agree(figures["good_reward_mean"], logged["rewards/chosen"])
+    assert_agree(figures["bad_logprob_mean"], logged["logps/rejected"])
     assert ours_of.keys() == theirs_of.keys()
     for name, gradient_of in ours_of.items():
         assert_agree(gradient_of, theirs_of[name])
