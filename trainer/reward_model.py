@@ -203,13 +203,14 @@ class Run:
         )
 
         def evaluate() -> dict[str, float]:
-            names = [row.where for row in self.rows.held_out]
-            return finite(
-                trainer.evaluate(self.held_out),
+            scores = trainer.all_scores(self.held_out)
+            finite(
+                {"a score": float(sum(scores_KH.sum() for scores_KH in scores))},
                 lambda place: float(trainer.all_scores([self.held_out[place]])[0].sum()),
-                names,
+                [row.where for row in self.rows.held_out],
                 settings.output,
             )
+            return trainer.evaluate(self.held_out, scores)
 
         stage = Stage(
             name="reward",
