@@ -95,6 +95,7 @@ def pack(rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], dict[str, T
             "duration_s": rollout.duration_s,
             "service_work_s": rollout.service_work_s,
             "samples": len(rollout.samples),
+            "where": [sample.where for sample in rollout.samples],
             "scores": list(rollout.samples[0].scores) if rollout.samples else [],
         }
         for rollout in rollouts
@@ -125,7 +126,10 @@ def unpack(described: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
     rollouts = []
     for entry in described:
         samples = []
-        for index, prompt, response, version, finished in take(facts, entry["samples"]):
+        wheres = entry.get("where", [""] * entry["samples"])
+        for where, (index, prompt, response, version, finished) in zip(
+            wheres, take(facts, entry["samples"]), strict=True
+        ):
             samples.append(
                 Sample(
                     index=index,
@@ -136,6 +140,7 @@ def unpack(described: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
                     score=next(scores),
                     finished=bool(finished),
                     weights_version=version,
+                    where=where,
                 )
             )
             if entry["scores"]:

@@ -86,9 +86,15 @@ def save_checkpoint(
         Its path.
 
     Raises:
-        CheckpointError: it can't be written; the older ones are untouched.
+        CheckpointError: it can't be written, or a weight is not finite; the older ones are untouched.
     """
     path = checkpoint_path(folder, step)
+    for name, module in modules.items():
+        if (odd := odd_weight(module)) is not None:
+            raise CheckpointError(
+                f"{path} is not written: weight {odd} of {name} is not finite, training diverged; the last good "
+                f"checkpoint is {latest_checkpoint(folder) or 'none'}. Lower the learning rate, in another --output"
+            )
     with written(path, CheckpointError):
         with replace_folder(path) as partial:
             for name, module in modules.items():
@@ -188,6 +194,14 @@ def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
     others = {name for name, _ in module.named_parameters(remove_duplicate=False)} - trained
     state = module.state_dict()
     return {name: tensor for name, tensor in state.items() if name not in others}
+
+
+def odd_weight(module: nn.Module) -> str | None:
+    """Name of a trained weight that is not finite, or None."""
+    for name, parameter in module.named_parameters():
+        if parameter.requires_grad and not bool(parameter.isfinite().all()):
+            return name
+    return None
 
 
 def frozen_weights(module: nn.Module) -> str:

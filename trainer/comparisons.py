@@ -94,7 +94,8 @@ def load_comparisons(
     Raises:
         DataError: a source can't be read or has no row, or a row doesn't fit; with file, line and field.
     """
-    return load_rows(sources, functools.partial(_comparison, annotators=annotators), split_by)
+    parse = functools.partial(_comparison, annotators=annotators)
+    return load_rows(sources, parse, split_by, ("ranking", "ranks", "comparisons", "first", "chosen"))
 
 
 def refuse_strange_attributes(rows: Sequence[Comparison], heads: Sequence[str]) -> None:
@@ -216,7 +217,8 @@ def _judgements(
         # Parquet gives every row the same names, and null to those that it does not have.
         said = {name: value for name, value in by_attribute.items() if value is not None}
     else:
-        value = fields.get("preference", default)
+        # Parquet gives every row the same names, and null to those that it does not have.
+        value = fields["preference"] if has(fields, "preference") else default
         if value is None:
             present(fields, "preference", where, "first, second, tie, a probability, or those of several annotators")
         said = {_attribute(fields, where): value}

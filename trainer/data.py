@@ -19,8 +19,8 @@ prompt; instruction, (input); messages    a prompt
 the shapes of a preference                its prompt
 ========================================  ==================================================================
 
-A prompt is text or a list of chat messages. Fields besides these are left alone. Nothing is dropped: the first row
-that doesn't fit stops the run, with its file, line and field.
+A prompt is text or a list of chat messages. Fields besides these are left alone. All rows of a source have one shape.
+Nothing is dropped: the first row that doesn't fit stops the run, with its file, line and field.
 """
 
 from __future__ import annotations
@@ -98,18 +98,18 @@ def load_demonstrations(sources: Sequence[str], *, split_by: str | None = None) 
     Raises:
         DataError: a source can't be read or has no row, or a row doesn't fit; with file, line and field.
     """
-    return load_rows(sources, _demonstration, split_by)
+    return load_rows(sources, _demonstration, split_by, ("completion", "messages", "chosen", "instruction", "text"))
 
 
 def load_preferences(sources: Sequence[str], *, split_by: str | None = None) -> list[Preference]:
     """The preferences of all ``sources``; arguments and errors as ``load_demonstrations`` has them."""
-    return load_rows(sources, read_preference, split_by)
+    return load_rows(sources, read_preference, split_by, ("chosen",))
 
 
 def load_judged(sources: Sequence[str], *, split_by: str | None = None) -> list[JudgedAnswer]:
     """The judged answers of all ``sources``, two of a preference; arguments and errors as ``load_demonstrations``."""
     judged = []
-    for row in load_rows(sources, _judged, split_by):
+    for row in load_rows(sources, _judged, split_by, ("chosen", "completion")):
         if isinstance(row, JudgedAnswer):
             judged.append(row)
             continue
@@ -123,7 +123,7 @@ def load_judged(sources: Sequence[str], *, split_by: str | None = None) -> list[
 
 def load_prompts(sources: Sequence[str], *, split_by: str | None = None) -> list[PromptRow]:
     """The prompts of all ``sources``; arguments and errors as ``load_demonstrations`` has them."""
-    return load_rows(sources, _prompt_row, split_by)
+    return load_rows(sources, _prompt_row, split_by, ("chosen", "prompt", "messages", "instruction"))
 
 
 def split_held_out(rows: Sequence[RowT], fraction: float, *, seed: int) -> tuple[list[RowT], list[RowT]]:
@@ -142,6 +142,7 @@ def split_held_out(rows: Sequence[RowT], fraction: float, *, seed: int) -> tuple
     for row in rows:
         sizes[row.group_key] = sizes.get(row.group_key, 0) + 1
     wanted = round(fraction * len(rows))
+    named = ", ".join(dict.fromkeys(row.where.rpartition(", ")[0] for row in rows if row.where))
     held_out: set[str] = set()
     held_rows = 0
     for key in sorted(sizes, key=lambda key: derive_seed("held-out", seed, key)):
@@ -151,8 +152,9 @@ def split_held_out(rows: Sequence[RowT], fraction: float, *, seed: int) -> tuple
         held_rows += sizes[key]
     if wanted > 0 and (held_rows == 0 or held_rows == len(rows)):
         raise DataError(
-            f"{len(rows)} rows of {len(sizes)} groups (prompts, or values of --split-by) can't be split: a held-out "
-            f"fraction of {fraction} leaves one side empty"
+            f"{named or 'the data'}: {len(rows)} rows of {len(sizes)} groups (prompts, or values of --split-by) can't "
+            f"be split: a held-out fraction of {fraction:g} leaves one side empty; name held-out rows in a file of "
+            "their own, or bring more"
         )
     train = [row for row in rows if row.group_key not in held_out]
     return train, [row for row in rows if row.group_key in held_out]
@@ -212,6 +214,12 @@ def read_preference(fields: Fields, where: str) -> Preference:
             rejected=not_empty(rejected, "rejected", where),
             where=where,
         )
+    for name, value in (("chosen", chosen), ("rejected", rejected)):
+        if not isinstance(value, str | list):
+            raise DataError(f"{where}: field {name!r} must be text or a list of messages, is {kind_of(value)}")
+    if isinstance(chosen, str) or isinstance(rejected, str):
+        text, talk = ("chosen", "rejected") if isinstance(chosen, str) else ("rejected", "chosen")
+        raise DataError(f"{where}: field {text!r} is text and {talk!r} a list of messages: write both in one way")
     return _preferred_conversation(prompt, chosen, rejected, where)
 
 
@@ -278,15 +286,22 @@ def _prompt_row(fields: Fields, where: str) -> PromptRow:
         return PromptRow(prompt=preference.prompt, where=where)
     if has(fields, "prompt"):
         prompt = read_prompt(fields, where)
-        if not prompt:
-            raise DataError(f"{where}: field 'prompt' is empty: there is nothing to answer")
-        return PromptRow(prompt=prompt, where=where)
+        if not (prompt if isinstance(prompt, list) else prompt.strip()):
+            raise DataError(f"{where}: field 'prompt' is empty: there is nothing to answer; take the row out")
+        return PromptRow(prompt=_asked(prompt, "prompt", where), where=where)
     if has(fields, "messages"):
         messages = read_messages(fields["messages"], "messages", where)
         asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
         if not asked:
             raise DataError(f"{where}: field 'messages' holds only the assistant's: there is nothing to answer")
-        return PromptRow(prompt=asked, where=where)
+        return PromptRow(prompt=_asked(asked, "messages", where), where=where)
     if has(fields, "instruction"):
         return PromptRow(prompt=read_instruction(fields, where), where=where)
     raise no_shape(fields, where, "a prompt needs prompt, instruction, messages, or chosen and rejected")
+
+
+def _asked(prompt: Prompt, name: str, where: str) -> Prompt:
+    """The prompt, whose last message, if it is one of messages, says something."""
+    if not isinstance(prompt, str) and not prompt[-1]["content"].strip():
+        raise DataError(f"{where}: field {name!r}, message {len(prompt)} is empty: there is nothing to answer")
+    return prompt

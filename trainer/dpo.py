@@ -21,6 +21,7 @@ from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
 from trainer.config import DpoSettings, Packing, ReferencedSettings
 from trainer.data import load_preferences
+from trainer.divergence import finite
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
@@ -67,24 +68,40 @@ def main(settings: DpoSettings) -> None:
         f"DPO of {policy.num_parameters():,} parameters on {len(train):,} pairs ({cut:,} of them cut to "
         f"{token_limit(settings, policy)} tokens), {len(held_out):,} held out\n"
     )
+    where, held_out_where = ([row.where for row in part] for part in (rows, held_out_rows))
     answers = Answers(policy, tokenizer, settings.precision, settings.packing)
     with open_reference(settings, answers, tokenizer) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         trainer = DpoTrainer(policy, tokenizer, settings, reference)
+        asked_of, names = ([], []) if settings.reference_live else (train, where)
         known = known_sums(
-            settings.output, data, reference, _answers_of([*([] if settings.reference_live else train), *held_out])
+            settings.output,
+            data,
+            reference,
+            _answers_of([*asked_of, *held_out]),
+            [name for name in (*names, *held_out_where) for _ in range(2)],
         )
         cut_at = len(known) - 2 * len(held_out)
         train_pairs = with_reference(train, None if settings.reference_live else known[:cut_at])
         held_out_pairs = with_reference(held_out, known[cut_at:])
-        before = trainer.evaluate(held_out_pairs)
+
+        def evaluate() -> dict[str, float]:
+            return finite(
+                trainer.evaluate(held_out_pairs),
+                lambda place: trainer.evaluate([held_out_pairs[place]])["eval_loss"],
+                held_out_where,
+                settings.output,
+            )
+
+        before = evaluate()
         stage = Stage(
             name="DPO",
             model=policy,
             lengths=[len(pair) for pair in train],
             data=data,
+            where=where,
             accumulate=lambda indices: trainer.accumulate([train_pairs[index] for index in indices]),
-            evaluate=lambda: trainer.evaluate(held_out_pairs),
+            evaluate=evaluate,
             watch=WATCHED,
         )
         fitted = fit(settings, stage, checkpoint)

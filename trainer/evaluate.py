@@ -15,6 +15,7 @@ from quartet.model_folder import find_model
 from trainer.data import PromptRow, load_prompts
 from trainer.encoding import Encoder
 from trainer.errors import DataError, OutputError, ServicesError
+from trainer.experience import require_finite
 from trainer.files import replace_file, require_folder
 from trainer.judging import JudgeService, open_judge
 from trainer.models import load_tokenizer
@@ -178,6 +179,7 @@ def make_tasks(rows: Sequence[PromptRow], encoder: Encoder, *, seed: int, sample
             prompt=row.prompt,
             ids=tuple(int(token) for token in ids),
             seed=prompt_seed(seed, "evaluation", 0, index, sample),
+            where=row.where,
         )
         for index, (row, ids) in enumerate(zip(rows, encoder.prompts(rows), strict=True))
         for sample in range(samples)
@@ -199,6 +201,7 @@ async def evaluate(
 
     Raises:
         ServicesError: more than a tenth of the samples failed.
+        RolloutError: a number that a service gave is not finite.
         QuartetError: a service stayed away.
     """
     rollout = await services.collect(tasks, sampling)
@@ -207,6 +210,7 @@ async def evaluate(
             f"{len(rollout.failures)} of {len(tasks)} samples of the evaluation failed, the first one because: "
             f"{rollout.failures[0]}"
         )
+    require_finite(rollout.samples)
     judged = None if judge is None else await judge.scores(rollout.samples, tasks)
     return summarise(rollout, tokenizer, judged=judged, policy=None if observe is None else observe(rollout.samples))
 

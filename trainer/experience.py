@@ -5,7 +5,6 @@ Shapes: B sequences, S tokens of prompt and response, T response tokens, right-p
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -19,6 +18,8 @@ from trainer.encoding import Ids
 from trainer.errors import RolloutError
 from trainer.ppo_config import LEAST_TOKENS
 from trainer.rollout import Sample
+
+_LARGEST = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,8 @@ class Experience:
     ref_logprobs_NT: Tensor  # Of the reference.
     scores_N: Tensor  # Of the reward model, raw.
     finished_N: Tensor  # Whether a stop token ended the response.
+    where: tuple[str, ...] = ()
+    """File and line of each sample's prompt, for messages."""
 
     @property
     def lengths(self) -> list[int]:
@@ -98,7 +101,7 @@ class Padded:
 def check_rollout(samples: Sequence[Sample]) -> None:
     """
     Raises:
-        RolloutError: the responses have fewer than 8 tokens together, or a score or log-probability is not finite.
+        RolloutError: the responses have fewer than 8 tokens together, or as ``require_finite``.
     """
     tokens = sum(len(sample.response_ids) for sample in samples)
     if tokens < LEAST_TOKENS:
@@ -107,16 +110,26 @@ def check_rollout(samples: Sequence[Sample]) -> None:
             "needed: raise --prompts-per-step; or the policy has come to end its responses at once: then go back to an "
             "earlier model, and raise --kl-beta or lower --learning-rate"
         )
+    require_finite(samples)
+
+
+def require_finite(samples: Sequence[Sample]) -> None:
+    """
+    Raises:
+        RolloutError: a score or log-probability is not finite in float32; names the service and the prompt.
+    """
     for sample in samples:
         for service, what, values in (
             ("policy", "log-probability", sample.logprobs),
             ("reference", "log-probability", sample.ref_logprobs),
             ("reward", "score", (sample.score,)),
         ):
-            if odd := [value for value in values if not math.isfinite(value)]:
+            # As they are learned from: what float32 can't hold is infinite in it.
+            if odd := [value for value in values if not abs(value) <= _LARGEST]:
                 raise RolloutError(
-                    f"the {service} service gave the {what} {odd[0]} for a response of {len(sample.response_ids)} "
-                    "tokens: it must be finite; see whether its model holds NaN, and serve it in float32 or bfloat16"
+                    f"the {service} service gave the {what} {odd[0]:g} for a response of {len(sample.response_ids)} "
+                    f"tokens{f' to {sample.where}' if sample.where else ''}: it must be finite; see whether its model "
+                    "holds NaN, and serve it in float32 or bfloat16"
                 )
 
 
@@ -140,4 +153,5 @@ def make_experience(samples: Sequence[Sample], device: torch.device) -> Experien
         ref_logprobs_NT=grid([sample.ref_logprobs for sample in samples]),
         scores_N=torch.tensor([sample.score for sample in samples], dtype=torch.float32, device=device),
         finished_N=torch.tensor([sample.finished for sample in samples], device=device),
+        where=tuple(sample.where or f"sample {sample.index + 1} of the rollout" for sample in samples),
     )

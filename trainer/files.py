@@ -12,6 +12,7 @@ import safetensors
 
 from trainer.errors import OutputError, TrainerError
 
+_LEFTOVERS = (".*.partial", ".*.removed")
 # A full disk is an OSError to Python, the second to safetensors and the third to torch.save.
 _WRITE_ERRORS = (OSError, safetensors.SafetensorError, RuntimeError)
 
@@ -28,9 +29,18 @@ def written(what: Path, kind: type[TrainerError] = OutputError) -> Iterator[None
     except _WRITE_ERRORS as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise kind(
-            f"{what} can't be written: {reason}; make room or mend the cause, then give the same command again (a run "
-            "goes on with --resume)"
+            f"{what} can't be written: {reason}{room(what)}; make room or mend the cause, then give the same command "
+            "again (a run goes on with --resume)"
         ) from error
+
+
+def room(path: Path) -> str:
+    """How much of the disk that holds ``path`` is free, for messages; nothing where that can't be known."""
+    with contextlib.suppress(OSError):
+        nearest = next(folder for folder in path.absolute().parents if folder.is_dir())
+        disk = shutil.disk_usage(nearest)
+        return f" ({disk.free / 1e6:,.1f} of {disk.total / 1e6:,.1f} MB are free there)"
+    return ""
 
 
 def require_folder(flag: str, folder: Path) -> None:
@@ -60,18 +70,20 @@ def replace_folder(folder: Path) -> Iterator[Path]:
     partial = folder.with_name(f".{folder.name}.partial")
     remove_folder(partial)
     partial.mkdir()
+    old = folder.with_name(f".{folder.name}.old")
     try:
         yield partial
+        for path in [*partial.rglob("*"), partial]:
+            _sync(path)
+        remove_folder(old)
+        if folder.exists():
+            folder.rename(old)
+        partial.rename(folder)
     except BaseException:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         remove_folder(partial)
         raise
-    for path in [*partial.rglob("*"), partial]:
-        _sync(path)
-    old = folder.with_name(f".{folder.name}.old")
-    remove_folder(old)
-    if folder.exists():
-        folder.rename(old)
-    partial.rename(folder)
     _sync(folder.parent)
     remove_folder(old)
 
@@ -104,6 +116,13 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(doomed, ignore_errors=True)
         folder.rename(doomed)
         shutil.rmtree(doomed)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Removes what a kill amid writing or removing left in ``folder``; nothing reads it."""
+    for pattern in _LEFTOVERS:
+        for path in folder.glob(pattern):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def _sync(path: Path) -> None:

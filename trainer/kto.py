@@ -30,6 +30,7 @@ from trainer.answers import Answers
 from trainer.batching import micro_batches
 from trainer.config import KtoSettings
 from trainer.data import JudgedAnswer, load_judged
+from trainer.divergence import finite
 from trainer.dpo import open_reference
 from trainer.dpo_losses import kto_loss
 from trainer.encoding import EncodedResponse, Encoder
@@ -115,20 +116,36 @@ def main(settings: KtoSettings) -> None:
         if not settings.reference_live:
             asked += [*train, *itertools.chain(*others.values())]
         sequences = [item.answer for item in asked]
-        known = iter(known_sums(settings.output, rows_digest(sequences), reference, sequences).tolist())
+        names = [row.where for row in held_out_rows] + ["a held-out answer to another prompt"] * len(held_out_others)
+        names += [row.where for row in rows] + ["an answer to another prompt"] * (len(asked) - len(names) - len(rows))
+        sums = known_sums(settings.output, rows_digest(sequences), reference, sequences, names)
+        known = iter(sums.tolist())
         held_out, held_out_others = with_reference(held_out, known), with_reference(held_out_others, known)
         if not settings.reference_live:
             train = with_reference(train, known)
             others = {batch: with_reference(own, known) for batch, own in others.items()}
         trainer = KtoTrainer(answers, settings, reference)
-        before = trainer.evaluate(held_out, held_out_others)
+
+        def evaluate() -> dict[str, float]:
+            return finite(
+                trainer.evaluate(held_out, held_out_others),
+                lambda place: trainer.evaluate([held_out[place]], [])["eval_loss"],
+                [row.where for row in held_out_rows],
+                settings.output,
+            )
+
+        before = evaluate()
         stage = Stage(
             name="KTO",
             model=policy,
             lengths=lengths,
             data=data,
-            accumulate=lambda batch: trainer.accumulate([train[index] for index in batch], others[tuple(batch)]),
-            evaluate=lambda: trainer.evaluate(held_out, held_out_others),
+            where=[row.where for row in rows],
+            # A row by itself, as it is looked at where a loss is none, has no others.
+            accumulate=lambda batch: trainer.accumulate(
+                [train[index] for index in batch], others.get(tuple(batch), [])
+            ),
+            evaluate=evaluate,
             watch=WATCHED,
         )
         fitted = fit(settings, stage, checkpoint)
@@ -261,7 +278,8 @@ class KtoTrainer:
         was_training = policy.training
         sums = self.answers.all_sums([item.answer for item in others], self.settings.micro_batch_tokens).numpy()
         policy.train(was_training)
-        return max(0.0, float(np.mean(sums - np.array([item.reference for item in others]))))
+        # Unlike max, it lets NaN be seen.
+        return float(np.maximum(0.0, np.mean(sums - np.array([item.reference for item in others]))))
 
     def _look(self, rows: Sequence[Judged], others: Sequence[Weighed], *, learn: bool) -> dict[str, float]:
         settings = self.settings

@@ -13,6 +13,7 @@ Yuan et al. 2024, "Self-Rewarding Language Models".
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from collections.abc import Sequence
@@ -24,9 +25,10 @@ from quartet import tracing
 from trainer import rewards
 from trainer.batching import minibatches
 from trainer.checkpoint import stop_on_signal
+from trainer.divergence import diverged, is_finite
 from trainer.dpo import DpoTrainer, Pair
 from trainer.encoding import EncodedResponse
-from trainer.errors import RolloutError
+from trainer.errors import DivergedError, RolloutError
 from trainer.experience import check_rollout, make_experience
 from trainer.loop_thread import LoopThread
 from trainer.online_dpo_config import OnlineDpoSettings
@@ -121,7 +123,7 @@ class OnlineDpoLearner:
         Raises:
             RolloutError: there is too little to learn from, or a number of a service is none, or every prompt has been
                 tied for --max-tied-steps in a row; nothing was learned.
-            DivergedError: a gradient is not finite.
+            DivergedError: a loss or a gradient is not finite; names the prompts.
         """
         settings, samples = self.settings, rollout.samples
         check_rollout(samples)
@@ -164,14 +166,32 @@ class OnlineDpoLearner:
             len(pairs), epochs=settings.epochs, parts=settings.minibatches, seed=settings.seed, step=step
         ):
             figures = self.dpo.accumulate([pairs[row] for row in rows])
+            if not math.isfinite(figures["loss"]):
+                raise self._diverged(f"the loss is {figures['loss']}", sampled, pairs, rows, step)
             del figures["tokens"]
             if not measured:
                 engine = np.mean([[sum(sample.logprobs) for sample in sampled[row]] for row in rows], axis=0)
                 trainer = np.array([figures["chosen_logprob_mean"], figures["rejected_logprob_mean"]])
                 apart = float(np.abs(engine - trainer).max())
-            figures["policy/grad_norm"] = apply_gradients(self.optimiser, settings.max_grad_norm)
+            try:
+                figures["policy/grad_norm"] = apply_gradients(self.optimiser, settings.max_grad_norm)
+            except DivergedError as error:
+                raise self._diverged(str(error), sampled, pairs, rows, step) from error
             measured.append(figures)
         return means(measured) | {"rollout/logprob_difference": apart, "policy/optimiser_steps": len(measured)}
+
+    def _diverged(
+        self, what: str, sampled: Sequence[tuple[Sample, Sample]], pairs: Sequence[Pair], rows: Sequence[int], step: int
+    ) -> DivergedError:
+        """The error that says ``what`` of a minibatch of ``rows`` is not finite, and in which of its pairs."""
+        bad = []
+        for row in rows:
+            self.policy.zero_grad(set_to_none=True)
+            loss = self.dpo.accumulate([pairs[row]])["loss"]
+            gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
+            if not (math.isfinite(loss) and is_finite(*gradients)):
+                bad.append(sampled[row][0].where or f"sample {sampled[row][0].index + 1} of the rollout")
+        return diverged(f"step {step + 1}: {what}", bad, len(rows), self.settings.output)
 
     def _count_ties(self, tied: int, pairs: int, step: int) -> None:
         if pairs:

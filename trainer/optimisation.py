@@ -66,7 +66,7 @@ def apply_gradients(optimiser: Optimizer, max_norm: float) -> float:
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
     norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
     if not math.isfinite(norm):
-        raise DivergedError(f"the gradient's norm is {norm}: training diverged; lower the learning rate")
+        raise DivergedError(f"the gradient's norm is {norm}")
     optimiser.step()
     optimiser.zero_grad(set_to_none=True)
     return norm

@@ -13,6 +13,7 @@ Models from Human Preferences", and its code, openai/lm-human-preferences.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol
@@ -24,6 +25,7 @@ from quartet import tracing
 from quartet.client import QuartetError
 from trainer.batching import micro_batches, minibatches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
+from trainer.divergence import diverged, is_finite
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
@@ -182,7 +184,8 @@ class Learner:
 
         Raises:
             RolloutError: there is too little to learn from, or a number of a service is none; nothing was learned.
-            DivergedError: a log-probability, a value or a gradient of the trainer's own models is not finite.
+            DivergedError: a log-probability, a value, an advantage, a loss or a gradient of the trainer's own models
+                is not finite; names the prompts.
         """
         settings = self.settings
         check_rollout(rollout.samples)
@@ -192,13 +195,16 @@ class Learner:
         start_s = time.perf_counter()
         experience = make_experience(rollout.samples, self.device)
         before = self.evaluate(experience)
-        if not (before.logprobs_NT.isfinite().all() and before.values_NT.isfinite().all()):
-            raise DivergedError(
-                f"log-probabilities or values of step {step + 1} are not finite: training diverged; lower "
-                "--learning-rate or --critic-learning-rate"
-            )
+        if not is_finite(before.logprobs_NT, before.values_NT):
+            alone = [self.evaluate(make_experience([sample], self.device)) for sample in rollout.samples]
+            bad = [row for row, own in enumerate(alone) if not is_finite(own.logprobs_NT, own.values_NT)]
+            raise self._diverged(experience, step, "a log-probability or a value is not finite", bad, len(alone))
         forward_s = time.perf_counter() - start_s
         targets, metrics = self.shape(experience, before)
+        if not is_finite(targets.advantages_NT, targets.returns_NT):
+            bad_N = ~(targets.advantages_NT + targets.returns_NT).isfinite().all(dim=1)
+            bad = bad_N.nonzero()[:, 0].tolist()
+            raise self._diverged(experience, step, "an advantage or a return is not finite", bad, len(bad_N))
         metrics |= means_by_name([sample.scores for sample in rollout.samples], "reward")
         metrics |= self.update(experience, targets, step)
         metrics["learning_rate"] = share * settings.learning_rate
@@ -246,6 +252,9 @@ class Learner:
             for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
                 rows = [rows_of_minibatch[index] for index in part]
                 figures, ratio = self.accumulate(experience, targets, rows, tokens)
+                if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
+                    bad = [row for row in rows if not self._is_finite(experience, targets, row, tokens)]
+                    raise self._diverged(experience, step, f"{odd[0]} is {figures[odd[0]]}", bad, len(rows))
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
                 if not measured:
@@ -255,12 +264,16 @@ class Learner:
                 for optimiser in self.optimisers.values():
                     optimiser.zero_grad(set_to_none=True)
                 break
-            norms.append(
-                {
-                    f"{name}/grad_norm": apply_gradients(optimiser, self.settings.max_grad_norm)
-                    for name, optimiser in self.optimisers.items()
-                }
-            )
+            try:
+                norms.append(
+                    {
+                        f"{name}/grad_norm": apply_gradients(optimiser, self.settings.max_grad_norm)
+                        for name, optimiser in self.optimisers.items()
+                    }
+                )
+            except DivergedError as error:
+                bad = [row for row in rows_of_minibatch if not self._is_finite(experience, targets, row, tokens)]
+                raise self._diverged(experience, step, str(error), bad, len(rows_of_minibatch)) from error
         return {
             **means(measured),
             **means(norms),
@@ -344,6 +357,19 @@ class Learner:
             (settings.value_coefficient * critic.loss).backward()  # type: ignore[no-untyped-call]
             figures |= {"value/loss": float(critic.loss.detach()), "value/clip_fraction": float(critic.clip_fraction)}
         return figures, float((logprobs_BT.detach() - old_logprobs_BT).abs().max())
+
+    def _is_finite(self, experience: Experience, targets: Targets, row: int, tokens: float) -> bool:
+        """Whether losses and gradients of one row by itself are finite."""
+        for module in self.modules.values():
+            module.zero_grad(set_to_none=True)
+        figures, _ = self.accumulate(experience, targets, [row], tokens)
+        gradients = [p.grad for module in self.modules.values() for p in module.parameters() if p.grad is not None]
+        return all(map(math.isfinite, figures.values())) and is_finite(*gradients)
+
+    def _diverged(self, experience: Experience, step: int, what: str, rows: list[int], of: int) -> DivergedError:
+        """What is not finite after ``step`` steps, in which ``rows`` of so many."""
+        names = [experience.where[row] for row in rows]
+        return diverged(f"step {step + 1}: {what}", names, of, self.settings.output)
 
     def minibatches(self, count: int, step: int) -> Iterator[list[int]]:
         """Row indices of every optimiser step."""

@@ -25,7 +25,7 @@ from trainer.batching import RowStream
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.encoding import Encoder
-from trainer.errors import CheckpointError, ModelError, ServicesError
+from trainer.errors import CheckpointError, DataError, ModelError, ServicesError
 from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
 from trainer.files import remove_folder
 from trainer.judging import JudgeService, open_judge
@@ -215,7 +215,7 @@ class PPORun(Generic[SettingsT]):
         self._stream.position = step * settings.prompts_per_step
         drawn = [self._tasks[row] for row in self._stream.draw(settings.prompts_per_step)]
         tasks = [
-            PromptTask(prompt=task.prompt, ids=task.ids, seed=prompt_seed(settings.seed, "rollout", step, p, s))
+            replace(task, seed=prompt_seed(settings.seed, "rollout", step, p, s))
             for p, task in enumerate(drawn)
             for s in range(settings.samples_per_prompt)
         ]
@@ -290,7 +290,7 @@ class PPORun(Generic[SettingsT]):
         )
         encoder = Encoder(self.tokenizer, max_tokens=limit, truncation=settings.truncation, advice=advice)
         self._tasks = [
-            PromptTask(prompt=row.prompt, ids=tuple(int(token) for token in ids), seed=0)
+            PromptTask(prompt=row.prompt, ids=tuple(int(token) for token in ids), seed=0, where=row.where)
             for row, ids in zip(rows, encoder.prompts(rows), strict=True)
         ]
         self._eval_tasks = make_tasks(
@@ -535,7 +535,14 @@ def _write_settings(settings: RunSettings, info: ServiceInfo, judge: JudgeServic
 def _read_prompts(settings: RunSettings) -> tuple[list[PromptRow], list[PromptRow]]:
     rows = load_prompts(settings.prompts)
     if not settings.eval_prompts:
-        return split_held_out(rows, settings.held_out_fraction, seed=settings.seed)
+        rows, held_out = split_held_out(rows, settings.held_out_fraction, seed=settings.seed)
+        if len(held_out) < 2:
+            raise DataError(
+                f"{', '.join(settings.prompts)}: --held-out-fraction {settings.held_out_fraction:g} of "
+                f"{len(rows) + len(held_out)} prompts sets {len(held_out)} apart: an interval needs at least 2; raise "
+                "it, or name --eval-prompts"
+            )
+        return rows, held_out
     held_out = load_prompts(settings.eval_prompts)
     if shared := shared_groups(rows, held_out):
         sys.stderr.write(f"warning: {shared} of the {len(held_out)} held-out prompts are also trained on\n")

@@ -22,6 +22,7 @@ from quartet.client import CallPolicy, ReferenceClient, Security
 from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.answers import Answers
+from trainer.divergence import diverged
 from trainer.encoding import EncodedResponse
 from trainer.errors import CheckpointError, ServicesError
 from trainer.runs import write_json
@@ -150,7 +151,9 @@ def _calls(lengths: Sequence[int]) -> list[list[int]]:
     return parts
 
 
-def known_sums(output: Path, digest: str, reference: Reference, rows: Sequence[EncodedResponse]) -> Sums:
+def known_sums(
+    output: Path, digest: str, reference: Reference, rows: Sequence[EncodedResponse], names: Sequence[str] = ()
+) -> Sums:
     """The reference's sums of ``rows``: those that this run asked for before, or asked for now and kept.
 
     Args:
@@ -158,9 +161,11 @@ def known_sums(output: Path, digest: str, reference: Reference, rows: Sequence[E
         digest: of the rows.
         reference: is asked, unless the run has asked it before.
         rows: answers.
+        names: file and line of each, for messages.
 
     Raises:
         CheckpointError: what is kept is of another reference.
+        DivergedError: a sum is not finite; names the rows.
         QuartetError, TrainerError: the reference can't be asked, or the numbers not be kept.
     """
     path = output / REFERENCE_FILE
@@ -176,5 +181,8 @@ def known_sums(output: Path, digest: str, reference: Reference, rows: Sequence[E
             )
         return np.array(kept["logprobs"], dtype=np.float64)
     found = reference.sums(rows)
+    if bad := np.flatnonzero(~np.isfinite(found)).tolist():
+        what = f"the log-probability under the reference {reference.identity} is {found[bad[0]]}"
+        raise diverged(what, [names[place] if names else f"answer {place + 1}" for place in bad], len(rows), output)
     write_json(path, {"data": digest, "reference": reference.identity, "logprobs": found.tolist()})
     return found

@@ -17,6 +17,7 @@ from trainer.calibration import Temperature, fit_temperature
 from trainer.comparisons import Comparison, load_comparisons, refuse_strange_attributes
 from trainer.config import RewardSettings
 from trainer.data import load_demonstrations, split_held_out
+from trainer.divergence import finite
 from trainer.encoding import EncodedComparison, EncodedResponse, Encoder
 from trainer.errors import CheckpointError, DataError, ModelError
 from trainer.golden import golden_items
@@ -200,13 +201,25 @@ class Run:
             f"cut to {self.limit} tokens), {_count(self.temperature_rows)} for the temperature, "
             f"{_count(self.held_out)} held out\n"
         )
+
+        def evaluate() -> dict[str, float]:
+            scores = trainer.all_scores(self.held_out)
+            finite(
+                {"a score": float(sum(scores_KH.sum() for scores_KH in scores))},
+                lambda place: float(trainer.all_scores([self.held_out[place]])[0].sum()),
+                [row.where for row in self.rows.held_out],
+                settings.output,
+            )
+            return trainer.evaluate(self.held_out, scores)
+
         stage = Stage(
             name="reward",
             model=self.model,
             lengths=[len(row) for row in self.train_rows],
             data=self.digest,
+            where=[row.where for row in self.rows.train],
             accumulate=lambda indices: trainer.accumulate([self.train_rows[index] for index in indices]),
-            evaluate=lambda: trainer.evaluate(self.held_out),
+            evaluate=evaluate,
             watch=WATCHED,
             after_step=trainer.after_step,
         )

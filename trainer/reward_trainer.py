@@ -117,9 +117,13 @@ class RewardTrainer:
         with autocast(self.device, self.settings.precision):
             return score_heads(self.model, ids_NS, mask_NS)
 
-    def evaluate(self, rows: Sequence[EncodedComparison]) -> dict[str, float]:
-        """Held-out figures; the loss is Bradley-Terry's, whatever was trained with. Equal scores count .5."""
-        pairs = judged_pairs(rows, [""] * len(rows), self.all_scores(rows), self.heads)
+    def evaluate(self, rows: Sequence[EncodedComparison], scores: Sequence[Array] | None = None) -> dict[str, float]:
+        """Held-out figures; the loss is Bradley-Terry's, whatever was trained with. Equal scores count .5.
+
+        ``scores``: as ``all_scores`` gives them, where they are known already.
+        """
+        known = self.all_scores(rows) if scores is None else scores
+        pairs = judged_pairs(rows, [""] * len(rows), known, self.heads)
         figures = pair_figures(pairs.first_N, pairs.second_N, pairs.label_N)
         for place, name in enumerate(self.heads if len(self.heads) > 1 else ()):
             own = pairs.where(pairs.heads_N == place)

@@ -63,6 +63,8 @@ class PromptTask:
     prompt: Prompt
     ids: tuple[int, ...]
     seed: int
+    where: str = ""
+    """File and line of the prompt, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,6 +89,8 @@ class Sample:
     """Of the policy that sampled it."""
     spread: float | None = None
     """Of the scores of an ensemble's members; None: the reward service hosts none."""
+    where: str = ""
+    """File and line of its prompt, for messages."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -471,9 +475,11 @@ class _Judge:
                     scores=scores if rewards[0].name else {},
                     spread=self._spreads.get(index),
                     weights_version=version_of(completion),
+                    where=self._tasks[index].where,
                 )
             )
-        return tuple(samples), tuple(reason for _, reason in sorted(self._failures.items()))
+        named = [(self._tasks[index].where, reason) for index, reason in sorted(self._failures.items())]
+        return tuple(samples), tuple(f"{where}: {reason}" if where else reason for where, reason in named)
 
 
 def prompt_seed(seed: int, purpose: str, step: int, prompt: int, sample: int) -> int:

@@ -1,8 +1,8 @@
 """Where rows come from, and how their fields are read and refused, whatever shape they have.
 
 A source is a JSON Lines, JSON or Parquet file, or the name of a data set on the Hugging Face hub (``name`` or
-``name:split``). Nothing is dropped: the first row that doesn't fit stops the run, with its file, line and field. The
-shapes are in ``trainer.data`` and ``trainer.comparisons``.
+``name:split``). All rows of a source have one shape. Nothing is dropped: the first row that doesn't fit stops the run,
+with its file, line and field. The shapes are in ``trainer.data`` and ``trainer.comparisons``.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from trainer.errors import DataError
+from trainer.strict_json import BadJsonError, objection, read_json
 
 Message = dict[str, str]
 Prompt = str | list[Message]
@@ -52,13 +53,16 @@ RowT = TypeVar("RowT", bound=Row)
 # Reading -----------------------------------------------------------------------------------------------------------
 
 
-def load_rows(sources: Sequence[str], parse: Callable[[Fields, str], RowT], split_by: str | None) -> list[RowT]:
+def load_rows(
+    sources: Sequence[str], parse: Callable[[Fields, str], RowT], split_by: str | None, told_by: Sequence[str] = ()
+) -> list[RowT]:
     """The rows of all ``sources``, in order.
 
     Args:
         sources: files or hub names.
         parse: makes a row of its fields and of where it stands; raises DataError where it doesn't fit.
         split_by: name of the field whose value is the row's group; None: it has none of its own.
+        told_by: the fields that tell the shapes of these rows apart, in the order in which ``parse`` looks for them.
 
     Raises:
         DataError: a source can't be read or has no row, or a row doesn't fit; with file, line and field.
@@ -66,8 +70,16 @@ def load_rows(sources: Sequence[str], parse: Callable[[Fields, str], RowT], spli
     rows: list[RowT] = []
     for source in sources:
         before = len(rows)
+        first: tuple[str, str] | None = None
         for where, fields in read_rows(source):
             row = parse(fields, where)
+            shape = _shape(fields, told_by)
+            first = first or (where, shape)
+            if shape != first[1]:
+                raise DataError(
+                    f"{where}: this row has {shape}, {first[0].removeprefix(f'{source}, ')} has {first[1]}: all rows "
+                    "of a file have one shape; mend it, or put the others into a file of their own"
+                )
             if split_by is not None:
                 value = present(fields, split_by, where, "the field named by --split-by")
                 row = _with_group(row, json.dumps(value, sort_keys=True))
@@ -77,6 +89,18 @@ def load_rows(sources: Sequence[str], parse: Callable[[Fields, str], RowT], spli
     if not rows:
         raise DataError("no data was named")
     return rows
+
+
+def _shape(fields: Fields, told_by: Sequence[str]) -> str:
+    """By which fields a row is read, and whether they are text: what all rows of a source have in common."""
+    own = next((name for name in told_by if has(fields, name)), None)
+    if own is None:
+        return ""
+    # A conversation, a document, an instruction and a prompt alone have nothing before them.
+    opened = own not in ("messages", "text", "instruction", "prompt")
+    opening = next((name for name in ("prompt", "instruction") if opened and has(fields, name)), None)
+    names = [own] if opening is None else [opening, own]
+    return " and ".join(f"{name!r}{'' if isinstance(fields[name], str) else ' as a list'}" for name in names)
 
 
 def _with_group(row: RowT, group: str) -> RowT:
@@ -120,28 +144,34 @@ def _read_json(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if line.strip():
                         yield _object(f"{path}, line {number}", line)
             return
-        content = json.loads(path.read_bytes())
+        content = read_json(path.read_bytes())
     except OSError as error:
         raise DataError(f"{path}: can't be read: {error.strerror}") from error
-    except ValueError as error:
-        raise DataError(f"{path}: not valid JSON: {error} (one object a line? then name it .jsonl)") from error
+    except BadJsonError as error:
+        raise DataError(f"{path}, line {error.line}: {error} (one object a line? then name it .jsonl)") from error
     if not isinstance(content, list):
         raise DataError(f"{path}: must hold a JSON array of objects, is a {type(content).__name__}")
     for number, row in enumerate(content, start=1):
         where = f"{path}, row {number}"
-        if not isinstance(row, dict):
-            raise DataError(f"{where}: must be a JSON object, is a {type(row).__name__}")
-        yield where, row
+        yield where, _require_object(where, row, "")
 
 
 def _object(where: str, line: bytes) -> tuple[str, dict[str, Any]]:
+    array = " (an array of objects? then name the file .json)" if line.lstrip().startswith(b"[") else ""
     try:
-        row = json.loads(line.decode("utf-8-sig"))
-    except ValueError as error:  # UnicodeDecodeError is one, too.
-        raise DataError(f"{where}: not valid JSON: {error}") from error
+        row = read_json(line.rstrip(b"\r\n"))
+    except BadJsonError as error:
+        hint = array or " (each line holds one whole object)"
+        raise DataError(f"{where}: {error}{hint if 'UTF-8' not in str(error) else ''}") from error
+    return where, _require_object(where, row, array)
+
+
+def _require_object(where: str, row: object, hint: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: must be a JSON object, is a {type(row).__name__}")
-    return where, row
+        raise DataError(f"{where}: must be a JSON object, is a {type(row).__name__}{hint}")
+    if (problem := objection(row)) is not None:
+        raise DataError(f"{where}: {problem}")
+    return row
 
 
 def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -150,13 +180,34 @@ def _read_parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 
     try:
         file = pyarrow.parquet.ParquetFile(path)
+        names = file.schema_arrow.names
+        if doubled := [name for name in names if names.count(name) > 1]:
+            raise DataError(f"{path}: column {doubled[0]!r} stands twice: leave one of them")
         number = 0
         for batch in file.iter_batches(batch_size=1024):
-            for row in batch.to_pylist():
+            for row in _rows_of_batch(batch, str(path), number):
                 number += 1
                 yield f"{path}, row {number}", row
     except (OSError, pyarrow.ArrowException) as error:
         raise DataError(f"{path}: not a readable Parquet file: {error}") from error
+
+
+def _rows_of_batch(batch: Any, path: str, before: int) -> list[dict[str, Any]]:
+    try:
+        rows: list[dict[str, Any]] = batch.to_pylist()
+        return rows
+    except UnicodeDecodeError:
+        # Whoever wrote the file need not have looked at the bytes of its texts: which ones are they?
+        for number in range(len(batch)):
+            for name in batch.schema.names:
+                try:
+                    batch.column(name)[number].as_py()
+                except UnicodeDecodeError as error:
+                    raise DataError(
+                        f"{path}, row {before + number + 1}: field {name!r} is not UTF-8 text ({error.reason}): write "
+                        "the column anew from text"
+                    ) from error
+        raise
 
 
 def _read_hub(source: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -213,7 +264,7 @@ def read_text(fields: Fields, name: str, where: str) -> str:
 def not_empty(text: str, name: str, where: str) -> str:
     """``text``, of the field ``name``, unless there is nothing but spaces in it: then DataError."""
     if not text.strip():
-        raise DataError(f"{where}: field {name!r} is empty")
+        raise DataError(f"{where}: field {name!r} is empty: write what it should hold, or take the row out")
     return text
 
 

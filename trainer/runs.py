@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -21,15 +22,17 @@ from trainer.checkpoint import (
     checkpoint_path,
     latest_checkpoint,
     load_checkpoint,
+    odd_weight,
     read_state,
     save_checkpoint,
     stop_on_signal,
 )
 from trainer.config import TrainingSettings
 from trainer.data import shared_groups, split_held_out
+from trainer.divergence import diverged, is_finite
 from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
-from trainer.files import replace_file, require_folder
+from trainer.files import remove_leftovers, replace_file, require_folder
 from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
@@ -64,6 +67,7 @@ def open_output(
                 f"--output is {str(output)!r}: it already holds a run; go on with it by --resume, or choose another"
             )
         return None
+    remove_leftovers(output)
     if newest is None:
         for name in (METRICS_FILE, *leftovers):
             (output / name).unlink(missing_ok=True)
@@ -154,7 +158,13 @@ def train_and_held_out(settings: TrainingSettings, load: Callable[..., list[RowT
                 f"warning: {shared} of {len(held_out)} held-out rows share their prompt with training rows\n"
             )
         return rows, held_out
-    return split_held_out(rows, settings.held_out_fraction, seed=settings.seed)
+    train, held_out = split_held_out(rows, settings.held_out_fraction, seed=settings.seed)
+    if settings.held_out_fraction and not held_out:
+        raise DataError(
+            f"{', '.join(settings.data)}: --held-out-fraction {settings.held_out_fraction:g} of {len(rows)} rows is "
+            "none: raise it, name --eval-data, or set it to 0 to train without an evaluation"
+        )
+    return train, held_out
 
 
 def token_limit(settings: TrainingSettings, model: Any) -> int:
@@ -183,6 +193,7 @@ class Stage:
     model: Any
     lengths: Sequence[int]
     data: str  # ``ids_digest`` of training and held-out rows.
+    where: Sequence[str]  # File and line of each training row.
     accumulate: Callable[[list[int]], dict[str, float]]
     evaluate: Callable[[], dict[str, float]]
     watch: Sequence[str]
@@ -215,7 +226,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
 
     Raises:
         StoppedError: someone asked it to stop; it has saved itself.
-        DivergedError: a loss or gradient is not finite.
+        DivergedError: a loss, a gradient or a weight is not finite; names the rows, and nothing of them is kept.
         CheckpointError: it can't be saved or continued, such as with other rows.
     """
     require_same_data(settings.output, checkpoint, stage.data, "--data or --eval-data")
@@ -251,11 +262,16 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
             start_s = time.perf_counter()
             rate = settings.learning_rate * linear_schedule(done, steps, settings.warmup_fraction)
             set_learning_rate(optimiser, rate)
+            rows = plan.rows(done)
             with training_mode(stage.model, settings.dropout):
-                metrics = stage.accumulate(plan.rows(done))
-            if metrics["loss"] != metrics["loss"]:
-                raise DivergedError(f"the loss is NaN at step {done + 1}: training diverged; lower --learning-rate")
-            metrics["grad_norm"] = apply_gradients(optimiser, settings.max_grad_norm)
+                metrics = stage.accumulate(rows)
+            try:
+                if not math.isfinite(metrics["loss"]):
+                    raise DivergedError(f"the loss is {metrics['loss']}")
+                metrics["grad_norm"] = apply_gradients(optimiser, settings.max_grad_norm)
+            except DivergedError as error:
+                bad = [stage.where[row] for row in rows if not _is_finite(settings, stage, row)]
+                raise diverged(f"step {done + 1}: {error}", bad, len(rows), settings.output) from error
             if stage.after_step is not None:
                 stage.after_step()
             done += 1
@@ -272,9 +288,20 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
                 raise stop.stopped(step=done, total_steps=steps, checkpoint=save())
             if settings.save_every and done % settings.save_every == 0:
                 save()
+        if (odd := odd_weight(stage.model)) is not None:
+            raise diverged(f"after step {done} the weight {odd} is not finite", None, 0, settings.output)
         evaluation = stage.evaluate()
         tracker.also(done, evaluation)
     return Fitted(step=done, evaluation=evaluation)
+
+
+def _is_finite(settings: TrainingSettings, stage: Stage, row: int) -> bool:
+    """Whether loss and gradient of one row by itself are finite."""
+    stage.model.zero_grad(set_to_none=True)
+    with training_mode(stage.model, settings.dropout):
+        loss = stage.accumulate([row])["loss"]
+    gradients = [parameter.grad for parameter in stage.model.parameters() if parameter.grad is not None]
+    return math.isfinite(loss) and is_finite(*gradients)
 
 
 @contextlib.contextmanager

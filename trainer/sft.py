@@ -12,6 +12,7 @@ from trainer.answers import Answers, answer_tokens
 from trainer.batching import micro_batches
 from trainer.config import SftSettings
 from trainer.data import load_demonstrations
+from trainer.divergence import finite
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
 from trainer.models import load_policy, load_tokenizer, save_model
@@ -59,14 +60,25 @@ def main(settings: SftSettings) -> None:
         f"{len(train):,} demonstrations ({sum(row.truncated for row in train):,} of them cut to "
         f"{token_limit(settings, policy)} tokens), {len(held_out):,} held out\n"
     )
-    before = trainer.evaluate(held_out)
+
+    def evaluate() -> dict[str, float]:
+        names = [row.where for row in held_out_rows]
+        return finite(
+            trainer.evaluate(held_out),
+            lambda place: trainer.evaluate([held_out[place]])["eval_loss"],
+            names,
+            settings.output,
+        )
+
+    before = evaluate()
     stage = Stage(
         name="SFT",
         model=policy,
         lengths=[len(row) for row in train],
         data=data,
+        where=[row.where for row in rows],
         accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
-        evaluate=lambda: trainer.evaluate(held_out),
+        evaluate=evaluate,
         watch=WATCHED,
     )
     fitted = fit(settings, stage, checkpoint)

@@ -27,7 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from trainer.errors import StoppedError, TrainerError
-from trainer.files import replace_file
+from trainer.files import replace_file, room
 from trainer.track_settings import TrackSettings
 from trainer.trackers import Follower, Outcome, TrackedRun, make_trackers
 from trainer.wording import duration, number
@@ -269,8 +269,8 @@ def _follow(
 
 def _unwritable(path: Path, error: OSError) -> TrackingError:
     return TrackingError(
-        f"{path} can't be written: {error.strerror}; make room or mend the cause, then give the same command again "
-        "with --resume"
+        f"{path} can't be written: {error.strerror}{room(path)}; make room or mend the cause, then give the same "
+        "command again with --resume"
     )
 
 

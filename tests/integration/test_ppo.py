@@ -1,4 +1,4 @@
-"""PPO runs against live services, through the commands a user types: killed, resumed, refused."""
+"""PPO runs against live services, through the commands a user types: trained, watched, refused."""
 
 from __future__ import annotations
 
@@ -15,7 +15,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
 
 from quartet.client import RewardClient, ScoreItem, WeightsClient
 from quartet.fingerprint import safetensors_fingerprint
@@ -273,84 +272,6 @@ async def test_a_run_outlives_the_death_of_reward_and_policy_service(
         served = await weights.get_info()
     assert served.weights_fingerprint == safetensors_fingerprint(tmp_path / "run" / "model")
     assert served.weights_version >= 6
-
-
-@pytest.mark.slow
-def test_a_killed_and_resumed_run_ends_with_the_same_bits(
-    start_three, start_service, make_reward_model, folders, prompts, tmp_path
-):
-    """Historical: NeMo-RL#3171, the optimiser begun anew on resume."""
-    model, _ = folders
-    services = addresses(*start_three("--deterministic"))
-    flags = ["--steps", "5", "--kl", "adaptive", "--save-every", "1"]
-    whole = run(ppo(model, prompts, tmp_path / "whole", services, *flags))
-    assert whole.returncode == 0, whole.stderr
-    trainer = start_in_background(ppo(model, prompts, tmp_path / "broken", services, *flags), tmp_path / "log")
-    wait_for(lambda: (tmp_path / "broken" / "checkpoint-000002" / "state.json").exists(), trainer)
-    trainer.kill()
-    trainer.wait()
-    assert not (tmp_path / "broken" / "model").exists()
-    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume", "--lam", "0.9"))
-    assert other.returncode == 2
-    assert "--lam was 0.95, is 0.9" in other.stderr
-    exchanged = start_service("reward", make_reward_model(seed=9))
-    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume", "--reward", exchanged.address))
-    assert other.returncode == 2
-    assert "checkpoint-00000" in other.stderr
-    assert "was written with other models behind the services (reward: was " in other.stderr
-    assert "normalisation: was {'mean': 0.0, 'std': 1.0, 'count': 10}, is None" in other.stderr
-    rows = prompts.read_text()
-    prompts.write_text(rows.replace("hello", "thanks"))
-    other = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
-    prompts.write_text(rows)
-    assert other.returncode == 2
-    assert "was written with other rows than --prompts or --eval-prompts holds now" in other.stderr
-    resumed = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
-    assert resumed.returncode == 0, resumed.stderr
-    for file in ("policy.safetensors", "critic.safetensors"):
-        ours = load_file(tmp_path / "broken" / "checkpoint-000005" / file)
-        theirs = load_file(tmp_path / "whole" / "checkpoint-000005" / file)
-        assert ours.keys() == theirs.keys()
-        assert all(ours[name].equal(theirs[name]) for name in ours)
-    kept = ("reward/score_mean", "kl/sequence_mean", "kl/beta", "policy/loss", "value/loss", "response/length_mean")
-    figures = [
-        [[record[name] for name in kept] for record in read_metrics(tmp_path / folder)]
-        for folder in ("whole", "broken")
-    ]
-    assert figures[0] == figures[1]
-    assert len({row[2] for row in figures[0]}) == 5  # The adaptive price moved in every step, and was restored.
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("staleness", [1, 2])
-def test_a_killed_run_with_rollouts_ahead_resumes_to_the_same_bits(staleness, start_three, folders, prompts, tmp_path):
-    model, _ = folders
-    services = addresses(*start_three("--deterministic"))
-    flags = ["--steps", "5", "--kl", "adaptive", "--save-every", "1", "--scale-scores", "--max-eval-prompts", "4"]
-    flags += ["--staleness", str(staleness)]
-    whole = run(ppo(model, prompts, tmp_path / "whole", services, *flags))
-    assert whole.returncode == 0, whole.stderr
-    trainer = start_in_background(ppo(model, prompts, tmp_path / "broken", services, *flags), tmp_path / "log")
-    wait_for(lambda: (tmp_path / "broken" / "checkpoint-000002" / "state.json").exists(), trainer)
-    trainer.kill()
-    trainer.wait()
-    assert not (tmp_path / "broken" / "model").exists()
-    resumed = run(ppo(model, prompts, tmp_path / "broken", services, *flags, "--resume"))
-    assert resumed.returncode == 0, resumed.stderr
-    for file in ("policy.safetensors", "critic.safetensors"):
-        ours = load_file(tmp_path / "broken" / "checkpoint-000005" / file)
-        theirs = load_file(tmp_path / "whole" / "checkpoint-000005" / file)
-        assert all(ours[name].equal(theirs[name]) for name in theirs)
-    kept = ("reward/score_mean", "reward/final_mean", "kl/sequence_mean", "policy/loss", "value/loss", "rollout/ess")
-    records = {folder: read_metrics(tmp_path / folder) for folder in ("whole", "broken")}
-    figures = {folder: [[record[name] for name in kept] for record in records[folder]] for folder in records}
-    assert figures["whole"] == figures["broken"]
-    for folder in records:
-        stale = [record["weights/staleness"] for record in records[folder]]
-        assert stale == [min(step, staleness) for step in range(5)]
-        # From the second step on, the samples are of an older policy, which the weights make up for.
-        assert all((record["rollout/ess"] < 0.9999) == (step > 0) for step, record in enumerate(records[folder]))
-    assert [record["weights/version"] for record in records["whole"]] == [max(0, step - staleness) for step in range(5)]
 
 
 def test_ctrl_c_saves_and_says_how_to_go_on(start_three, folders, prompts, tmp_path):

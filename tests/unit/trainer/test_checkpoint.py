@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import random
@@ -11,16 +12,18 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from torch import nn
 
 from trainer import checkpoint
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, read_state, save_checkpoint, stop_on_signal
 from trainer.errors import CheckpointError
-from trainer.files import replace_file, replace_folder
+from trainer.files import remove_leftovers, replace_file, replace_folder
 from trainer.tracking import read_metrics
 
 
@@ -76,6 +79,80 @@ def test_a_write_that_breaks_off_leaves_the_older_one(tmp_path, monkeypatch):
     with pytest.raises(CheckpointError, match=r"checkpoint-000002 can't be written: .*No space left"):
         save_checkpoint(tmp_path, step=2, modules={"m": model}, optimisers={"o": optimiser}, state={})
     assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def test_whichever_call_finds_the_disk_full_the_older_one_stays_and_no_half_of_a_new_one(tmp_path, monkeypatch):
+    """Every call that writes fails in its turn, until none of them is left to fail."""
+    calls, fail_at = 0, -1
+    saved: dict[int, torch.Tensor] = {}
+
+    def failing(function):  # type: ignore[no-untyped-def]
+        def call(*arguments, **more):  # type: ignore[no-untyped-def]
+            nonlocal calls
+            calls += 1
+            if calls == fail_at:
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return function(*arguments, **more)
+
+        return call
+
+    model, optimiser = make()
+
+    def save(number: int) -> None:
+        step(model, optimiser)
+        saved[number] = next(model.parameters()).detach().clone()
+        save_checkpoint(tmp_path, step=number, modules={"m": model}, optimisers={"o": optimiser}, state={}, keep=1)
+
+    save(1)
+    for owner, name in (
+        *((Path, name) for name in ("mkdir", "write_text", "rename")),
+        *((torch, "save"), (safetensors.torch, "save_file"), (os, "fsync")),
+    ):
+        monkeypatch.setattr(owner, name, failing(getattr(owner, name)))
+    while True:
+        number = max(saved) + 1
+        calls, fail_at = 0, fail_at + 1 if fail_at > 0 else 1
+        told = ""
+        try:
+            save(number)
+        except CheckpointError as error:
+            told = str(error)
+        assert not told or f"checkpoint-{number:06d} can't be written: [Errno 28] No space left on device (" in told
+        assert bool(told) == (" MB are free there); make room" in told)
+        if calls < fail_at:
+            break
+        newest = latest_checkpoint(tmp_path)
+        assert not list(tmp_path.glob(".*.partial"))
+        other, other_optimiser = make(seed=9)
+        restored = load_checkpoint(newest, modules={"m": other}, optimisers={"o": other_optimiser})
+        assert next(other.parameters()).equal(saved[restored.step])
+        saved = {restored.step: saved[restored.step], number: saved[number]}
+    assert fail_at > 15
+    assert [path.name for path in tmp_path.iterdir()] == [f"checkpoint-{number:06d}"]
+
+
+def test_weights_that_are_not_finite_are_never_the_newest_checkpoint(tmp_path):
+    model, optimiser = make()
+    save_checkpoint(tmp_path, step=1, modules={"m": model}, optimisers={"o": optimiser}, state={})
+    with torch.no_grad():
+        model[0].weight[1, 2] = torch.inf
+    refused = (
+        r"checkpoint-000002 is not written: weight 0\.weight of m is not finite, .* the last good checkpoint is "
+        r".*checkpoint-000001\."
+    )
+    with pytest.raises(CheckpointError, match=refused):
+        save_checkpoint(tmp_path, step=2, modules={"m": model}, optimisers={"o": optimiser}, state={})
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-000001"]
+
+
+def test_what_a_kill_left_of_writing_and_removing_is_removed_and_nothing_else(tmp_path):
+    for name in (".checkpoint-000002.partial", ".checkpoint-000001.removed", "checkpoint-000001", ".model.old", "a.b"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "file").write_text("1")
+    (tmp_path / ".file.json.partial").write_text("{")
+    remove_leftovers(tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == [".model.old", "a.b", "checkpoint-000001"]
+    remove_leftovers(tmp_path / "absent")
 
 
 # In a process of its own, since its files are to be cut for good: as on a disk that is full.

@@ -18,8 +18,8 @@ Write = Callable[..., str]
 
 @pytest.fixture
 def write(tmp_path) -> Write:
-    def make(*rows: object) -> str:
-        path = tmp_path / "rows.jsonl"
+    def make(*rows: object, name: str = "rows.jsonl") -> str:
+        path = tmp_path / name
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
         return str(path)
 
@@ -78,13 +78,14 @@ def test_the_majority_of_annotators_is_theirs_and_a_draw_is_a_tie(write):
 
 
 def test_margins_and_attributes_are_of_their_pair(write):
+    pair = {"chosen": "a", "rejected": "b", "margin": 1.5, "attribute": "tone"}
+    judged = {"first": "a", "second": "b", "preferences": {"tone": "second", "facts": ["first", "tie"], "x": None}}
+    said_of = [{"first": 0, "second": 1, "preference": "first", "margin": 2}]
     rows = load_comparisons(
         [
-            write(
-                {"chosen": "a", "rejected": "b", "margin": 1.5, "attribute": "tone"},
-                {"first": "a", "second": "b", "preferences": {"tone": "second", "facts": ["first", "tie"], "x": None}},
-                {"answers": ["a", "b"], "comparisons": [{"first": 0, "second": 1, "preference": "first", "margin": 2}]},
-            )
+            write(pair),
+            write(judged, name="judged.jsonl"),
+            write({"answers": ["a", "b"], "comparisons": said_of}, name="answers.jsonl"),
         ]
     )
     assert [(j.margin, j.attribute) for row in rows for j in row.judgements] == [
@@ -96,7 +97,7 @@ def test_margins_and_attributes_are_of_their_pair(write):
     assert said(rows[1]) == [("b", "a", 1.0), ("a", "b", 0.75)]
     refuse_strange_attributes(rows[:2], ["facts", "tone"])
     refuse_strange_attributes(rows[2:], ["only"])
-    with pytest.raises(DataError, match=r"rows.jsonl, line 3: has no field 'attribute'.*--heads names 'facts', 'tone'"):
+    with pytest.raises(DataError, match=r"answers.jsonl, line 1: has no field 'attribute'.*names 'facts', 'tone'"):
         refuse_strange_attributes(rows, ["facts", "tone"])
     with pytest.raises(DataError, match=r"line 1: is judged by attribute 'tone', and --heads names none"):
         refuse_strange_attributes(rows, [])

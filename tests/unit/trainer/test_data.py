@@ -159,7 +159,8 @@ def test_a_field_can_keep_rows_together(write):
 
 
 def test_prompt_and_response_are_encoded_apart_and_closed_by_the_end_token(write, tokenizer):
-    rows = load_demonstrations([write({"prompt": "hello", "completion": " thanks"}, {"text": "good"})])
+    whole = write({"text": "good"}, name="texts.jsonl")
+    rows = load_demonstrations([write({"prompt": "hello", "completion": " thanks"}), whole])
     first, second = Encoder(tokenizer, max_tokens=20).demonstrations(rows)
     prompt, response = (tokenizer(text, add_special_tokens=False).input_ids for text in ("hello", " thanks"))
     assert first.ids.tolist() == [*prompt, *response, tokenizer.eos_token_id]

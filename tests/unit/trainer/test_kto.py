@@ -69,14 +69,14 @@ def settings_of(model: Path, data: str, output: Path, **changes: Any) -> KtoSett
 
 def test_rows_with_labels_and_pairs_are_judged_answers(tmp_path):
     user, hello = {"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}
-    source = write(
-        tmp_path / "rows.jsonl",
+    written = (
         {"prompt": "a", "completion": " b", "label": True},
         {"prompt": [user], "completion": [hello], "label": False, "rejected": None},
         {"prompt": "c", "chosen": " d", "rejected": " e", "topic": 1},
         {"instruction": "f", "completion": "g", "label": True},
     )
-    rows = load_judged([source])
+    sources = [write(tmp_path / f"{number}.jsonl", row) for number, row in enumerate(written)]
+    rows = load_judged(sources)
     assert [(row.prompt, row.completion, row.desirable) for row in rows] == [
         ("a", " b", True),
         ([user], "Hello!", False),
@@ -84,10 +84,10 @@ def test_rows_with_labels_and_pairs_are_judged_answers(tmp_path):
         ("c", " e", False),
         ([{"role": "user", "content": "f"}], "g", True),
     ]
-    assert [row.where for row in rows[2:4]] == [f"{source}, line 3 (chosen)", f"{source}, line 3 (rejected)"]
+    assert [row.where for row in rows[2:4]] == [f"{sources[2]}, line 1 (chosen)", f"{sources[2]}, line 1 (rejected)"]
     assert len({row.group_key for row in rows}) == 4
     with pytest.raises(DataError, match="line 1: field 'topic' is missing"):
-        load_judged([source], split_by="topic")
+        load_judged(sources, split_by="topic")
 
 
 @pytest.mark.parametrize(

@@ -43,8 +43,14 @@ def write(path: Path, *rows: dict[str, Any]) -> str:
     return str(path)
 
 
-def settings(model: Path, data: str, output: Path, **changes: Any) -> RewardSettings:
-    values = {"model": str(model), "data": (data,), "output": output, "learning_rate": 1e-3, "batch_size": 16}
+def write_each(folder: Path, *rows: dict[str, Any]) -> list[str]:
+    """A file a row: those of one file have one shape."""
+    return [write(folder / f"{number}.jsonl", row) for number, row in enumerate(rows)]
+
+
+def settings(model: Path, data: str | list[str], output: Path, **changes: Any) -> RewardSettings:
+    files = (data,) if isinstance(data, str) else tuple(data)
+    values = {"model": str(model), "data": files, "output": output, "learning_rate": 1e-3, "batch_size": 16}
     return RewardSettings(**(values | {"held_out_fraction": 0.2, "baselines": False} | changes))
 
 
@@ -109,8 +115,8 @@ def naive_loss(model: Any, rows: list[EncodedComparison], changes: dict[str, Any
 def test_gradients_are_those_of_every_pair_alone_however_rows_are_cut(changes, make_policy, tmp_path):
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
-    data = write(tmp_path / "rows.jsonl", *ROWS)
-    rows = Encoder(tokenizer, max_tokens=64).comparisons(load_comparisons([data]))
+    data = write_each(tmp_path, *ROWS)
+    rows = Encoder(tokenizer, max_tokens=64).comparisons(load_comparisons(data))
     naive = load_reward_model(folder, tokenizer, new_head_seed=1).double()
     loss = naive_loss(naive, rows, changes)
     loss.backward()
@@ -149,8 +155,8 @@ def test_scores_of_right_padded_answers_are_those_of_each_alone(make_policy, tmp
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, tokenizer, new_head_seed=1).eval()
-    data = write(tmp_path / "rows.jsonl", *ROWS)
-    rows = Encoder(tokenizer, max_tokens=64).comparisons(load_comparisons([data]))
+    data = write_each(tmp_path, *ROWS)
+    rows = Encoder(tokenizer, max_tokens=64).comparisons(load_comparisons(data))
     together = RewardTrainer(model, tokenizer, settings(folder, data, tmp_path)).all_scores(rows)
     for row, scores_KH in zip(rows, together, strict=True):
         assert scores_KH.shape == (len(row.answers), 1)
@@ -193,7 +199,7 @@ def test_no_prompt_is_in_two_of_the_three_parts(make_policy, tmp_path):
 @pytest.mark.parametrize(
     ("rows", "changes", "message"),
     [
-        (ROWS, {"ranking_loss": "plackett-luce"}, r"line 5: 3 answers that are not all in one order"),
+        (ROWS, {"ranking_loss": "plackett-luce"}, r"4\.jsonl, line 1: 3 answers that are not all in one order"),
         (ROWS, {"heads": ("a", "b")}, r"has no field 'attribute'.*--heads names 'a', 'b'"),
         ([ROWS[2]] * 4, {"split_by": "preference"}, "can't be split"),
         ([ROWS[2] | {"prompt": str(i)} for i in range(9)], {}, "0 held-out pairs of which one is better"),
@@ -201,7 +207,7 @@ def test_no_prompt_is_in_two_of_the_three_parts(make_policy, tmp_path):
 )
 def test_rows_that_cannot_be_learned_from_or_evaluated_on_are_refused(rows, changes, message, make_policy, tmp_path):
     held_out = [{"prompt": f"p{i}", **ROWS[0]} for i in range(4)]
-    own = settings(make_policy(), write(tmp_path / "rows.jsonl", *rows), tmp_path / "run", **changes)
+    own = settings(make_policy(), write_each(tmp_path, *rows), tmp_path / "run", **changes)
     if changes and "split_by" not in changes:
         own = own.model_copy(update={"eval_data": (write(tmp_path / "held_out.jsonl", *held_out),)})
     with pytest.raises(DataError, match=message):
@@ -313,9 +319,9 @@ def test_a_head_learns_from_the_rows_of_its_attribute_alone(make_policy, tmp_pat
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
     model = load_reward_model(folder, tokenizer, new_head_seed=1, heads=2)
-    data = write(tmp_path / "rows.jsonl", *({**row, "attribute": "b"} for row in ROWS[:5]))
+    data = write_each(tmp_path, *({**row, "attribute": "b"} for row in ROWS[:5]))
     own = settings(folder, data, tmp_path, heads=("a", "b"), ranking_loss="plackett-luce")
-    rows = Encoder(tokenizer, max_tokens=64).comparisons(load_comparisons([data]))
+    rows = Encoder(tokenizer, max_tokens=64).comparisons(load_comparisons(data))
     RewardTrainer(model, tokenizer, own).accumulate(rows)
     assert model.score.weight.grad[0].abs().max() == 0
     assert model.score.weight.grad[1].abs().max() > 0
