@@ -13,10 +13,10 @@ TESTS ?=
 ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-reward-noise
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-overoptimisation study-reward-noise
 
 help:  ## list these targets
-	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-18s %s\n", name, $$0 }'
+	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-22s %s\n", name, $$0 }'
 
 setup: .venv/.ready  ## make .venv and install quartet with the generation engine for this machine
 
@@ -73,6 +73,9 @@ bench-reference: setup  ## log-probabilities at a large vocabulary against trans
 
 bench-trainer: setup $(patsubst %,.venv/oracles/%/.ready,trl trl_ppo)  ## steps of SFT, reward models, DPO and PPO against TRL; some minutes
 	$(BIN)/python -m bench.trainer $(if $(PAIRS),--pairs $(PAIRS))
+
+study-overoptimisation: setup  ## PPO on proxies of a known reward, at three prices of KL; goes on where it was broken off; an hour
+	$(BIN)/python -m bench.overoptimisation
 
 study-reward-noise: setup  ## reward models on people's preferences and on wrong labels; needs QUARTET_DATA; 15 minutes
 	$(BIN)/python -m bench.reward_noise
