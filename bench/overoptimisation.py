@@ -149,7 +149,7 @@ def make_learner(world: World, arm: Arm) -> Learner:
         policy=policy,
         critic=Critic(body, head),
     )
-    return Learner(cast("PPORun", run))
+    return Learner(cast("PPORun[PPOSettings]", run))
 
 
 def train(world: World, name: str) -> Run:
