@@ -66,7 +66,7 @@ def trl(precision: str, folder: Path) -> Iterator[Work]:
     import torch
     import transformers
 
-    module = importlib.import_module("trl.experimental.ppo.ppo_trainer")
+    module: Any = importlib.import_module("trl.experimental.ppo.ppo_trainer")
     load, known = Load.read(folder), read(folder)
     real_tokens = sum(map(len, known)) + load.prompts * load.new_tokens
     rows = datasets.Dataset.from_list([{"input_ids": list(prompt)} for prompt in known])
@@ -193,7 +193,8 @@ def naive(precision: str, folder: Path) -> Iterator[Work]:
 
     def logprobs_of(model: Any, ids_BS: Tensor) -> Tensor:
         logits_BTV = model(**inputs(ids_BS)).logits[:, width - 1 : -1].float()
-        return logits_BTV.log_softmax(-1).gather(2, ids_BS[:, width:, None])[..., 0]
+        logprobs_BTV: Tensor = logits_BTV.log_softmax(-1)
+        return logprobs_BTV.gather(2, ids_BS[:, width:, None])[..., 0]
 
     def values_of(ids_BS: Tensor) -> Tensor:
         states_BSD = critic.model(**inputs(ids_BS)).last_hidden_state

@@ -124,8 +124,8 @@ def _attention(
         return _varlen(quartet_row, query, key, value, scaling, window), None
     if needs_float32(value):
         with torch.autocast("cpu", enabled=False):
-            wide = (x.float() for x in (query, key, value))
-            return _by_piece(quartet_row, *wide, dropout, scaling, window).to(value.dtype), None
+            wide = _by_piece(quartet_row, query.float(), key.float(), value.float(), dropout, scaling, window)
+            return wide.to(value.dtype), None
     return _by_piece(quartet_row, query, key, value, dropout, scaling, window), None
 
 
