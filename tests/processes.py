@@ -14,6 +14,8 @@ from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
+from torch.distributed import TCPStore
+
 from tests.conftest import free_port
 
 _context = multiprocessing.get_context("forkserver")
@@ -26,6 +28,8 @@ class Group:
     def __init__(self, count: int, logs: Path, target: Callable[..., None], *arguments: Any) -> None:
         logs.mkdir(parents=True, exist_ok=True)
         port = free_port()
+        # As torchrun has it: where they meet outlives each of them.
+        self._store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False)
         self._logs = [logs / f"{name}.log" for name in range(count)]
         self.processes: list[BaseProcess] = [
             _context.Process(target=_run, args=(name, count, port, str(log), target, arguments), daemon=True)
@@ -91,4 +95,5 @@ def _run(name: int, count: int, port: int, log: str, target: Callable[..., None]
         place = {"RANK": name, "LOCAL_RANK": name, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_PORT": port}
         os.environ.update({key: str(value) for key, value in place.items()})
         os.environ.update(MASTER_ADDR="127.0.0.1", GLOO_SOCKET_IFNAME="lo")
+        os.environ.update(TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RESTART_COUNT="0")
     target(*arguments)

@@ -6,7 +6,7 @@ import contextlib
 import importlib
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +110,8 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     command = COMMANDS[name]
     settings_class: type[Settings] = _load(command.settings)
-    settings = settings_class.from_command_line(arguments)
+    with _heard_once():
+        settings = settings_class.from_command_line(arguments)
     try:
         with _processes(name):
             if os.environ.get("RANK", "0") == "0":
@@ -126,6 +127,17 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(130)
     finally:
         tracing.stop()
+
+
+@contextlib.contextmanager
+def _heard_once() -> Iterator[None]:
+    """What a command says of its arguments is said by one of the processes that torchrun has started on a machine."""
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
 
 
 def _processes(name: str) -> contextlib.AbstractContextManager[None]:

@@ -355,7 +355,7 @@ class Learner:
             entropy = batch.of_tokens(entropies_BS).sum() / tokens
             loss = loss - settings.entropy_coefficient * entropy
             figures["policy/entropy_bonus"] = settings.entropy_coefficient * float(entropy.detach())
-        (weight * loss).backward()
+        (weight * loss).backward()  # type: ignore[no-untyped-call]
         if self.critic is not None:
             with autocast(self.device, settings.precision):
                 values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)

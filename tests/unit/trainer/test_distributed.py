@@ -76,7 +76,7 @@ def gradients(stage: str, folder: Path, data: str, rows: int, **options: Any) ->
     dtype = options.pop("dtype", torch.float64)
     common: dict[str, Any] = {"model": str(folder), "output": folder, "micro_batch_tokens": 70, **options}
     if stage == "ppo":
-        return ppo_gradients(folder, rows, dtype, common)
+        return ppo_gradients(folder, rows, common)
     common |= {"data": (data,)}
     model: Any
     trainer: Any
@@ -100,9 +100,7 @@ def gradients(stage: str, folder: Path, data: str, rows: int, **options: Any) ->
     return whole_gradients(model), figures
 
 
-def ppo_gradients(
-    folder: Path, rows: int, dtype: torch.dtype, common: dict[str, Any]
-) -> tuple[Gradients, dict[str, float]]:
+def ppo_gradients(folder: Path, rows: int, common: dict[str, Any]) -> tuple[Gradients, dict[str, float]]:
     """As Adam's mean has them after one step, of policy and critic; and the figures of two steps of two epochs."""
     tokenizer = load_tokenizer(folder)
     rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "max_grad_norm": 1e9, "minibatches": 1}
@@ -111,8 +109,8 @@ def ppo_gradients(
     found: Gradients = {}
     for epochs in (1, 2):
         settings = PPOSettings(**common, **rates, **fixed, epochs=epochs)
-        policy = load_policy(folder, tokenizer, dtype=dtype)
-        critic = Critic.from_policy(folder, tokenizer, head="normal").to(dtype)
+        policy = load_policy(folder, tokenizer)
+        critic = Critic.from_policy(folder, tokenizer, head="normal")
         again = SftSettings(model="m", data=("d",), output=folder, activation_checkpointing=checkpointing)
         for model in (policy, critic.body):
             prepare(model, again, seed=0)
@@ -208,8 +206,8 @@ def test_gradients_of_two_processes_are_those_of_one(name, models, data, of_two)
     theirs, expected = gradients(stage, folder, data, rows, **dict(options))
     assert ours.keys() == theirs.keys()
     # In bfloat16 norms see their weight rounded, and products are of other sizes; else only sums are in another order.
-    # Heads of scores and values, and norms, are float32 even in float64.
-    tolerance = 0.05 if "bfloat16" in name else 1e-5 if "float32" in name or stage in ("reward", "ppo") else 1e-7
+    # PPO and heads of scores are float32; the others compute in float64.
+    tolerance = 0.05 if "bfloat16" in name else 3e-5 if "float32" in name or stage in ("reward", "ppo") else 1e-7
     for key, gradient in theirs.items():
         scale = float(gradient.abs().max())
         assert scale > 0
