@@ -43,7 +43,9 @@ def shard(model: nn.Module, precision: Precision) -> None:
         return
     device = next(model.parameters()).device
     mesh = init_device_mesh(device.type, (distributed.count(),))
-    half = torch.bfloat16 if in_bfloat16(device, precision) else None
+    # On a processor the usual norm takes no bfloat16 weights beside float32 activations.
+    whole_norms = device.type == "cpu" and any(isinstance(part, nn.LayerNorm) for part in model.modules())
+    half = torch.bfloat16 if in_bfloat16(device, precision) and not whole_norms else None
     # Activations stay as autocast has them. Embeddings, last norm and heads stay float32, as they do under autocast.
     policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False

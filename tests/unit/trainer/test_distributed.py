@@ -25,8 +25,9 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.conftest import WORDS, free_port
+from tests.conftest import WORDS, free_port, train_tokenizer
 from tests.processes import Group, train
 from trainer import distributed
 from trainer.comparisons import load_comparisons
@@ -161,7 +162,7 @@ def whole_gradients(model: nn.Module) -> Gradients:
     return found
 
 
-def cases(folder: Path, tied: Path) -> dict[str, tuple[str, Path, int, dict[str, Any]]]:
+def cases(folder: Path, tied: Path, gpt2: Path) -> dict[str, tuple[str, Path, int, dict[str, Any]]]:
     """Stage, model, rows and options by name."""
     found: dict[str, tuple[str, Path, int, dict[str, Any]]] = {}
     for stage in STAGES:
@@ -174,32 +175,38 @@ def cases(folder: Path, tied: Path) -> dict[str, tuple[str, Path, int, dict[str,
     found["sft with tied embeddings"] = ("sft", tied, 7, plain)
     found["sft in float32"] = ("sft", folder, 7, {**plain, "dtype": torch.float32})
     found["sft in bfloat16"] = ("sft", folder, 7, {**plain, "dtype": torch.float32, "precision": "bfloat16"})
+    other = {"packing": "auto", "activation_checkpointing": True, "dtype": torch.float32, "precision": "bfloat16"}
+    found["sft of GPT-2 in bfloat16"] = ("sft", gpt2, 7, other)
     return found
 
 
-def in_processes(folder: Path, tied: Path, data: str, to: Path) -> None:
+def in_processes(folder: Path, tied: Path, gpt2: Path, data: str, to: Path) -> None:
     with distributed.processes():
         found = {}
-        for name, (stage, model, rows, options) in cases(folder, tied).items():
+        for name, (stage, model, rows, options) in cases(folder, tied, gpt2).items():
             found[name] = gradients(stage, model, data, rows, **options)
         if distributed.is_first():
             torch.save(found, to)
 
 
 @pytest.fixture(scope="module")
-def models(make_policy: Callable[..., Path]) -> tuple[Path, Path]:
-    return make_policy(seed=3), make_policy(seed=4, tied=True)
+def models(make_policy: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    gpt2 = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(5)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2)).save_pretrained(gpt2)
+    train_tokenizer().save_pretrained(gpt2)
+    return make_policy(seed=3), make_policy(seed=4, tied=True), gpt2
 
 
 @pytest.fixture(scope="module")
-def of_two(models: tuple[Path, Path], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+def of_two(models: tuple[Path, ...], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("of_two")
     Group(2, folder / "logs", in_processes, *models, data, folder / "gradients.pt").finish(240)
     found: dict[str, Any] = torch.load(folder / "gradients.pt", weights_only=False)
     return found
 
 
-@pytest.mark.parametrize("name", list(cases(Path(), Path())))
+@pytest.mark.parametrize("name", list(cases(Path(), Path(), Path())))
 def test_gradients_of_two_processes_are_those_of_one(name, models, data, of_two):
     stage, folder, rows, options = cases(*models)[name]
     ours, figures = of_two[name]
@@ -251,7 +258,7 @@ def told(folder: Path, *names: str) -> list[dict[str, float]]:
 
 
 @pytest.fixture(scope="module")
-def runs(models: tuple[Path, Path], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def runs(models: tuple[Path, ...], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """SFT without dropout by one process and by two; and by two with dropout, the run that others break off."""
     folder = tmp_path_factory.mktemp("runs")
     for name, count, flags in (("one", 1, ("--dropout", "0")), ("two", 2, ("--dropout", "0")), ("whole", 2, ())):
