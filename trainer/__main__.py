@@ -68,6 +68,7 @@ COMMANDS = {
         summary="train a policy on answers that were judged good or bad one by one",
         settings="trainer.config:KtoSettings",
         main="trainer.kto:main",
+        shared=True,
     ),
     "ppo": Command(
         summary="train a policy by PPO against the running services",
