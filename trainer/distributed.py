@@ -272,7 +272,7 @@ def collected(found: Mapping[int, T]) -> dict[int, T]:
     if not active():
         return dict(found)
     everywhere: list[Any] = [None] * count()
-    dist.all_gather_object(everywhere, dict(found))
+    dist.all_gather_object(everywhere, dict(found))  # type: ignore[no-untyped-call]
     return {row: value for part in everywhere for row, value in part.items()}
 
 
