@@ -41,7 +41,7 @@ from quartet.fingerprint import TensorDigest, weights_fingerprint
 from trainer.distributed import led
 from trainer.errors import CheckpointError, StoppedError
 from trainer.files import remove_folder, replace_folder, written
-from trainer.sharding import load_optimiser, placed, whole_optimiser, whole_state
+from trainer.sharding import finite_everywhere, load_optimiser, placed, whole_optimiser, whole_state
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _STATE = "state.json"
@@ -93,6 +93,13 @@ def save_checkpoint(
     Raises:
         CheckpointError: it can't be written, or a weight is not finite; the older ones are untouched.
     """
+    for name, module in modules.items():
+        if (odd := odd_weight(module)) is not None:
+            raise CheckpointError(
+                f"{checkpoint_path(folder, step)} is not written: weight {odd} of {name} is not finite, training "
+                f"diverged; the last good checkpoint is {latest_checkpoint(folder) or 'none'}. Lower the learning "
+                "rate, in another --output"
+            )
     frozen = {name: fingerprint for name, module in modules.items() if (fingerprint := frozen_weights(module))}
     return _write(
         folder,
@@ -116,12 +123,6 @@ def _write(
     keep: int,
 ) -> Path:
     path = checkpoint_path(folder, step)
-    for name, module in modules.items():
-        if (odd := odd_weight(module)) is not None:
-            raise CheckpointError(
-                f"{path} is not written: weight {odd} of {name} is not finite, training diverged; the last good "
-                f"checkpoint is {latest_checkpoint(folder) or 'none'}. Lower the learning rate, in another --output"
-            )
     with written(path, CheckpointError):
         with replace_folder(path) as partial:
             for name, own in modules.items():
@@ -222,10 +223,10 @@ def _own_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Te
 
 def odd_weight(module: nn.Module) -> str | None:
     """Name of a trained weight that is not finite, or None."""
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            return name
-    return None
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if finite_everywhere(*trained.values()):
+        return None
+    return next(name for name, parameter in trained.items() if not finite_everywhere(parameter))
 
 
 def frozen_weights(module: nn.Module) -> str:

@@ -84,6 +84,12 @@ def as_forward(model: nn.Module, function: Callable[..., T], *arguments: Any) ->
     return result
 
 
+def finite_everywhere(*tensors: Tensor) -> bool:
+    """Whether all their numbers are finite, of split ones those of every process; all have to ask."""
+    own = (tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return not distributed.anywhere(not all(bool(tensor.isfinite().all()) for tensor in own))
+
+
 # Whole tensors, for checkpoints and exports --------------------------------------------------------------------------
 
 
