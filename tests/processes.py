@@ -6,6 +6,7 @@ for each. There is no agent that ends the others when one dies: they have to see
 
 from __future__ import annotations
 
+import atexit
 import multiprocessing
 import os
 import time
@@ -37,15 +38,18 @@ class Group:
         ]
         for process in self.processes:
             process.start()
+        # Asked to end, they would finish their step first; before multiprocessing waits for that.
+        atexit.register(self.kill)
 
     def wait(self, timeout_s: float = 120.0) -> list[int | None]:
         """Exit codes, in the order of the processes; None: it is still there after ``timeout_s``."""
         end_s = time.monotonic() + timeout_s
-        for process in self.processes:
-            process.join(max(0.0, end_s - time.monotonic()))
-        codes = [process.exitcode for process in self.processes]
-        self.kill()
-        return codes
+        try:
+            for process in self.processes:
+                process.join(max(0.0, end_s - time.monotonic()))
+            return [process.exitcode for process in self.processes]
+        finally:
+            self.kill()
 
     def finish(self, timeout_s: float = 120.0) -> str:
         """Waits until all have succeeded; returns what they said."""
