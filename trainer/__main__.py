@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,16 +14,20 @@ from quartet import tracing
 from quartet.client import QuartetError
 from quartet.model_folder import ModelFolderError
 from quartet.settings import Settings
-from trainer.errors import TrainerError
+from trainer.errors import DistributedError, TrainerError
 
 
 @dataclass(frozen=True, kw_only=True)
 class Command:
-    """A stage: its one line of help, and where its settings and its main function are (``module:name``)."""
+    """A stage: its one line of help, and where its settings and its main function are (``module:name``).
+
+    ``shared``: several processes, started by torchrun, may do it together.
+    """
 
     summary: str
     settings: str
     main: str
+    shared: bool = False
 
 
 COMMANDS = {
@@ -44,26 +50,31 @@ COMMANDS = {
         summary="fine-tune a model on demonstrations",
         settings="trainer.config:SftSettings",
         main="trainer.sft:main",
+        shared=True,
     ),
     "reward": Command(
         summary="train a reward model on preferences",
         settings="trainer.config:RewardSettings",
         main="trainer.reward_model:main",
+        shared=True,
     ),
     "dpo": Command(
         summary="train a policy on preferences directly",
         settings="trainer.config:DpoSettings",
         main="trainer.dpo:main",
+        shared=True,
     ),
     "kto": Command(
         summary="train a policy on answers that were judged good or bad one by one",
         settings="trainer.config:KtoSettings",
         main="trainer.kto:main",
+        shared=True,
     ),
     "ppo": Command(
         summary="train a policy by PPO against the running services",
         settings="trainer.ppo_config:PPOSettings",
         main="trainer.ppo:main",
+        shared=True,
     ),
     "online-dpo": Command(
         summary="train a policy by DPO on its own best and worst answers, against the running services",
@@ -100,11 +111,14 @@ def main(argv: list[str] | None = None) -> None:
         sys.exit(2)
     command = COMMANDS[name]
     settings_class: type[Settings] = _load(command.settings)
-    settings = settings_class.from_command_line(arguments)
+    with _heard_once():
+        settings = settings_class.from_command_line(arguments)
     try:
-        tracing.start("quartet-train", getattr(settings, "otlp_endpoint", None))
-        run: Callable[[Any], None] = _load(command.main)
-        run(settings)
+        with _processes(name):
+            if os.environ.get("RANK", "0") == "0":
+                tracing.start("quartet-train", getattr(settings, "otlp_endpoint", None))
+            run: Callable[[Any], None] = _load(command.main)
+            run(settings)
     except (TrainerError, ModelFolderError, QuartetError, tracing.TracingError) as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"quartet-train {name}: {line}\n")
@@ -116,6 +130,36 @@ def main(argv: list[str] | None = None) -> None:
         tracing.stop()
 
 
+@contextlib.contextmanager
+def _heard_once() -> Iterator[None]:
+    """What a command says of its arguments is said by one of the processes that torchrun has started on a machine."""
+    with contextlib.ExitStack() as stack:
+        if os.environ.get("LOCAL_RANK", "0") != "0":
+            nowhere = stack.enter_context(open(os.devnull, "w"))
+            stack.enter_context(contextlib.redirect_stdout(nowhere))
+            stack.enter_context(contextlib.redirect_stderr(nowhere))
+        yield
+
+
+def _processes(name: str) -> contextlib.AbstractContextManager[None]:
+    """The group of processes that torchrun has started this one in; nothing where it is alone.
+
+    Raises:
+        DistributedError: this command is for one process.
+    """
+    if not {"RANK", "WORLD_SIZE"} <= os.environ.keys():
+        return contextlib.nullcontext()
+    if COMMANDS[name].shared:
+        group: contextlib.AbstractContextManager[None] = _load("trainer.distributed:processes")()
+        return group
+    if os.environ["WORLD_SIZE"] != "1":
+        shared = ", ".join(other for other, command in COMMANDS.items() if command.shared)
+        raise DistributedError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, and {name} runs in one process: torchrun is for {shared}"
+        )
+    return contextlib.nullcontext()
+
+
 def _usage() -> str:
     width = max(map(len, COMMANDS))
     lines = [f"  {name:<{width}}  {command.summary}" for name, command in COMMANDS.items()]
@@ -125,7 +169,9 @@ def _usage() -> str:
             "",
             *lines,
             "",
-            "quartet-train COMMAND --help lists its options.",
+            "quartet-train COMMAND --help lists its options. torchrun --nproc-per-node N -m trainer COMMAND ... runs "
+            + " and ".join(", ".join(name for name, command in COMMANDS.items() if command.shared).rsplit(", ", 1)),
+            "in N processes.",
             "",
         ]
     )

@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from trainer.batching import learned_mask, micro_batches, pad_right
+from trainer.batching import learned_mask, pad_right
 from trainer.config import Packing
+from trainer.distributed import collected, own_micro_batches
 from trainer.encoding import EncodedResponse
 from trainer.models import TokenLogprobs, padding_id
 from trainer.optimisation import Precision, autocast
@@ -53,12 +54,21 @@ class Answers:
 
     @torch.no_grad()
     def all_sums(self, rows: Sequence[EncodedResponse], micro_batch_tokens: int) -> Tensor:
-        """(B,) the same of any number of answers, on the CPU, in evaluation mode, batch by batch."""
+        """(B,) the same of any number of answers, on the CPU, in evaluation mode, batch by batch.
+
+        Of several processes each asks about its share, and all have the whole.
+        """
         self.policy.eval()
-        found_B = torch.zeros(len(rows), dtype=torch.float64)
-        for part in micro_batches([len(row) for row in rows], micro_batch_tokens, packed=self.packed):
-            found_B[part] = self.sums([rows[index] for index in part]).cpu()
-        return found_B
+        found: dict[int, float] = {}
+        for part, weight in self.parts(rows, micro_batch_tokens):
+            sums_B = self.sums([rows[index] for index in part]).cpu()
+            found |= dict(zip(part, sums_B.tolist(), strict=True)) if weight else {}
+        found = collected(found)
+        return torch.tensor([found[index] for index in range(len(rows))], dtype=torch.float64)
+
+    def parts(self, rows: Sequence[EncodedResponse], micro_batch_tokens: int) -> list[tuple[list[int], float]]:
+        """Micro-batches of this process, and their weights, as ``distributed.own_parts`` has them."""
+        return own_micro_batches([len(row) for row in rows], micro_batch_tokens, packed=self.packed)
 
 
 def answer_tokens(row: EncodedResponse) -> int:

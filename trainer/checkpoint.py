@@ -1,5 +1,8 @@
 """Checkpoints: everything that decides a run's future, written whole or not at all.
 
+Of several processes the first writes, with whole tensors, and each reads its own part: a checkpoint doesn't know how
+many there were, and any number goes on from it.
+
 A checkpoint is a folder ``checkpoint-000123``:
 
     state.json            step, what the stage keeps (settings, counters, controllers), the size of every other file,
@@ -35,8 +38,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quartet.fingerprint import TensorDigest, weights_fingerprint
+from trainer.distributed import led
 from trainer.errors import CheckpointError, StoppedError
 from trainer.files import remove_folder, replace_folder, written
+from trainer.sharding import finite_everywhere, load_optimiser, placed, whole_optimiser, whole_state
 
 _NAME = re.compile(r"checkpoint-(\d{6,})")
 _STATE = "state.json"
@@ -88,31 +93,52 @@ def save_checkpoint(
     Raises:
         CheckpointError: it can't be written, or a weight is not finite; the older ones are untouched.
     """
-    path = checkpoint_path(folder, step)
     for name, module in modules.items():
         if (odd := odd_weight(module)) is not None:
             raise CheckpointError(
-                f"{path} is not written: weight {odd} of {name} is not finite, training diverged; the last good "
-                f"checkpoint is {latest_checkpoint(folder) or 'none'}. Lower the learning rate, in another --output"
+                f"{checkpoint_path(folder, step)} is not written: weight {odd} of {name} is not finite, training "
+                f"diverged; the last good checkpoint is {latest_checkpoint(folder) or 'none'}. Lower the learning "
+                "rate, in another --output"
             )
+    frozen = {name: fingerprint for name, module in modules.items() if (fingerprint := frozen_weights(module))}
+    return _write(
+        folder,
+        step,
+        {name: _own_tensors(module, whole_state(module)) for name, module in modules.items()},
+        {name: whole_optimiser(optimiser) for name, optimiser in optimisers.items()},
+        {"step": step, "state": dict(state), "frozen": frozen},
+        tensors or {},
+        keep,
+    )
+
+
+@led
+def _write(
+    folder: Path,
+    step: int,
+    modules: Mapping[str, Mapping[str, Tensor]],
+    optimisers: Mapping[str, Mapping[str, Any]],
+    content: Mapping[str, Any],
+    tensors: Mapping[str, Tensor],
+    keep: int,
+) -> Path:
+    path = checkpoint_path(folder, step)
     with written(path, CheckpointError):
         with replace_folder(path) as partial:
-            for name, module in modules.items():
+            for name, own in modules.items():
                 safetensors.torch.save_file(
-                    {key: tensor.detach().contiguous() for key, tensor in _own_tensors(module).items()},
-                    partial / f"{name}.safetensors",
+                    {key: tensor.detach().contiguous() for key, tensor in own.items()}, partial / f"{name}.safetensors"
                 )
             for name, optimiser in optimisers.items():
-                torch.save(optimiser.state_dict(), partial / f"optimiser-{name}.pt")
+                torch.save(optimiser, partial / f"optimiser-{name}.pt")
             safetensors.torch.save_file(
-                {name: tensor.detach().clone().contiguous() for name, tensor in (tensors or {}).items()},
+                {name: tensor.detach().clone().contiguous() for name, tensor in tensors.items()},
                 partial / _TENSORS,
             )
             torch.save(_random_state(), partial / _RNG)
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
-            frozen = {name: fingerprint for name, module in modules.items() if (fingerprint := frozen_weights(module))}
-            content = {"step": step, "state": dict(state), "files": sizes, "frozen": frozen}
-            (partial / _STATE).write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+            described = {**content, "files": sizes}
+            (partial / _STATE).write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
         for old in [path for _, path in _whole(folder)][: -max(1, keep)]:
             remove_folder(old)
     return path
@@ -141,7 +167,7 @@ def load_checkpoint(path: Path, *, modules: Mapping[str, nn.Module], optimisers:
         for name, optimiser in optimisers.items():
             # map_location="cpu": load_state_dict moves each state to its parameter's device.
             file = path / f"optimiser-{name}.pt"
-            optimiser.load_state_dict(torch.load(file, map_location="cpu", weights_only=True))
+            load_optimiser(optimiser, torch.load(file, map_location="cpu", weights_only=True))
         tensors = safetensors.torch.load_file(path / _TENSORS)
         _set_random_state(torch.load(path / _RNG, map_location="cpu", weights_only=True))
     except (OSError, ValueError, KeyError, safetensors.SafetensorError) as error:
@@ -188,20 +214,19 @@ def _damage(path: Path) -> str | None:
     return None
 
 
-def _own_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters that are trained, tied ones once, and persistent buffers."""
+def _own_tensors(module: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of the ``state`` of ``module`` the parameters that are trained, tied ones once, and persistent buffers."""
     trained = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
     others = {name for name, _ in module.named_parameters(remove_duplicate=False)} - trained
-    state = module.state_dict()
     return {name: tensor for name, tensor in state.items() if name not in others}
 
 
 def odd_weight(module: nn.Module) -> str | None:
     """Name of a trained weight that is not finite, or None."""
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad and not bool(parameter.isfinite().all()):
-            return name
-    return None
+    trained = {name: parameter for name, parameter in module.named_parameters() if parameter.requires_grad}
+    if finite_everywhere(*trained.values()):
+        return None
+    return next(name for name, parameter in trained.items() if not finite_everywhere(parameter))
 
 
 def frozen_weights(module: nn.Module) -> str:
@@ -229,7 +254,7 @@ def _bytes(tensor: Tensor) -> memoryview:
 @torch.no_grad()
 def _restore(file: Path, module: nn.Module) -> None:
     kept = safetensors.torch.load_file(file)
-    own = _own_tensors(module)
+    own = _own_tensors(module, module.state_dict())
     if set(kept) != set(own):
         odd = sorted(set(kept) ^ set(own))
         raise ValueError(f"{file.name} holds other tensors than the model, such as {odd[0]}")
@@ -239,7 +264,7 @@ def _restore(file: Path, module: nn.Module) -> None:
                 f"{file.name}: {name} is {tuple(kept[name].shape)} {kept[name].dtype}, "
                 f"the model's is {tuple(tensor.shape)} {tensor.dtype}"
             )
-        tensor.copy_(kept[name])
+        tensor.copy_(placed(kept[name], tensor))
 
 
 def _random_state() -> dict[str, Any]:

@@ -52,7 +52,7 @@ class TrainingSettings(ScaleSettings, TrackSettings):
     truncation: Truncation = Field("refuse", description="of longer rows: refuse them, cut left or cut right")
     epochs: PositiveInt = Field(1, description="passes over the rows")
     max_steps: PositiveInt | None = Field(None, description="stop after so many optimiser steps")
-    batch_size: PositiveInt = Field(64, description="rows an optimiser step")
+    batch_size: PositiveInt = Field(64, description="rows an optimiser step, of all processes together")
     micro_batch_tokens: PositiveInt = Field(
         16384, description="tokens at once on the device; padding, where there is any, included"
     )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from trainer.checkpoint import latest_checkpoint
 from trainer.errors import DivergedError
+from trainer.sharding import finite_everywhere
 
 # How many rows a message names.
 _NAMED_ROWS = 5
@@ -24,7 +25,7 @@ def row_names(names: Sequence[str]) -> str:
 
 def is_finite(*tensors: Tensor) -> bool:
     """Whether all numbers of all tensors are."""
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return finite_everywhere(*tensors)
 
 
 def diverged(problem: str, names: Sequence[str] | None, of: int, output: Path) -> DivergedError:

@@ -7,6 +7,7 @@ Source: Rafailov et al. 2023, "Direct Preference Optimization: Your Language Mod
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 import sys
 from collections.abc import Sequence
@@ -21,13 +22,14 @@ from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
 from trainer.config import DpoSettings, Packing, ReferencedSettings
 from trainer.data import load_preferences
+from trainer.distributed import led, own_parts, total
 from trainer.divergence import finite
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
 from trainer.models import load_policy, load_tokenizer, save_model
 from trainer.optimisation import Precision, choose_device
 from trainer.packing import group_micro_batches
-from trainer.references import ModelReference, Reference, ServiceReference, Sums, known_sums
+from trainer.references import LedReference, ModelReference, Reference, ServiceReference, Sums, known_sums
 from trainer.runs import (
     EVALUATION_FILE,
     MODEL_FOLDER,
@@ -42,6 +44,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.scaling import prepare
+from trainer.sharding import shard
 from trainer.statistics import Interval, wilson_interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "chosen_logprob_mean", "rejected_logprob_mean", "tokens_per_s")
@@ -73,6 +76,7 @@ def main(settings: DpoSettings) -> None:
     with open_reference(settings, answers, tokenizer) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         trainer = DpoTrainer(policy, tokenizer, settings, reference)
+        shard(policy, settings.precision)
         asked_of, names = ([], []) if settings.reference_live else (train, where)
         known = known_sums(
             settings.output,
@@ -122,7 +126,7 @@ def main(settings: DpoSettings) -> None:
         report(accuracy, before, after)
     from trainer.report import write_report  # Plots are slow to import.
 
-    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
+    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {led(write_report)(settings.output)}\n")
 
 
 def open_reference(
@@ -132,15 +136,15 @@ def open_reference(
     if settings.reference is None:
         start = f"{settings.model}, where training starts"
         return contextlib.nullcontext(ModelReference(answers, settings.micro_batch_tokens, start))
-    return contextlib.closing(
-        ServiceReference(
-            settings.reference,
-            tokenizer,
-            security=settings.security,
-            ready_timeout_s=settings.ready_timeout_s,
-            call_deadline_s=settings.call_deadline_s,
-        )
+    connect = functools.partial(
+        ServiceReference,
+        settings.reference,
+        tokenizer,
+        security=settings.security,
+        ready_timeout_s=settings.ready_timeout_s,
+        call_deadline_s=settings.call_deadline_s,
     )
+    return contextlib.closing(LedReference(connect))
 
 
 def _answers_of(pairs: Sequence[EncodedPreference | Pair]) -> list[EncodedResponse]:
@@ -249,16 +253,17 @@ class DpoTrainer:
         sums: dict[str, float] = {}
         if settings.reference_live and self.reference is not None:
             pairs = with_reference(pairs, self.reference.sums(_answers_of(pairs)))
-        for part in self._parts(pairs):
+        for part, weight in self._parts(pairs):
             seen = self._see([pairs[index] for index in part])
             loss = self._loss(seen) * len(part) / len(pairs)
             if settings.sft_weight:
                 loss = loss - settings.sft_weight * seen.chosen.policy_B.sum() / tokens
+            loss = weight * loss
             loss.backward()  # type: ignore[no-untyped-call]
             for name, values_B in seen.figures(settings.beta).items():
-                sums[name] = sums.get(name, 0.0) + float(values_B.sum())
+                sums[name] = sums.get(name, 0.0) + weight * float(values_B.sum())
             sums["loss"] = sums.get("loss", 0.0) + float(loss.detach()) * len(pairs)
-        return {name: value / len(pairs) for name, value in sums.items()} | {
+        return {name: value / len(pairs) for name, value in total(sums).items()} | {
             "tokens": sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         }
 
@@ -269,19 +274,22 @@ class DpoTrainer:
             return {}
         self.answers.policy.eval()
         sums: dict[str, float] = {}
-        for part in self._parts(pairs):
+        for part, weight in self._parts(pairs):
             seen = self._see([pairs[index] for index in part])
             for name, values_B in seen.figures(self.settings.beta).items():
-                sums[name] = sums.get(name, 0.0) + float(values_B.sum())
-            sums["loss"] = sums.get("loss", 0.0) + float(self._loss(seen)) * len(part)
-        figures = {f"eval_{name}": value / len(pairs) for name, value in sums.items()}
+                sums[name] = sums.get(name, 0.0) + weight * float(values_B.sum())
+            sums["loss"] = sums.get("loss", 0.0) + weight * float(self._loss(seen)) * len(part)
+        figures = {f"eval_{name}": value / len(pairs) for name, value in total(sums).items()}
         for name in ("chosen", "rejected"):
             figures[f"eval_{name}_length_mean"] = float(np.mean([answer_tokens(getattr(pair, name)) for pair in pairs]))
         return figures
 
-    def _parts(self, pairs: Sequence[Pair]) -> list[list[int]]:
-        groups = [(pair.chosen.ids, pair.rejected.ids) for pair in pairs]
-        return group_micro_batches(groups, self.settings.micro_batch_tokens, packed=self.answers.packed)
+    def _parts(self, pairs: Sequence[Pair]) -> list[tuple[list[int], float]]:
+        def cut(mine: list[int]) -> list[list[int]]:
+            groups = [(pairs[index].chosen.ids, pairs[index].rejected.ids) for index in mine]
+            return group_micro_batches(groups, self.settings.micro_batch_tokens, packed=self.answers.packed)
+
+        return own_parts([len(pair) for pair in pairs], cut)
 
     def _loss(self, seen: _Seen) -> Tensor:
         settings = self.settings

@@ -39,6 +39,10 @@ class DivergedError(TrainerError):
     """Training produced a number that is not finite, so going on would be senseless."""
 
 
+class DistributedError(TrainerError):
+    """The processes of a run can't be what they are asked to be together, or one of them is gone."""
+
+
 class CollapsedError(TrainerError):
     """A reward model tells nothing apart: it gives every answer the same score."""
 

@@ -6,7 +6,7 @@ import asyncio
 import json
 import math
 import sys
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,7 @@ from trainer.monitors import (
     within_correlation,
 )
 from trainer.ppo_config import EvaluateSettings, SamplingSettings
-from trainer.rollout import PromptTask, Rollout, Sample, ServiceInfo, Services, prompt_seed
+from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
 from trainer.statistics import Interval, mean_interval_of_groups
 
 # Beyond this share of failed samples the rest would be a selection, not an evaluation.
@@ -193,16 +193,29 @@ async def evaluate(
     tokenizer: Any,
     *,
     judge: JudgeService | None = None,
-    observe: Callable[[Sequence[Sample]], PolicyFigures] | None = None,
 ) -> Evaluation:
     """Samples, scores and describes one answer a task with the weights that the policy service has.
-
-    ``observe`` looks at the policy's own distributions, where its weights are here.
 
     Raises:
         ServicesError: more than a tenth of the samples failed.
         RolloutError: a number that a service gave is not finite.
         QuartetError: a service stayed away.
+    """
+    rollout, judged = await ask(services, tasks, sampling, judge=judge)
+    return summarise(rollout, tokenizer, judged=judged)
+
+
+async def ask(
+    services: Services,
+    tasks: Sequence[PromptTask],
+    sampling: SamplingSettings,
+    *,
+    judge: JudgeService | None = None,
+) -> tuple[Rollout, Sequence[float | None] | None]:
+    """One answer a task, scored, and what the judge says of each, where there is one.
+
+    Raises:
+        ServicesError, QuartetError: as ``evaluate``.
     """
     rollout = await services.collect(tasks, sampling)
     if len(rollout.failures) > _MAX_FAILED * len(tasks) or len(rollout.samples) < 2:
@@ -211,8 +224,7 @@ async def evaluate(
             f"{rollout.failures[0]}"
         )
     require_finite(rollout.samples)
-    judged = None if judge is None else await judge.scores(rollout.samples, tasks)
-    return summarise(rollout, tokenizer, judged=judged, policy=None if observe is None else observe(rollout.samples))
+    return rollout, None if judge is None else await judge.scores(rollout.samples, tasks)
 
 
 def summarise(

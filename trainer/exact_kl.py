@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from trainer.batching import learned_mask, micro_batches, pad_right
+from trainer.batching import learned_mask, pad_right
+from trainer.distributed import collected, own_micro_batches
 from trainer.encoding import EncodedResponse
 from trainer.kl import exact_kl
 from trainer.losses import entropy_from_logits
 from trainer.models import TokenLogprobs, hidden_at, own_logits
 from trainer.optimisation import Precision, autocast
+from trainer.sharding import as_forward
 
 # Logits that exist at once, of one model.
 _LOGITS = 2**22
@@ -58,13 +60,13 @@ def distributions(
         micro_batch_tokens: tokens at once, padding included.
         precision: of matrix products.
     """
-    kl, entropy = [0.0] * len(rows), [0.0] * len(rows)
+    found: dict[int, tuple[float, float]] = {}
     models = [policy] if reference is None else [policy, reference]
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
         plain = [TokenLogprobs(model).plain_head for model in models]
-        for part in micro_batches([len(row) for row in rows], micro_batch_tokens):
+        for part, weight in own_micro_batches([len(row) for row in rows], micro_batch_tokens, packed=False):
             ids_BS, mask_BS = pad_right([rows[index].ids for index in part], pad_id, policy.device)
             wanted_BS = learned_mask(mask_BS, [rows[index].learned for index in part])
             # The state that a token was drawn in stands one place before it.
@@ -77,17 +79,27 @@ def distributions(
                     _logits_at(model, ids_BS, mask_BS, states_BS, chunk, plain_head)
                     for model, plain_head in zip(models, plain, strict=True)
                 ]
-                at = 0
-                for logits in zip(*tables, strict=True):
-                    scaled = [_wide(logits_CV) / temperature for logits_CV in logits]
-                    entropy_C = entropy_from_logits(scaled[0]).tolist()
-                    kl_C = exact_kl(*scaled).tolist() if reference is not None else [0.0] * len(entropy_C)
-                    for offset, (nats, own) in enumerate(zip(kl_C, entropy_C, strict=True)):
-                        row = part[owners_N[at + offset]]
-                        kl[row] += nats
-                        entropy[row] += own
-                    at += len(entropy_C)
-    return Distributions(kl=None if reference is None else tuple(kl), entropy=tuple(entropy))
+                looked = as_forward(policy, _look, tables, temperature)
+            for owner, (nats, own) in zip(owners_N, looked if weight else (), strict=False):
+                kl, entropy = found.get(part[owner], (0.0, 0.0))
+                found[part[owner]] = kl + nats, entropy + own
+    found = collected(found)
+    ordered = [found.get(row, (0.0, 0.0)) for row in range(len(rows))]
+    return Distributions(
+        kl=None if reference is None else tuple(kl for kl, _ in ordered),
+        entropy=tuple(entropy for _, entropy in ordered),
+    )
+
+
+def _look(tables: Sequence[Iterator[Tensor]], temperature: float) -> list[tuple[float, float]]:
+    """KL between two tables of logits (0 where there is one) and entropy of the first, at each of their tokens."""
+    found: list[tuple[float, float]] = []
+    for logits in zip(*tables, strict=True):
+        scaled = [_wide(logits_CV) / temperature for logits_CV in logits]
+        entropy_C = entropy_from_logits(scaled[0]).tolist()
+        kl_C = exact_kl(*scaled).tolist() if len(scaled) > 1 else [0.0] * len(entropy_C)
+        found += zip(kl_C, entropy_C, strict=True)
+    return found
 
 
 def _logits_at(

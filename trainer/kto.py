@@ -27,9 +27,9 @@ from torch import Tensor
 
 from quartet.model_folder import find_model
 from trainer.answers import Answers
-from trainer.batching import micro_batches
 from trainer.config import KtoSettings
 from trainer.data import JudgedAnswer, load_judged
+from trainer.distributed import collected, led, total
 from trainer.divergence import finite
 from trainer.dpo import open_reference
 from trainer.dpo_losses import kto_loss
@@ -53,6 +53,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.scaling import prepare
+from trainer.sharding import shard
 from trainer.statistics import wilson_interval
 
 WATCHED = ("loss", "label_accuracy", "reference_point", "good_reward_mean", "bad_reward_mean", "tokens_per_s")
@@ -103,6 +104,7 @@ def main(settings: KtoSettings) -> None:
     )
     warn_of_balance(good, len(train) - good, settings)
     answers = Answers(policy, tokenizer, settings.precision, settings.packing)
+    shard(policy, settings.precision)
     lengths = [len(row.answer) for row in train]
     # The batches of all steps, each with its answers to other prompts.
     others = {
@@ -168,7 +170,7 @@ def main(settings: KtoSettings) -> None:
     save_model(policy, tokenizer, settings.output / MODEL_FOLDER, origin=origin, step=fitted.step)
     from trainer.report import write_report  # Plots are slow to import.
 
-    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
+    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {led(write_report)(settings.output)}\n")
 
 
 def warn_of_balance(good: int, bad: int, settings: KtoSettings) -> None:
@@ -284,9 +286,9 @@ class KtoTrainer:
     def _look(self, rows: Sequence[Judged], others: Sequence[Weighed], *, learn: bool) -> dict[str, float]:
         settings = self.settings
         point = self.reference_point(others)
-        gains, loss = np.zeros(len(rows)), 0.0
-        lengths = [len(row.answer) for row in rows]
-        for part in micro_batches(lengths, settings.micro_batch_tokens, packed=self.answers.packed):
+        found: dict[int, float] = {}
+        loss = 0.0
+        for part, weight in self.answers.parts([row.answer for row in rows], settings.micro_batch_tokens):
             gain_N = self._gains([rows[index] for index in part])
             share = kto_loss(
                 gain_N,
@@ -295,11 +297,13 @@ class KtoTrainer:
                 beta=settings.beta,
                 desirable_weight=settings.desirable_weight,
                 undesirable_weight=settings.undesirable_weight,
-            ) * (len(part) / len(rows))
+            ) * (weight * len(part) / len(rows))
             if learn:
                 share.backward()  # type: ignore[no-untyped-call]
-            gains[part] = gain_N.detach().cpu().numpy()
+            found |= dict(zip(part, gain_N.tolist(), strict=True)) if weight else {}
             loss += float(share.detach())
+        found, loss = collected(found), total({"loss": loss})["loss"]
+        gains = np.array([found[index] for index in range(len(rows))])
         return {"loss": loss, "reference_point": point, "reference_answers": len(others)} | self._figures(
             rows, gains, point
         )

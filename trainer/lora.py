@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from trainer.errors import ModelError
 from trainer.scale_config import ScaleSettings
+from trainer.sharding import whole_state
 
 _NAME = "default"
 _ATTRIBUTE = "_quartet_adapter"
@@ -105,7 +106,7 @@ def plain_state_dict(model: nn.Module) -> dict[str, Tensor]:
 
     Weights that no adapter touches share memory with the model, which is left as it is to the bit.
     """
-    state: dict[str, Tensor] = dict(model.state_dict())
+    state = whole_state(model)
     if adapter_of(model) is None:
         return state
     for name, module in list(model.named_modules()):

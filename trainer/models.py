@@ -19,6 +19,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
 from quartet.model_folder import find_model, read_metadata, write_metadata
+from trainer.distributed import led
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.files import replace_folder, written
@@ -26,6 +27,7 @@ from trainer.lineage import Origin, write_lineage
 from trainer.lora import adapter_of, plain_state_dict
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 from trainer.packing import is_packed, packed_outputs
+from trainer.sharding import as_forward, is_sharded
 
 # Where a configuration says how long a sequence may be.
 _LENGTH_FIELDS = ("max_position_embeddings", "n_positions", "max_sequence_length", "seq_length")
@@ -35,6 +37,8 @@ _LOGIT_BYTES = {"cpu": 2**22, "cuda": 2**28}
 _CPU_PART = 4096
 # Largest difference between a model's own logits and hidden states times output weights that is rounding.
 _HEAD_TOLERANCE = 1e-3
+# Where a policy keeps what was found.
+_PLAIN_HEAD = "_quartet_plain_head"
 
 # Beside the model, where an adapter was trained.
 ADAPTER_FOLDER = "adapter"
@@ -291,8 +295,8 @@ def score_heads(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     """
     places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     last_B = (mask_BS * places_S).argmax(dim=1)
-    hidden_BD = hidden_at(model, ids_BS, mask_BS, places_S[None, :] == last_B[:, None])
-    return _linear_float32(hidden_BD, model.score)
+    is_last_BS = places_S[None, :] == last_B[:, None]
+    return as_forward(model, lambda: _linear_float32(hidden_at(model, ids_BS, mask_BS, is_last_BS), model.score))
 
 
 def _linear_float32(hidden: Tensor, head: nn.Linear) -> Tensor:
@@ -313,7 +317,9 @@ class TokenLogprobs(nn.Module):
     def __init__(self, policy: Any) -> None:
         super().__init__()
         self.policy = policy
-        self.plain_head = _has_plain_head(policy)
+        # Of a split policy what was measured when it was whole.
+        self.plain_head: bool = vars(policy)[_PLAIN_HEAD] if is_sharded(policy) else _has_plain_head(policy)
+        setattr(policy, _PLAIN_HEAD, self.plain_head)
 
     def forward(
         self,
@@ -346,18 +352,8 @@ class TokenLogprobs(nn.Module):
         ids_M = ids_BS[wanted_BS]
         entropy_M: Tensor | None = None
         if self.plain_head:
-            head = self.policy.get_output_embeddings()
-            vocabulary = head.weight.shape[0]
-            chunk, part = chunk_sizes(vocabulary, ids_BS.device.type)
-            logprobs_M, entropy_M = chunked_selective_logprobs(
-                hidden_at(self.policy, ids_BS, mask_BS, before_BS),
-                head.weight,
-                head.bias,
-                ids_M,
-                temperature,
-                chunk_tokens=chunk,
-                part_size=part,
-                want_entropy=want_entropy,
+            logprobs_M, entropy_M = as_forward(
+                self.policy, self._by_hidden_states, ids_BS, mask_BS, before_BS, ids_M, temperature, want_entropy
             )
         else:
             logits_MV = own_logits(self.policy, ids_BS, mask_BS, before_BS)
@@ -368,6 +364,28 @@ class TokenLogprobs(nn.Module):
             return x_M.new_zeros(ids_BS.shape).masked_scatter(wanted_BS, x_M)
 
         return laid_out(logprobs_M), None if entropy_M is None else laid_out(entropy_M)
+
+    def _by_hidden_states(
+        self,
+        ids_BS: Tensor,
+        mask_BS: Tensor,
+        before_BS: Tensor,
+        ids_M: Tensor,
+        temperature: float,
+        want_entropy: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        head = self.policy.get_output_embeddings()
+        chunk, part = chunk_sizes(head.weight.shape[0], ids_BS.device.type)
+        return chunked_selective_logprobs(
+            hidden_at(self.policy, ids_BS, mask_BS, before_BS),
+            head.weight,
+            head.bias,
+            ids_M,
+            temperature,
+            chunk_tokens=chunk,
+            part_size=part,
+            want_entropy=want_entropy,
+        )
 
 
 def chunk_sizes(vocabulary: int, device: str) -> tuple[int, int]:
@@ -507,6 +525,8 @@ def export_tensors(model: Any) -> list[tuple[str, Tensor]]:
     into them.
     """
     state = plain_state_dict(model)
+    if not state:  # Of a model split among processes the first has them all.
+        return []
     for name in model._keys_to_ignore_on_save or ():
         state.pop(name, None)
     state = remove_tied_weights_from_state_dict(state, model)
@@ -532,8 +552,22 @@ def save_model(
     Raises:
         OutputError: it can't be written.
     """
+    state = plain_state_dict(model)  # Of a split model all processes bring it together, and the first writes it.
+    _write_model(model, state, tokenizer, folder, metadata, origin, step)
+
+
+@led
+def _write_model(
+    model: Any,
+    state: dict[str, Tensor],
+    tokenizer: Any,
+    folder: Path,
+    metadata: Mapping[str, Any] | None,
+    origin: Origin | None,
+    step: int,
+) -> None:
     with written(folder), replace_folder(folder) as partial, _quiet_transformers():
-        model.save_pretrained(partial, state_dict=plain_state_dict(model))
+        model.save_pretrained(partial, state_dict=state)
         tokenizer.save_pretrained(partial)
         if metadata:
             write_metadata(partial, **metadata)

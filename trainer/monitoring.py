@@ -14,6 +14,7 @@ import torch
 
 from trainer.answers import Answers, answer_tokens
 from trainer.data import load_demonstrations
+from trainer.distributed import is_first, led
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.evaluate import Evaluation, PolicyFigures
 from trainer.exact_kl import Distributions, distributions, evaluating
@@ -67,7 +68,7 @@ class PolicyMonitor:
         for path in sorted(self._folder.glob("[0-9]*.json")):
             if int(path.stem) <= resumed_step:
                 self._past.append((int(path.stem), Evaluation.read(path)))
-            else:
+            elif is_first():
                 path.unlink()
         for _, past in self._past[1:]:
             self._raised |= {found.rule for found in self._crossings(past)}
@@ -131,7 +132,7 @@ class PolicyMonitor:
             The evaluation with its changes since the one that the judge liked best, and its figures for the log.
         """
         found = self._since_best(found)
-        found.write(path or self._folder / f"{step:06d}.json")
+        led(found.write)(path or self._folder / f"{step:06d}.json")
         self._past.append((step, found))
         figures = {f"eval/{key}": value for key, value in found.figures().items()}
         if step == 0:

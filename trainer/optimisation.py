@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import AdamW, Optimizer
 
 from trainer.errors import DivergedError
@@ -23,8 +24,14 @@ def choose_device() -> torch.device:
 
 def autocast(device: torch.device, precision: Precision) -> contextlib.AbstractContextManager[Any]:
     """The context of forward passes. Weights and optimiser stay float32 whatever the precision."""
-    half = precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
-    return torch.autocast(device.type, dtype=torch.bfloat16) if half else contextlib.nullcontext()
+    if in_bfloat16(device, precision):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return contextlib.nullcontext()
+
+
+def in_bfloat16(device: torch.device, precision: Precision) -> bool:
+    """Whether products on ``device`` are computed in bfloat16."""
+    return precision == "bfloat16" or (precision == "auto" and device.type == "cuda")
 
 
 def make_adamw(
@@ -64,7 +71,9 @@ def apply_gradients(optimiser: Optimizer, max_norm: float) -> float:
         DivergedError: the gradient is not finite; the weights are untouched.
     """
     parameters = [parameter for group in optimiser.param_groups for parameter in group["params"]]
-    norm = float(nn.utils.clip_grad_norm_(parameters, max_norm))
+    whole = nn.utils.clip_grad_norm_(parameters, max_norm)
+    # Of parameters that are split among processes it is the norm of all parts together.
+    norm = float(whole.full_tensor() if isinstance(whole, DTensor) else whole)
     if not math.isfinite(norm):
         raise DivergedError(f"the gradient's norm is {norm}")
     optimiser.step()

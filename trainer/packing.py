@@ -30,6 +30,7 @@ from trainer.encoding import Ids
 from trainer.errors import ModelError
 from trainer.optimisation import Precision, autocast
 from trainer.packed_attention import ATTENTION, Piece, Row, go_on, making_row, stop_early
+from trainer.sharding import is_sharded
 
 Places = npt.NDArray[np.int64]
 
@@ -57,7 +58,7 @@ def pack(model: Any, choice: Packing, precision: Precision) -> bool:
         ModelError: packing is ``on``, and what the model computes packed is not what it computes alone.
     """
     body = model.base_model
-    if choice == "off" or is_packed(body):
+    if choice == "off" or is_packed(body) or is_sharded(model):  # A split model was tried when it was whole.
         return is_packed(body)
     if reason := _turn_on(body, precision):
         told = f"{type(body).__name__} can't be packed: {reason}"

@@ -23,8 +23,9 @@ from torch import Tensor, nn
 
 from quartet import tracing
 from quartet.client import QuartetError
-from trainer.batching import micro_batches, minibatches
+from trainer.batching import minibatches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
+from trainer.distributed import FirstFailedError, add_up, anywhere, largest, own_micro_batches, total
 from trainer.divergence import diverged, is_finite
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
@@ -40,7 +41,8 @@ from trainer.publishing import Weights
 from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout
 from trainer.shaping import Evaluated, Shaping, Targets
-from trainer.tracking import RunTracker
+from trainer.sharding import shard
+from trainer.tracking import run_tracker
 
 WATCHED = (
     "reward/score_mean",
@@ -87,13 +89,13 @@ def train(run: PPORun[Any], stop: StopRequest, make_learner: Callable[[Any], Lea
     learner = (make_learner or Learner)(run)
     run.restore(learner.trained)
     watched, title = learner.watched, settings.title
-    with RunTracker(settings.output, settings.steps, watched, title, run.resumed_step, settings=settings) as tracker:
+    with run_tracker(settings.output, settings.steps, watched, title, run.resumed_step, settings=settings) as tracker:
         try:
             publish(run, learner)
-            if not stop.requested:
+            if not anywhere(stop.requested):
                 tracker.also(0, run.evaluate_before())
             saving_s = 0.0
-            while run.step < settings.steps and not (stop.requested or run.stop_rule.reason):
+            while run.step < settings.steps and not (anywhere(stop.requested) or run.stop_rule.reason):
                 start_s = time.perf_counter() - saving_s
                 with tracker.recording() as metrics:  # A step once learned is logged, whatever becomes of the rest.
                     with run.as_step():
@@ -107,13 +109,18 @@ def train(run: PPORun[Any], stop: StopRequest, make_learner: Callable[[Any], Lea
                     metrics |= run.evaluate_between()
                 saving_s = run.save_when_due(learner.trained)
             run.save(learner.trained)
-            if stop.requested and run.step < settings.steps and not run.stop_rule.reason:
+            if anywhere(stop.requested) and run.step < settings.steps and not run.stop_rule.reason:
                 raise stop.stopped(
                     step=run.step, total_steps=settings.steps, checkpoint=latest_checkpoint(settings.output)
                 )
             tracker.also(run.step, run.evaluate_after())
         except (QuartetError, ServicesError, RolloutError) as error:
             raise run.interrupted(error, learner.trained) from error
+        except FirstFailedError as error:
+            # It saves what is done, for which it needs the others.
+            if error.was(QuartetError, ServicesError, RolloutError):
+                run.interrupted(error, learner.trained)
+            raise
 
 
 def collect(run: PPORun[Any]) -> tuple[Rollout, float]:
@@ -142,6 +149,9 @@ class Learner:
         packed = [pack(model, settings.packing, settings.precision) for model in bodies]
         self.packed = all(packed)  # They see the same micro-batches.
         self.logprobs = TokenLogprobs(self.policy)
+        for model in (self.policy, self.critic):
+            if model is not None:
+                shard(model, settings.precision)
         self.shaping = Shaping(settings, run.normalisation)
         self.rates = {"policy": settings.learning_rate}
         self.modules: dict[str, nn.Module] = {"policy": self.policy}
@@ -217,7 +227,8 @@ class Learner:
     def evaluate(self, experience: Experience) -> Evaluated:
         """Log-probabilities, entropies and values of every response token under the present weights."""
         grids = [torch.zeros_like(experience.ref_logprobs_NT) for _ in range(3)]
-        for rows in micro_batches(experience.lengths, self.settings.micro_batch_tokens, packed=self.packed):
+        limit = self.settings.micro_batch_tokens
+        for rows, weight in own_micro_batches(experience.lengths, limit, packed=self.packed):
             batch = experience.pad(rows, self.pad_id)
             with autocast(self.device, self.settings.precision):
                 logprobs_BS, entropies_BS = self.logprobs(
@@ -227,8 +238,9 @@ class Learner:
             width = batch.response_mask_BT.shape[1]
             found = [batch.of_tokens(logprobs_BS), batch.of_tokens(entropies_BS)]
             found += [] if values_BS is None else [batch.of_states(values_BS)]
-            for grid_NT, found_BT in zip(grids, found, strict=False):
+            for grid_NT, found_BT in zip(grids, found if weight else (), strict=False):
                 grid_NT[rows, :width] = found_BT
+        add_up(*grids)  # Of each row one process has written something.
         return Evaluated(logprobs_NT=grids[0], entropies_NT=grids[1], values_NT=grids[2])
 
     def shape(self, experience: Experience, before: Evaluated) -> tuple[Targets, dict[str, float]]:
@@ -249,16 +261,17 @@ class Learner:
             tokens = float(experience.mask_NT[rows_of_minibatch].sum())
             lengths = [experience.lengths[row] for row in rows_of_minibatch]
             sums: dict[str, float] = {}
-            for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
+            for part, weight in own_micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
                 rows = [rows_of_minibatch[index] for index in part]
-                figures, ratio = self.accumulate(experience, targets, rows, tokens)
-                if odd := [name for name, value in figures.items() if not math.isfinite(value)]:
-                    bad = [row for row in rows if not self._is_finite(experience, targets, row, tokens)]
-                    raise self._diverged(experience, step, f"{odd[0]} is {figures[odd[0]]}", bad, len(rows))
+                figures, ratio = self.accumulate(experience, targets, rows, tokens, weight)
                 for name, value in figures.items():
                     sums[name] = sums.get(name, 0.0) + value
-                if not measured:
+                if weight and not measured:
                     first_ratio = max(first_ratio, ratio)
+            sums = total(sums)
+            if odd := [name for name, value in sums.items() if not math.isfinite(value)]:
+                bad = [row for row in rows_of_minibatch if not self._is_finite(experience, targets, row, tokens)]
+                raise self._diverged(experience, step, f"{odd[0]} is {sums[odd[0]]}", bad, len(rows_of_minibatch))
             measured.append(sums)
             if budget is not None and sums["policy/approx_kl"] > budget:
                 for optimiser in self.optimisers.values():
@@ -277,15 +290,15 @@ class Learner:
         return {
             **means(measured),
             **means(norms),
-            "policy/first_ratio_max_abs_log": first_ratio,
+            "policy/first_ratio_max_abs_log": largest(first_ratio),
             "policy/optimiser_steps": len(norms),
             "policy/stopped_early": float(len(norms) < len(measured)),
         }
 
     def accumulate(
-        self, experience: Experience, targets: Targets, rows: list[int], tokens: float
+        self, experience: Experience, targets: Targets, rows: list[int], tokens: float, weight: float = 1.0
     ) -> tuple[dict[str, float], float]:
-        """Adds the gradients of one micro-batch, scaled by the whole minibatch's tokens.
+        """Adds the gradients of one micro-batch, scaled by the whole minibatch's tokens, and by its ``weight``.
 
         Returns:
             Figures that add up over the micro-batches of a minibatch, and the largest absolute log ratio.
@@ -342,7 +355,7 @@ class Learner:
             entropy = batch.of_tokens(entropies_BS).sum() / tokens
             loss = loss - settings.entropy_coefficient * entropy
             figures["policy/entropy_bonus"] = settings.entropy_coefficient * float(entropy.detach())
-        loss.backward()  # type: ignore[no-untyped-call]
+        (weight * loss).backward()  # type: ignore[no-untyped-call]
         if self.critic is not None:
             with autocast(self.device, settings.precision):
                 values_BS = self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
@@ -354,8 +367,9 @@ class Learner:
                 settings.value_clip_range,
                 denominator=tokens,
             )
-            (settings.value_coefficient * critic.loss).backward()  # type: ignore[no-untyped-call]
+            (weight * settings.value_coefficient * critic.loss).backward()  # type: ignore[no-untyped-call]
             figures |= {"value/loss": float(critic.loss.detach()), "value/clip_fraction": float(critic.clip_fraction)}
+        figures = {name: weight * value for name, value in figures.items()}
         return figures, float((logprobs_BT.detach() - old_logprobs_BT).abs().max())
 
     def _is_finite(self, experience: Experience, targets: Targets, row: int, tokens: float) -> bool:

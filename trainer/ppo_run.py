@@ -24,9 +24,10 @@ from trainer.ahead import RolloutsAhead, pack, unpack
 from trainer.batching import RowStream
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
+from trainer.distributed import is_first, led
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, DataError, ModelError, ServicesError
-from trainer.evaluate import Evaluation, difference, different_prompts, evaluate, longest_prompt, make_tasks
+from trainer.evaluate import Evaluation, ask, difference, different_prompts, longest_prompt, make_tasks, summarise
 from trainer.files import remove_folder
 from trainer.judging import JudgeService, open_judge
 from trainer.lineage import Origin, origin
@@ -69,6 +70,10 @@ class PPORun(Generic[SettingsT]):
     """One run in one folder, from its settings to its report. Use it as a context manager.
 
     ``step`` counts the steps done, ``episodes`` the responses learned from.
+
+    Of several processes the first alone talks to the services: a rollout is asked for once, whatever their number, in
+    the order and with the seeds of one process, and who else would publish weights? The others get what it got
+    (``distributed.led``), learn from their share of it, and know all that follows from it as well as the first.
     """
 
     def __init__(self, settings: SettingsT, loop: LoopThread) -> None:
@@ -100,11 +105,11 @@ class PPORun(Generic[SettingsT]):
         self.device = choose_device()
         self.tokenizer = load_tokenizer(folder)
         self.policy = load_policy(folder, self.tokenizer)
-        self._services = loop.run(_open_services(settings, self.tokenizer))
+        self._open_services()
         self._judge: JudgeService | None = None
         try:
             self._info = self._connect()
-            self._judge = self._open_judge()
+            self._open_judge()
             # Scores of several services come normalised, each by its own statistics.
             self.normalisation = None if settings.rewards else self._info.reward.normalised_by
             self._judges = _judges(self._info, self._judge)
@@ -128,7 +133,8 @@ class PPORun(Generic[SettingsT]):
 
     def close(self) -> None:
         self._ahead.cancel()
-        self._loop.run(self._services.__aexit__())
+        if is_first():
+            self._loop.run(self._services.__aexit__())
         if self._judge is not None:
             self._loop.run(self._judge.close())
 
@@ -139,6 +145,11 @@ class PPORun(Generic[SettingsT]):
 
     # Services ------------------------------------------------------------------------------------------------------
 
+    @led
+    def _open_services(self) -> None:
+        self._services = self._loop.run(_open_services(self.settings, self.tokenizer))
+
+    @led
     def _connect(self) -> ServiceInfo:
         settings = self.settings
         sys.stderr.write(
@@ -150,12 +161,14 @@ class PPORun(Generic[SettingsT]):
         except QuartetError as error:
             raise ServicesError(str(error)) from error
 
-    def _open_judge(self) -> JudgeService | None:
+    @led
+    def _open_judge(self) -> None:
         try:
-            return self._loop.run(open_judge(self.settings, self.tokenizer))
+            self._judge = self._loop.run(open_judge(self.settings, self.tokenizer))
         except QuartetError as error:
             raise ServicesError(f"--judge {self.settings.judge}: {error}") from error
 
+    @led
     def _check_judges(self, policy_folder: Path) -> None:
         """
         Raises:
@@ -187,11 +200,13 @@ class PPORun(Generic[SettingsT]):
     def _name(self) -> str:
         return _NOT_IN_IDS.sub("-", self.settings.output.resolve().name)[:40] or "ppo"
 
+    @led
     @tracing.traced("publish")
     def publish(self, weights: Weights) -> None:
         """Makes every policy replica serve ``weights``."""
         self._loop.run(self._services.publish(weights))
 
+    @led
     def collect(self) -> Rollout:
         """The rollout of the next step; with --staleness, that of a later step is begun.
 
@@ -201,6 +216,7 @@ class PPORun(Generic[SettingsT]):
         """
         return self._ahead.next(self.step)
 
+    @led
     def finish_rollout(self) -> float:
         """Waits for the rollout that is under way, which is of the weights published last; returns the seconds.
 
@@ -237,7 +253,7 @@ class PPORun(Generic[SettingsT]):
     def interrupted(self, error: Exception, trained: Trained) -> ServicesError:
         """Saves what is done and returns the error to raise: what went wrong, and how to go on."""
         saved = ""
-        if self.step > 0 and not self._ahead.complete(self.step):
+        if self.step > 0 and not led(self._ahead.complete)(self.step):
             # The weights that the missing one was to be sampled with are no longer there.
             newest = latest_checkpoint(self.settings.output)
             saved = f"; a rollout that was ahead is missing, so the run goes on from {newest or 'its beginning'}"
@@ -337,9 +353,13 @@ class PPORun(Generic[SettingsT]):
     @tracing.traced("evaluate")
     def evaluate(self) -> Evaluation:
         """The present policy on the held-out prompts."""
-        judge, observe = self._judge, self._monitor.observe
-        found = evaluate(self._services, self._eval_tasks, self.settings, self.tokenizer, judge=judge, observe=observe)
-        return self._loop.run(found)
+        rollout, judged = self._ask()
+        policy = self._monitor.observe(rollout.samples)
+        return summarise(rollout, self.tokenizer, judged=judged, policy=policy)
+
+    @led
+    def _ask(self) -> tuple[Rollout, Sequence[float | None] | None]:
+        return self._loop.run(ask(self._services, self._eval_tasks, self.settings, judge=self._judge))
 
     def evaluate_before(self) -> dict[str, float]:
         """The SFT policy, once in a run's life; returns its figures."""
@@ -375,7 +395,7 @@ class PPORun(Generic[SettingsT]):
         if self.settings.eval_every:
             self.stop_rule.consider(self.step, evaluation)
             if self._is_best:
-                keep_only_best(self.settings.output, self.step)  # What is exported at the end.
+                led(keep_only_best)(self.settings.output, self.step)  # What is exported at the end.
         return figures
 
     @property
@@ -389,7 +409,7 @@ class PPORun(Generic[SettingsT]):
         from trainer.report import write_report
 
         before, after = Evaluation.read(output / _BEFORE), Evaluation.read(output / _AFTER)
-        report = write_report(output)
+        report = led(write_report)(output)
         sys.stdout.write(
             f"held-out reward: before {before.score}, after {after.score} (95 %), {difference(before, after)} more"
             f"{_in_deviations(before, after)}\n"
@@ -439,7 +459,8 @@ class PPORun(Generic[SettingsT]):
         except (KeyError, ValueError) as error:
             raise CheckpointError(f"{path}: {error}") from error
         self.step, self.episodes = restored.step, int(restored.state["episodes"])
-        self._ahead.waiting.extend(unpack(restored.state["rollouts"], restored.tensors))
+        if is_first():
+            self._ahead.waiting.extend(unpack(restored.state["rollouts"], restored.tensors))
 
     def save(self, trained: Trained) -> float:
         """Writes a checkpoint unless this step has one; returns the seconds it took."""
@@ -466,13 +487,14 @@ class PPORun(Generic[SettingsT]):
         )
         self._saved_step = self.step
         if self.stop_rule.best is not None:
-            keep_only_best(self.settings.output, self.stop_rule.best.step)  # Not before a checkpoint names the new one.
+            # Not before a checkpoint names the new one.
+            led(keep_only_best)(self.settings.output, self.stop_rule.best.step)
         return time.perf_counter() - start_s
 
     def save_when_due(self, trained: Trained) -> float:
         """``save`` at the steps that ask for it; returns the seconds it took."""
         every = self.settings.save_every
-        new_best = self.settings.keep_best and best_folder(self.settings.output, self.step).is_dir()
+        new_best = self.settings.keep_best and led(best_folder(self.settings.output, self.step).is_dir)()
         return self.save(trained) if new_best or (every and self.step % every == 0) else 0.0
 
     def _states(self, trained: Trained) -> dict[str, Stateful]:

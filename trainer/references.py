@@ -11,7 +11,7 @@ import asyncio
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from quartet.client import CallPolicy, ReferenceClient, Security
 from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.answers import Answers
+from trainer.distributed import led
 from trainer.divergence import diverged
 from trainer.encoding import EncodedResponse
 from trainer.errors import CheckpointError, ServicesError
@@ -133,6 +134,37 @@ class ServiceReference:
         return found
 
 
+class LedReference:
+    """A service that the first of several processes asks, for all of them."""
+
+    def __init__(self, connect: Callable[[], ServiceReference]) -> None:
+        """
+        Raises:
+            QuartetError, ServicesError: as ``ServiceReference``.
+        """
+        self._service: ServiceReference | None = None
+        self.identity = self._open(connect)
+
+    @led
+    def _open(self, connect: Callable[[], ServiceReference]) -> str:
+        self._service = connect()
+        return self._service.identity
+
+    @led
+    def sums(self, rows: Sequence[EncodedResponse]) -> Sums:
+        """
+        Raises:
+            QuartetError, ServicesError: as ``ServiceReference.sums``.
+        """
+        assert self._service is not None
+        return self._service.sums(rows)
+
+    def close(self) -> None:
+        """Closes the connections."""
+        if self._service is not None:
+            self._service.close()
+
+
 async def _connect(address: str, policy: CallPolicy, security: Security) -> ReferenceClient:
     # Within the loop: a channel belongs to that which it is made in.
     return ReferenceClient(address, policy=policy, security=security)
@@ -169,10 +201,7 @@ def known_sums(
         QuartetError, TrainerError: the reference can't be asked, or the numbers not be kept.
     """
     path = output / REFERENCE_FILE
-    try:
-        kept = json.loads(path.read_text())
-    except (OSError, ValueError):
-        kept = {}
+    kept = _read_kept(path)
     if kept.get("data") == digest and len(kept.get("logprobs", ())) == len(rows):
         if kept["reference"] != reference.identity:
             raise CheckpointError(
@@ -186,3 +215,12 @@ def known_sums(
         raise diverged(what, [names[place] if names else f"answer {place + 1}" for place in bad], len(rows), output)
     write_json(path, {"data": digest, "reference": reference.identity, "logprobs": found.tolist()})
     return found
+
+
+@led
+def _read_kept(path: Path) -> dict[str, Any]:
+    try:
+        kept: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return kept

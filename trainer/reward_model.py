@@ -17,11 +17,13 @@ from trainer.calibration import Temperature, fit_temperature
 from trainer.comparisons import Comparison, load_comparisons, refuse_strange_attributes
 from trainer.config import RewardSettings
 from trainer.data import load_demonstrations, split_held_out
+from trainer.distributed import led
 from trainer.divergence import finite
 from trainer.encoding import EncodedComparison, EncodedResponse, Encoder
 from trainer.errors import CheckpointError, DataError, ModelError
 from trainer.golden import golden_items
 from trainer.label_noise import NOISE_FILE, treat, write_disagreements
+from trainer.lora import plain_state_dict
 from trainer.models import head_weights, load_reward_model, load_tokenizer, save_model
 from trainer.optimisation import choose_device
 from trainer.reward_ensemble import (
@@ -49,6 +51,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.scaling import prepare
+from trainer.sharding import is_sharded, shard
 from trainer.statistics import Interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "tokens_per_s", "learning_rate")
@@ -133,8 +136,7 @@ def read_rows(settings: RewardSettings) -> RewardRows:
     if settings.noise_from is not None:
         treated = treat(train, settings)
         train, noise = treated.rows, treated.figures
-        settings.output.mkdir(parents=True, exist_ok=True)
-        treated.write(settings.output)
+        led(treated.write)(settings.output)
         sys.stdout.write(
             f"of {noise['pairs']:,} labels {noise['contradicted']:,} are contradicted by the ensemble: "
             f"{noise['flipped']:,} turned round, {noise['dropped']:,} left out; {noise['smoothed']:,} unsure ones "
@@ -155,10 +157,7 @@ class Run:
         base = find_model(settings.model)
         require_same_heads(base, self.heads)
         self.tokenizer = load_tokenizer(base)
-        self.model = load_reward_model(
-            base, self.tokenizer, new_head_seed=settings.seed, heads=len(self.heads) or 1
-        ).to(choose_device())
-        prepare(self.model, settings, seed=settings.seed)
+        self.model = prepare(self._load(), settings, seed=settings.seed)
         self.limit = token_limit(settings, self.model)
         self.encoder = Encoder(self.tokenizer, max_tokens=self.limit, truncation=settings.truncation)
         self.train_rows, self.temperature_rows, self.held_out = (
@@ -166,7 +165,9 @@ class Run:
         )
         self.digest = comparisons_digest(self.train_rows, self.temperature_rows, self.held_out)
         self.trainer = RewardTrainer(self.model, self.tokenizer, settings)
+        shard(self.model, settings.precision)
 
+    @led
     def is_finished(self) -> bool:
         """Whether an earlier run has written this very model.
 
@@ -241,9 +242,7 @@ class Run:
         if normalisation is not None:
             metadata["normalisation"] = normalisation
         spread = float(trainer.combined(held_out_scores).std(ddof=1))
-        if items := golden_items(
-            self.model, self.rows.held_out, self.held_out, settings.golden_items, self.heads or None
-        ):
+        if items := self._golden_items():
             metadata["golden"] = {"score_std": spread if self.heads else evaluation["eval_score_std"], "items": items}
         described, temperature = self.describe(held_out_scores)
         if temperature is not None:
@@ -262,7 +261,26 @@ class Run:
         )
         from trainer.report import write_report  # Plots are slow to import.
 
-        sys.stdout.write(f"model: {self.folder}\nreport: {write_report(settings.output)}\n")
+        sys.stdout.write(f"model: {self.folder}\nreport: {led(write_report)(settings.output)}\n")
+
+    def _golden_items(self) -> list[dict[str, Any]]:
+        """What the model says, in float32: of one that is split among processes, the first says it by a whole one."""
+        state = plain_state_dict(self.model) if is_sharded(self.model) else None
+
+        def score() -> list[dict[str, Any]]:
+            model = self.model if state is None else self._load()
+            if state is not None:
+                model.load_state_dict(state)
+            return golden_items(
+                model, self.rows.held_out, self.held_out, self.settings.golden_items, self.heads or None
+            )
+
+        return led(score)()
+
+    def _load(self) -> Any:
+        base = find_model(self.settings.model)
+        model = load_reward_model(base, self.tokenizer, new_head_seed=self.settings.seed, heads=len(self.heads) or 1)
+        return model.to(choose_device())
 
     def describe(self, held_out_scores: Sequence[Any]) -> tuple[dict[str, Any], Temperature | None]:
         """What the model says of held-out pairs, printed and for evaluation.json; and its temperature.
@@ -320,7 +338,7 @@ def finish_ensemble(settings: RewardSettings, rows: RewardRows) -> None:
         reductions = of_head.get("reductions", {"mean": of_head["accuracy"]})
         own_accuracies = {f"this ensemble, {name}": Interval(**found) for name, found in reductions.items()}
         report(head, {**own_accuracies, **others}, of_head)
-    write_disagreements(
+    led(write_disagreements)(
         settings.output, disagreements(everything, run.train_rows, members, settings, len(rows.temperature))
     )
     write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))

@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from trainer.batching import micro_batches, pad_right
+from trainer.batching import pad_right
 from trainer.calibration import Array
 from trainer.config import RewardSettings
+from trainer.distributed import collected, own_micro_batches, own_parts, total
 from trainer.encoding import EncodedComparison, EncodedResponse
 from trainer.errors import CollapsedError
 from trainer.losses import bradley_terry, centering, plackett_luce, score_l2
@@ -53,22 +54,26 @@ class RewardTrainer:
     def accumulate(self, rows: Sequence[EncodedComparison]) -> dict[str, float]:
         """Adds the gradient of the mean loss over ``rows``, however they are cut."""
         loss_sum = right = decided = margin = 0.0
-        for part in self._parts(rows):
+        for part, weight in self._parts(rows):
             some = [rows[index] for index in part]
             scores_NH = self.answer_scores([answer for row in some for answer in row.answers])
-            loss = self.loss(some, scores_NH) / len(rows)
+            loss = weight * self.loss(some, scores_NH) / len(rows)
             loss.backward()  # type: ignore[no-untyped-call]
             loss_sum += float(loss.detach())
+            if not weight:
+                continue
             pairs = self._pairs(some, scores_NH.detach())
             is_decided_P = pairs.probability_P > 0.5
             difference_P = (pairs.first_P - pairs.second_P)[is_decided_P]
             right += float((difference_P > 0).sum()) + 0.5 * float((difference_P == 0).sum())
             margin += float(difference_P.sum())
             decided += len(difference_P)
+        sums = total({"loss": loss_sum, "right": right, "decided": decided, "margin": margin})
+        decided = sums["decided"]
         return {
-            "loss": loss_sum,
+            "loss": sums["loss"],
             # Of a step with nothing but ties nothing is said.
-            **({"accuracy": right / decided, "margin_mean": margin / decided} if decided else {}),
+            **({"accuracy": sums["right"] / decided, "margin_mean": sums["margin"] / decided} if decided else {}),
             "tokens": sum(len(answer) for row in rows for answer in row.answers),
         }
 
@@ -136,15 +141,16 @@ class RewardTrainer:
     def all_scores(self, rows: Sequence[EncodedComparison]) -> list[Array]:
         """(K, H) scores of each row's answers, in evaluation mode, batch by batch."""
         self.model.eval()
-        found: list[Array] = [np.zeros(0)] * len(rows)
-        for part in self._parts(rows):
+        found: dict[int, Array] = {}
+        for part, weight in self._parts(rows):
             scores_NH = self.answer_scores([answer for index in part for answer in rows[index].answers])
             start = 0
-            for index in part:
+            for index in part if weight else ():
                 count = len(rows[index].answers)
                 found[index] = scores_NH[start : start + count].double().cpu().numpy()
                 start += count
-        return found
+        found = collected(found)
+        return [found[index] for index in range(len(rows))]
 
     def combined(self, scores: Sequence[Array]) -> Array:
         """The model's one score of each answer, the weighted sum of its heads, row after row."""
@@ -161,19 +167,25 @@ class RewardTrainer:
         if not samples:
             return None
         self.model.eval()
-        scores = np.zeros(len(samples))
+        found: dict[int, float] = {}
         lengths = [len(sample) for sample in samples]
-        for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
+        for part, weight in own_micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
             scores_NH = self.answer_scores([samples[index] for index in part])
-            scores[part] = scores_NH.double().cpu().numpy() @ self.weights_H
+            if weight:
+                found |= dict(zip(part, scores_NH.double().cpu().numpy() @ self.weights_H, strict=True))
+        found = collected(found)
+        scores = np.array([found[index] for index in range(len(samples))])
         std = float(scores.std(ddof=1))
         if not std > 0:
             raise CollapsedError("the reward model gives all calibration samples the same score")
         return {"mean": float(scores.mean()), "std": std, "count": len(scores)}
 
-    def _parts(self, rows: Sequence[EncodedComparison]) -> list[list[int]]:
-        groups = [[answer.ids for answer in row.answers] for row in rows]
-        return group_micro_batches(groups, self.settings.micro_batch_tokens, packed=self.packed)
+    def _parts(self, rows: Sequence[EncodedComparison]) -> list[tuple[list[int], float]]:
+        def cut(mine: list[int]) -> list[list[int]]:
+            groups = [[answer.ids for answer in rows[index].answers] for index in mine]
+            return group_micro_batches(groups, self.settings.micro_batch_tokens, packed=self.packed)
+
+        return own_parts([sum(map(len, row.answers)) for row in rows], cut)
 
     def _head(self, attribute: str | None) -> int:
         return self.heads.index(attribute) if attribute is not None else 0

@@ -29,6 +29,7 @@ from trainer.checkpoint import (
 )
 from trainer.config import TrainingSettings
 from trainer.data import shared_groups, split_held_out
+from trainer.distributed import anywhere, led, require_divisible, seed_step
 from trainer.divergence import diverged, is_finite
 from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
@@ -37,13 +38,14 @@ from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
 from trainer.rows import RowT
-from trainer.tracking import METRICS_FILE, RunTracker
+from trainer.tracking import METRICS_FILE, run_tracker
 
 SETTINGS_FILE = "settings.json"
 EVALUATION_FILE = "evaluation.json"
 MODEL_FOLDER = "model"
 
 
+@led
 def open_output(
     output: Path, *, resume: bool, decisive: dict[str, object], leftovers: Iterable[str] = ()
 ) -> Restored | None:
@@ -135,6 +137,7 @@ def stage_origin(stage: str, settings: TrainingSettings, data: str) -> Origin:
     )
 
 
+@led
 def write_json(path: Path, content: Any) -> None:
     """Writes ``content`` whole or not at all.
 
@@ -149,7 +152,9 @@ def train_and_held_out(settings: TrainingSettings, load: Callable[..., list[RowT
 
     Raises:
         DataError: a row can't be used; names file, line and field.
+        DistributedError: a batch can't be shared out evenly.
     """
+    require_divisible("--batch-size", settings.batch_size)
     rows = load(settings.data, split_by=settings.split_by)
     if settings.eval_data:
         held_out = load(settings.eval_data, split_by=settings.split_by)
@@ -187,6 +192,7 @@ class Stage:
 
     ``accumulate`` takes the rows of one optimiser step, adds their gradients and returns the figures of the step, a
     ``tokens`` count among them; ``evaluate`` returns figures on held-out rows; ``after_step`` may touch the weights.
+    Each process is given all rows of a step, goes through its share of them, and has the figures of the whole.
     """
 
     name: str
@@ -255,13 +261,14 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         )
 
     resumed = None if checkpoint is None else done
-    tracker = RunTracker(settings.output, steps, stage.watch, stage.name, resumed, settings=settings)
+    tracker = run_tracker(settings.output, steps, stage.watch, stage.name, resumed, settings=settings)
     started_s = time.monotonic()
     with stop_on_signal() as stop, tracker:
         while done < steps:
             start_s = time.perf_counter()
             rate = settings.learning_rate * linear_schedule(done, steps, settings.warmup_fraction)
             set_learning_rate(optimiser, rate)
+            seed_step(settings.seed, done)
             rows = plan.rows(done)
             with training_mode(stage.model, settings.dropout):
                 metrics = stage.accumulate(rows)
@@ -284,7 +291,7 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
             if settings.eval_every and done % settings.eval_every == 0 and done < steps:
                 metrics |= stage.evaluate()
             tracker.log(done, metrics)
-            if stop.requested and done < steps:
+            if anywhere(stop.requested) and done < steps:
                 raise stop.stopped(step=done, total_steps=steps, checkpoint=save())
             if settings.save_every and done % settings.save_every == 0:
                 save()

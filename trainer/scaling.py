@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from trainer import distributed
 from trainer.errors import ModelError
 from trainer.lora import add_adapter
 from trainer.scale_config import ScaleSettings
@@ -21,6 +22,11 @@ def prepare(model: Any, settings: ScaleSettings, *, seed: int) -> Any:
         ModelError: the model can't be trained that way.
     """
     if settings.lora_rank:
+        if distributed.count() > 1:
+            raise ModelError(
+                f"--lora-rank is {settings.lora_rank}, and there are {distributed.count()} processes: an adapter is "
+                "trained by one; leave torchrun away, or train all weights"
+            )
         add_adapter(model, settings, seed=seed)
     if settings.activation_checkpointing:
         if not model.supports_gradient_checkpointing:

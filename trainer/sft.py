@@ -9,9 +9,9 @@ from typing import Any
 
 from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
-from trainer.batching import micro_batches
 from trainer.config import SftSettings
 from trainer.data import load_demonstrations
+from trainer.distributed import led, total
 from trainer.divergence import finite
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
@@ -31,6 +31,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.scaling import prepare
+from trainer.sharding import shard
 
 WATCHED = ("loss", "perplexity", "tokens_per_s", "learning_rate")
 
@@ -54,6 +55,7 @@ def main(settings: SftSettings) -> None:
     data = rows_digest(train, held_out)
     origin = stage_origin("sft", settings, data)
     trainer = SftTrainer(policy, tokenizer, settings)
+    shard(policy, settings.precision)
     write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
     sys.stdout.write(
         f"SFT of {policy.num_parameters():,} parameters on {sum(len(row.learned) for row in train):,} answers in "
@@ -92,7 +94,7 @@ def main(settings: SftSettings) -> None:
         )
     from trainer.report import write_report  # Plots are slow to import.
 
-    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {write_report(settings.output)}\n")
+    sys.stdout.write(f"model: {settings.output / MODEL_FOLDER}\nreport: {led(write_report)(settings.output)}\n")
 
 
 class SftTrainer:
@@ -106,13 +108,13 @@ class SftTrainer:
     def accumulate(self, rows: Sequence[EncodedResponse]) -> dict[str, float]:
         """Adds the gradient of the mean cross entropy over all response tokens of ``rows``, however they are cut."""
         tokens = sum(answer_tokens(row) for row in rows)
-        total = 0.0
-        lengths = [len(row) for row in rows]
-        for part in micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.answers.packed):
-            loss = -self.answers.sums([rows[index] for index in part]).sum() / tokens
+        found = 0.0
+        for part, weight in self.answers.parts(rows, self.settings.micro_batch_tokens):
+            loss = -weight * self.answers.sums([rows[index] for index in part]).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
-            total += float(loss.detach())
-        return {"loss": total, "perplexity": math.exp(min(total, 50.0)), "tokens": sum(len(row) for row in rows)}
+            found += float(loss.detach())
+        mean = total({"loss": found})["loss"]
+        return {"loss": mean, "perplexity": math.exp(min(mean, 50.0)), "tokens": sum(len(row) for row in rows)}
 
     def evaluate(self, rows: Sequence[EncodedResponse]) -> dict[str, float]:
         """Loss (nats a response token) and perplexity; empty without rows."""

@@ -26,6 +26,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextCol
 from rich.table import Table
 from rich.text import Text
 
+from trainer.distributed import is_first
 from trainer.errors import StoppedError, TrainerError
 from trainer.files import replace_file, room
 from trainer.track_settings import TrackSettings
@@ -207,6 +208,41 @@ class RunTracker:
             parts.append(_time_left(self._pace.left_s()))
         self._console.file.write("  ".join(part for part in parts if part) + "\n")
         self._console.file.flush()
+
+
+class NoTracker:
+    """A tracker that keeps nothing: the first of several processes logs for all of them."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        pass
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    def also(self, step: int, metrics: Mapping[str, float]) -> None:
+        pass
+
+    @contextlib.contextmanager
+    def recording(self) -> Iterator[dict[str, float]]:
+        yield {}
+
+
+def run_tracker(
+    output_dir: Path,
+    total_steps: int,
+    watch: Sequence[str],
+    description: str,
+    resume_step: int | None,
+    *,
+    settings: TrackSettings,
+) -> RunTracker | NoTracker:
+    """The ``RunTracker`` of a run in the process that logs, ``NoTracker`` in others."""
+    if not is_first():
+        return NoTracker()
+    return RunTracker(output_dir, total_steps, watch, description, resume_step, settings=settings)
 
 
 def read_metrics(run_dir: Path) -> list[dict[str, float]]:

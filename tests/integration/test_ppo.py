@@ -15,6 +15,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file
+from torch import Tensor
 
 from quartet.client import RewardClient, ScoreItem, WeightsClient
 from quartet.fingerprint import safetensors_fingerprint
@@ -441,3 +443,69 @@ def test_settings_are_refused_with_name_value_and_bound(flags, message, folders,
     assert done.returncode == 2
     assert message in done.stderr
     assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_two_processes_end_where_one_does_and_killed_at_the_same_bits(start_three, folders, prompts, tmp_path):
+    from tests.processes import train  # Its server of processes is started for those who need it.
+
+    model, _ = folders
+    services = start_three("--deterministic")
+    demonstrations = tmp_path / "demonstrations.jsonl"
+    demonstrations.write_text(
+        "".join(json.dumps({"prompt": f"hello {i}", "completion": " thanks"}) + "\n" for i in range(9))
+    )
+    flags = ["--kl", "adaptive", "--save-every", "1", "--scale-scores", "--staleness", "1", "--eval-every", "2"]
+    flags += ["--max-eval-prompts", "5", "--monitor-demonstrations", str(demonstrations), "--track", "none"]
+    flags += ["--keep-checkpoints", "9", "--micro-batch-tokens", "100"]
+
+    def start(count: int, name: str, logs: str, *more: str):  # type: ignore[no-untyped-def]
+        command = ppo(model, prompts, tmp_path / name, addresses(*services), *flags, *more)[len(TRAIN) :]
+        return train(count, tmp_path / logs, *command)
+
+    for count, name in ((1, "one"), (2, "two")):
+        start(count, name, f"{name}-logs").finish(240)
+    broken = start(2, "broken", "broken-logs")
+    end_s = time.monotonic() + 120
+    while not (tmp_path / "broken" / "checkpoint-000002" / "state.json").exists():
+        assert time.monotonic() < end_s, broken.said
+        time.sleep(0.01)
+    broken.kill(1)
+    assert broken.wait(60)[0] == 2
+    assert "quartet-train ppo: process 0 of 2 has lost another one" in broken.said_by(0)
+    start(2, "broken", "resumed-logs", "--resume").finish(240)
+
+    def kept(name: str, step: int = 4) -> dict[str, dict[str, Tensor]]:
+        folder = tmp_path / name / f"checkpoint-{step:06d}"
+        return {file: load_file(folder / f"{file}.safetensors") for file in ("policy", "critic")}
+
+    begun = load_file(model / "model.safetensors")
+    for file, theirs in kept("two").items():
+        ours, alone = kept("broken")[file], kept("one")[file]
+        assert ours.keys() == theirs.keys() == alone.keys()
+        assert all(ours[name].equal(theirs[name]) for name in theirs)
+        assert max(float((alone[name] - theirs[name]).abs().max()) for name in theirs) < 2e-5
+    assert max(float((kept("two")["policy"][name] - begun[name]).abs().max()) for name in begun) > 1e-3
+    figures = {
+        name: [
+            {key: value for key, value in record.items() if not key.startswith(("time/", "throughput/", "elapsed"))}
+            for record in read_metrics(tmp_path / name)
+        ]
+        for name in ("one", "two", "broken")
+    }
+    assert figures["broken"] == figures["two"]
+    for ours, theirs in zip(figures["two"], figures["one"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-3, abs=1e-4)
+    assert len({record["kl/beta"] for record in figures["two"]}) == 4
+    evaluations = [json.loads((tmp_path / name / "evaluation_after.json").read_text()) for name in ("two", "one")]
+    for name in ("kl_exact_mean", "entropy_mean", "demonstration_perplexity", "score_mean"):
+        assert evaluations[0][name] == pytest.approx(evaluations[1][name], rel=1e-3, abs=1e-4), name
+    # Without a service both end, what is done is saved, and it is told once.
+    away = start(2, "away", "away-logs", "--steps", "90", "--ready-timeout-s", "2")
+    while not (tmp_path / "away" / "checkpoint-000001" / "state.json").exists():
+        assert time.monotonic() < end_s + 240, away.said
+        time.sleep(0.05)
+    services[1].stop()
+    assert away.wait(90) == [2, 2]
+    assert away.said.count("quartet-train ppo: stopped after step") == 1

@@ -1,0 +1,420 @@
+"""Two processes against one: gradients, whole runs, checkpoints of either, and what happens when one of them dies.
+
+Shapes: B sequences.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import random
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from tests.conftest import WORDS, free_port, train_tokenizer
+from tests.processes import Group, train
+from trainer import distributed
+from trainer.comparisons import load_comparisons
+from trainer.config import DpoSettings, RewardSettings, SftSettings
+from trainer.data import load_demonstrations, load_preferences
+from trainer.dpo import DpoTrainer, with_reference
+from trainer.encoding import Encoder
+from trainer.models import Critic, load_policy, load_reward_model, load_tokenizer
+from trainer.ppo import Learner
+from trainer.ppo_config import PPOSettings
+from trainer.reward_trainer import RewardTrainer
+from trainer.rollout import Rollout, Sample
+from trainer.runs import training_mode
+from trainer.scaling import prepare
+from trainer.sft import SftTrainer
+from trainer.sharding import shard, whole_optimiser
+from trainer.tracking import read_metrics
+
+Gradients = dict[str, Tensor]
+STAGES = ("sft", "reward", "dpo", "ppo")
+WAYS = [(packing, checkpointing) for packing in ("on", "off") for checkpointing in (False, True)]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> str:
+    draw = random.Random(0)
+    path = tmp_path_factory.mktemp("rows") / "preferences.jsonl"
+    rows = [
+        {
+            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + f" {i}",
+            "chosen": " " + " ".join(draw.choices(WORDS[:9], k=draw.randint(1, 8))),
+            "rejected": " " + " ".join(draw.choices(WORDS[9:], k=draw.randint(1, 8))),
+        }
+        for i in range(60)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+# Gradients -----------------------------------------------------------------------------------------------------------
+
+
+def gradients(stage: str, folder: Path, data: str, rows: int, **options: Any) -> tuple[Gradients, dict[str, float]]:
+    """Of one minibatch of ``rows`` rows, whole, and its figures; in as many processes as this is called in."""
+    tokenizer = load_tokenizer(folder)
+    encoder = Encoder(tokenizer, max_tokens=128)
+    dtype = options.pop("dtype", torch.float64)
+    common: dict[str, Any] = {"model": str(folder), "output": folder, "micro_batch_tokens": 70, **options}
+    if stage == "ppo":
+        return ppo_gradients(folder, rows, common)
+    common |= {"data": (data,)}
+    model: Any
+    trainer: Any
+    if stage == "sft":
+        sft = SftSettings(**common)
+        model = prepare(load_policy(folder, tokenizer, dtype=dtype), sft, seed=0)
+        trainer, batch = SftTrainer(model, tokenizer, sft), encoder.demonstrations(load_demonstrations([data])[:rows])
+    elif stage == "reward":
+        reward = RewardSettings(**common, centering=0.1)
+        model = prepare(load_reward_model(folder, tokenizer, new_head_seed=1).to(dtype), reward, seed=0)
+        trainer, batch = RewardTrainer(model, tokenizer, reward), encoder.comparisons(load_comparisons([data])[:rows])
+    else:
+        dpo = DpoSettings(**common, beta=0.3, sft_weight=0.2)
+        model = prepare(load_policy(folder, tokenizer, dtype=dtype), dpo, seed=0)
+        trainer = DpoTrainer(model, tokenizer, dpo, None)  # type: ignore[arg-type]
+        known = -np.arange(2.0 * rows)
+        batch = with_reference(encoder.preferences(load_preferences([data])[:rows]), known)
+    shard(model, options.get("precision", "float32"))
+    with training_mode(model, 0.0):
+        figures = trainer.accumulate(batch)
+    return whole_gradients(model), figures
+
+
+def ppo_gradients(folder: Path, rows: int, common: dict[str, Any]) -> tuple[Gradients, dict[str, float]]:
+    """As Adam's mean has them after one step, of policy and critic; and the figures of two steps of two epochs."""
+    tokenizer = load_tokenizer(folder)
+    rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "max_grad_norm": 1e9, "minibatches": 1}
+    fixed = {"prompts": ("p",), "normalise_reward": "off", "kl_beta": 0.2, "entropy_coefficient": 0.05}
+    checkpointing = common.pop("activation_checkpointing")
+    found: Gradients = {}
+    for epochs in (1, 2):
+        settings = PPOSettings(**common, **rates, **fixed, epochs=epochs)
+        policy = load_policy(folder, tokenizer)
+        critic = Critic.from_policy(folder, tokenizer, head="normal")
+        again = SftSettings(model="m", data=("d",), output=folder, activation_checkpointing=checkpointing)
+        for model in (policy, critic.body):
+            prepare(model, again, seed=0)
+        run: Any = SimpleNamespace(
+            settings=settings,
+            device=policy.device,
+            tokenizer=tokenizer,
+            normalisation=None,
+            policy=policy,
+            critic=critic,
+        )
+        learner = Learner(run)
+        metrics = learner.step(made_up_rollout(rows), 0)
+        if epochs == 1:
+            for name, optimiser in learner.optimisers.items():
+                for index, own in whole_optimiser(optimiser)["state"].items():
+                    if own["exp_avg"] is not None:
+                        found[f"{name}.{index}"] = own["exp_avg"]
+        else:
+            metrics = {name: value for name, value in metrics.items() if not name.startswith("time/")}
+    return found, metrics
+
+
+def made_up_rollout(count: int) -> Rollout:
+    draw = np.random.default_rng(1)
+    samples = []
+    for index in range(count):
+        prompt, response = draw.integers(3, 300, 2 + index % 3), draw.integers(3, 300, 4 + 3 * (index % 4))
+        samples.append(
+            Sample(
+                index=index,
+                prompt_ids=tuple(prompt.tolist()),
+                response_ids=tuple(response.tolist()),
+                logprobs=tuple(draw.normal(-6, 1.5, len(response)).tolist()),
+                ref_logprobs=tuple(draw.normal(-6, 1.5, len(response)).tolist()),
+                score=float(draw.normal()),
+                finished=index % 2 == 0,
+            )
+        )
+    return Rollout(samples=tuple(samples), failures=(), weights_version=0, duration_s=1.0, service_work_s=0.5)
+
+
+def whole_gradients(model: nn.Module) -> Gradients:
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None
+        found[name] = parameter.grad.full_tensor() if isinstance(parameter.grad, DTensor) else parameter.grad
+    return found
+
+
+def cases(folder: Path, tied: Path, gpt2: Path) -> dict[str, tuple[str, Path, int, dict[str, Any]]]:
+    """Stage, model, rows and options by name."""
+    found: dict[str, tuple[str, Path, int, dict[str, Any]]] = {}
+    for stage in STAGES:
+        for packing, checkpointing in WAYS:
+            options = {"packing": packing, "activation_checkpointing": checkpointing}
+            found[f"{stage} packing {packing}, checkpointing {checkpointing}"] = (stage, folder, 7, options)
+    plain = {"packing": "on", "activation_checkpointing": False}
+    for stage in ("sft", "dpo"):
+        found[f"{stage} with one row, of which one process has none"] = (stage, folder, 1, plain)
+    found["sft with tied embeddings"] = ("sft", tied, 7, plain)
+    found["sft in float32"] = ("sft", folder, 7, {**plain, "dtype": torch.float32})
+    found["sft in bfloat16"] = ("sft", folder, 7, {**plain, "dtype": torch.float32, "precision": "bfloat16"})
+    other = {"packing": "auto", "activation_checkpointing": True, "dtype": torch.float32, "precision": "bfloat16"}
+    found["sft of GPT-2 in bfloat16"] = ("sft", gpt2, 7, other)
+    return found
+
+
+def in_processes(folder: Path, tied: Path, gpt2: Path, data: str, to: Path) -> None:
+    with distributed.processes():
+        found = {}
+        for name, (stage, model, rows, options) in cases(folder, tied, gpt2).items():
+            found[name] = gradients(stage, model, data, rows, **options)
+        if distributed.is_first():
+            torch.save(found, to)
+
+
+@pytest.fixture(scope="module")
+def models(make_policy: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Path]:
+    gpt2 = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(5)
+    GPT2LMHeadModel(GPT2Config(vocab_size=300, n_positions=128, n_embd=32, n_layer=2, n_head=2)).save_pretrained(gpt2)
+    train_tokenizer().save_pretrained(gpt2)
+    return make_policy(seed=3), make_policy(seed=4, tied=True), gpt2
+
+
+@pytest.fixture(scope="module")
+def of_two(models: tuple[Path, ...], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("of_two")
+    Group(2, folder / "logs", in_processes, *models, data, folder / "gradients.pt").finish(240)
+    found: dict[str, Any] = torch.load(folder / "gradients.pt", weights_only=False)
+    return found
+
+
+@pytest.mark.parametrize("name", list(cases(Path(), Path(), Path())))
+def test_gradients_of_two_processes_are_those_of_one(name, models, data, of_two):
+    stage, folder, rows, options = cases(*models)[name]
+    ours, figures = of_two[name]
+    theirs, expected = gradients(stage, folder, data, rows, **dict(options))
+    assert ours.keys() == theirs.keys()
+    # In bfloat16 norms see their weight rounded, and products are of other sizes; else only sums are in another order.
+    # PPO and heads of scores are float32; the others compute in float64.
+    tolerance = 0.05 if "bfloat16" in name else 3e-5 if "float32" in name or stage in ("reward", "ppo") else 1e-7
+    for key, gradient in theirs.items():
+        scale = float(gradient.abs().max())
+        assert scale > 0
+        assert ours[key].dtype == gradient.dtype
+        assert float((ours[key].double() - gradient.double()).abs().max()) <= tolerance * scale, key
+    assert figures.keys() == expected.keys()
+    for key, value in expected.items():
+        assert figures[key] == pytest.approx(value, rel=100 * tolerance, abs=100 * tolerance), key
+
+
+# Whole runs ----------------------------------------------------------------------------------------------------------
+
+
+def command(stage: str, folder: Path, data: str, output: Path, *flags: str) -> list[str]:
+    options = ["--model", str(folder), "--data", data, "--output", str(output), "--learning-rate", "1e-3"]
+    options += ["--batch-size", "8", "--micro-batch-tokens", "100", "--epochs", "2", "--dropout", "0.1"]
+    options += ["--save-every", "2", "--keep-checkpoints", "50", "--track", "none"]
+    return [stage, *options, *flags]
+
+
+def weights(output: Path) -> dict[str, Tensor]:
+    return load_file(output / "model" / "model.safetensors")
+
+
+def furthest(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> float:
+    """The largest difference of two weights."""
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[name] - theirs[name]).abs().max()) for name in theirs)
+
+
+def assert_same_bits(ours: Path, theirs: Path) -> None:
+    assert (ours / "model" / "model.safetensors").read_bytes() == (theirs / "model" / "model.safetensors").read_bytes()
+
+
+def told(folder: Path, *names: str) -> list[dict[str, float]]:
+    """The figures of all steps that are no times."""
+    times = ("elapsed_s", "tokens_per_s")
+    return [{k: v for k, v in record.items() if k not in times} for record in read_metrics(folder)]
+
+
+@pytest.fixture(scope="module")
+def runs(models: tuple[Path, ...], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """SFT without dropout by one process and by two; and by two with dropout, the run that others break off."""
+    folder = tmp_path_factory.mktemp("runs")
+    for name, count, flags in (("one", 1, ("--dropout", "0")), ("two", 2, ("--dropout", "0")), ("whole", 2, ())):
+        start_s = time.monotonic()
+        train(count, folder / f"{name}-logs", *command("sft", models[0], data, folder / name, *flags)).finish()
+    (folder / "took.json").write_text(str(time.monotonic() - start_s))
+    return {name: folder / name for name in ("one", "two", "whole")}
+
+
+def test_two_processes_end_at_the_weights_of_one_and_say_the_same_once(runs, models):
+    start = load_file(models[0] / "model.safetensors")
+    ours, theirs = weights(runs["two"]), weights(runs["one"])
+    assert furthest(theirs, start) > 1e-3
+    assert furthest(ours, theirs) < 2e-5
+    assert {name: tensor.dtype for name, tensor in ours.items()} == {name: t.dtype for name, t in theirs.items()}
+    for mine, other in zip(told(runs["two"]), told(runs["one"]), strict=True):
+        assert mine == pytest.approx(other, rel=1e-4)
+    for file in ("evaluation.json", "settings.json", "report.html", "model/lineage.json", "model/config.json"):
+        assert (runs["two"] / file).exists(), file
+    config = json.loads((runs["two"] / "model" / "config.json").read_text())
+    assert config["architectures"] == ["LlamaForCausalLM"]
+    for count, name in ((2, "two"), (1, "one")):
+        said = [(runs[name].parent / f"{name}-logs" / f"{place}.log").read_text() for place in range(count)]
+        assert "held-out perplexity: before" in said[0]
+        assert said[1:] == [""] * (count - 1)
+
+
+@pytest.mark.parametrize("stage", ["reward", "dpo", "kto"])
+def test_reward_models_and_dpo_end_where_one_process_does(stage, models, data, tmp_path):
+    flags = ["--dropout", "0", "--held-out-fraction", "0.3", *(["--no-baselines"] if stage == "reward" else [])]
+    for count in (1, 2):
+        wanted = command(stage, models[0], data, tmp_path / str(count), *flags)
+        train(count, tmp_path / f"logs-{count}", *wanted).finish()
+    assert furthest(weights(tmp_path / "2"), weights(tmp_path / "1")) < 5e-5
+    for mine, other in zip(told(tmp_path / "2"), told(tmp_path / "1"), strict=True):
+        assert mine == pytest.approx(other, rel=1e-3, abs=1e-4)
+    ours, theirs = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("2", "1"))
+    assert ours.keys() == theirs.keys()
+    of_model = [json.loads((tmp_path / name / "model" / "lineage.json").read_text()) for name in ("2", "1")]
+    assert of_model[0].keys() == of_model[1].keys()
+    if stage == "reward":
+        metadata = [json.loads((tmp_path / name / "model" / "quartet.json").read_text()) for name in ("2", "1")]
+        assert metadata[0]["normalisation"] == pytest.approx(metadata[1]["normalisation"], rel=1e-3)
+        scores = [[item["score"] for item in own["golden"]["items"]] for own in metadata]
+        assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-4)
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
+def test_a_checkpoint_goes_on_with_another_number_of_processes(before, after, runs, models, data, tmp_path):
+    name = {1: "one", 2: "two"}
+    output = tmp_path / "run"
+    output.mkdir()
+    shutil.copytree(runs[name[before]] / "checkpoint-000006", output / "checkpoint-000006")
+    shutil.copy(runs[name[before]] / "metrics.jsonl", output)
+    flags = ("--dropout", "0", "--resume")
+    train(after, tmp_path / "logs", *command("sft", models[0], data, output, *flags)).finish()
+    assert [record["step"] for record in read_metrics(output)] == list(range(1, 17))
+    assert furthest(weights(output), weights(runs[name[before]])) < 2e-5
+    # What it wrote is as the other number of processes would have written it.
+    kept = [load_file(folder / "checkpoint-000016" / "model.safetensors") for folder in (output, runs[name[after]])]
+    assert furthest(*kept) < 2e-5
+    states = [
+        torch.load(folder / "checkpoint-000016" / "optimiser-adamw.pt", weights_only=True)["state"]
+        for folder in (output, runs[name[after]])
+    ]
+    assert states[0].keys() == states[1].keys()
+    for index, own in states[0].items():
+        assert own["step"] == states[1][index]["step"]
+        assert float((own["exp_avg"] - states[1][index]["exp_avg"]).abs().max()) < 1e-4
+        assert own["exp_avg_sq"].shape == states[1][index]["exp_avg_sq"].shape
+
+
+def test_killed_at_any_moment_and_resumed_two_processes_end_at_the_same_bits(runs, models, data, tmp_path):
+    draw = random.Random(5)
+    output = tmp_path / "run"
+    took_s = json.loads((runs["whole"].parent / "took.json").read_text())
+    flags: tuple[str, ...] = ()
+    for attempt, victims in enumerate([(0,), (1,), (0, 1), (1,)]):
+        group = train(2, tmp_path / f"logs-{attempt}", *command("sft", models[0], data, output, *flags))
+        # From before anything is there to the end of what is left.
+        time.sleep(took_s * draw.uniform(0.1, 0.9) * (1 - attempt / 8))
+        group.kill(*victims)
+        group.terminate()
+        assert None not in group.wait(30), group.said
+        flags = ("--resume",)
+    train(2, tmp_path / "logs-last", *command("sft", models[0], data, output, *flags)).finish()
+    assert_same_bits(output, runs["whole"])
+    assert told(output) == told(runs["whole"])
+
+
+def test_the_death_of_one_ends_the_other_with_a_message(models, data, tmp_path):
+    output = tmp_path / "run"
+    flags = ("--epochs", "500", "--save-every", "0")
+    group = train(2, tmp_path / "logs", *command("sft", models[0], data, output, *flags))
+    end_s = time.monotonic() + 60
+    while not (output / "metrics.jsonl").exists() or len(read_metrics(output)) < 2:
+        assert time.monotonic() < end_s, group.said
+        time.sleep(0.05)
+    group.kill(1)
+    start_s = time.monotonic()
+    assert group.wait(20)[0] == 2
+    assert time.monotonic() - start_s < 15
+    assert "quartet-train sft: process 0 of 2 has lost another one" in group.said_by(0)
+    assert "--resume" in group.said_by(0)
+
+
+def test_a_signal_to_one_stops_all_of_them_after_the_same_step(models, data, tmp_path):
+    output = tmp_path / "run"
+    flags = ("--epochs", "500", "--save-every", "0")
+    group = train(2, tmp_path / "logs", *command("sft", models[0], data, output, *flags))
+    end_s = time.monotonic() + 60
+    while not (output / "metrics.jsonl").exists() or len(read_metrics(output)) < 2:
+        assert time.monotonic() < end_s, group.said
+        time.sleep(0.05)
+    pid = group.processes[1].pid
+    assert pid is not None
+    os.kill(pid, 15)
+    assert group.wait(30) == [130, 130]
+    step = read_metrics(output)[-1]["step"]
+    assert (output / f"checkpoint-{step:06d}").is_dir()
+    assert group.said.count(f"stopped after step {step} of") == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--batch-size", "7"), r"--batch-size is 7, and there are 2 processes: .* a multiple of 2, such as 8"),
+        (("--lora-rank", "4"), r"--lora-rank is 4, and there are 2 processes: an adapter is trained by one"),
+        (("--data", "missing.jsonl"), r"missing\.jsonl"),
+        (("--max-tokens", "4"), r"preferences\.jsonl, line 1.*4 tokens"),
+    ],
+)
+def test_what_is_wrong_is_told_once(flags, message, models, data, tmp_path):
+    group = train(2, tmp_path / "logs", *command("sft", models[0], data, tmp_path / "run", *flags))
+    assert group.wait(60) == [2, 2]
+    lines = group.said.splitlines()
+    assert [line for line in lines if "quartet-train sft: " in line] == lines
+    assert len(lines) == 1
+    assert re.search(message, lines[0]), lines[0]
+
+
+def test_torchrun_starts_them_and_a_command_for_one_process_says_so(models, data, tmp_path):
+    """What the README has a user type."""
+    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    launch += ["--master-addr", "127.0.0.1", "--master-port", str(free_port()), "-m", "trainer"]
+    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1"}
+    wanted = command("sft", models[0], data, tmp_path / "run", "--max-steps", "2")
+    done = subprocess.run([*launch, *wanted], capture_output=True, text=True, timeout=240, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("held-out perplexity: before") == 1
+    assert math.isfinite(read_metrics(tmp_path / "run")[-1]["loss"])
+    alone = environment | {"RANK": "0", "WORLD_SIZE": "2"}
+    for wanted, message in (
+        (["report", str(tmp_path / "run")], "WORLD_SIZE is 2, and report runs in one process: torchrun is for sft"),
+        (command("sft", models[0], data, tmp_path / "other"), "start them by torchrun, or unset RANK and WORLD_SIZE"),
+    ):
+        refused = subprocess.run(
+            [sys.executable, "-m", "trainer", *wanted], capture_output=True, text=True, timeout=120, env=alone
+        )
+        assert refused.returncode == 2
+        assert message in refused.stderr
