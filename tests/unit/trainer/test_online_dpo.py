@@ -142,7 +142,7 @@ def test_a_step_is_the_naive_one(loss: str) -> None:
     assert metrics["rollout/logprob_difference"] == pytest.approx(np.abs(engine - ours).max(), rel=1e-4)
     kl = np.mean([sum(sample.logprobs) - sum(sample.ref_logprobs) for sample in samples])
     assert metrics["kl/sequence_mean"] == pytest.approx(kl)
-    assert metrics["reward/score_mean"] == pytest.approx(np.mean([sample.score for sample in samples]), rel=1e-6)
+    assert metrics["reward/score_mean"] == pytest.approx(np.mean([4.0, 3.0, 2 / 3, 0.5]), rel=1e-6)  # Over prompts.
     final = [sample.score / 2 - (0 if sample.finished else 5) for sample in samples]
     assert metrics["reward/final_mean"] == pytest.approx(np.mean(final), rel=1e-6)
 
@@ -207,7 +207,7 @@ def test_the_score_trained_on_and_not_a_failed_sample_makes_the_pair() -> None:
         ({"loss": "robust"}, "--loss is robust and --label-smoothing 0"),
         ({"top_p": 0.9}, "--top-p is 0.9"),
         ({"clip_range": 0.1}, "clip_range"),
-        ({"max_tied_steps": 0}, "greater than 0"),
+        ({"max_tied_steps": 0}, "greater than or equal to 1"),
     ],
 )
 def test_settings_that_do_not_fit_are_refused(changes: dict[str, Any], message: str) -> None:
