@@ -251,7 +251,7 @@ def run(*command: str) -> None:
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
     if told is not None:
-        sys.stderr.write("demo: stopped, as asked; the same command goes on from there\n")
+        sys.stderr.write("stopped, as asked; the same command goes on from there\n")
         sys.exit(128 + told)
     if code != 0:
         raise subprocess.CalledProcessError(code, command)
