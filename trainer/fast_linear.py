@@ -89,7 +89,7 @@ class FastLinear(nn.Linear):
         if needs_float32(x_NI) and self.weight.dtype == torch.float32:
             rounded = cast(Any, _RoundedProduct.apply)
             y_NO: Tensor = rounded(x_NI, self.weight, self.bias)
-            return y_NO.view(*x.shape[:-1], -1)
+            return y_NO.view(*x.shape[:-1], self.out_features)
         if not helps(x_NI) or self.weight.dtype != torch.float32:
             return super().forward(x)
         apply = cast(Any, _Product.apply)
