@@ -29,7 +29,7 @@ from typing import Any
 
 KILLS = int(os.environ.get("QUARTET_KILLS", "4"))
 # Times, rates, and the version of the served weights, which rises as long as a service lives.
-_NOT_COMPARED = ("time/", "throughput/", "elapsed_s", "tokens_per_s", "weights/version", "service_work")
+_NOT_COMPARED = ("time/", "throughput/", "elapsed_s", "tokens_per_s", "eval/tokens_per_s", "weights/version")
 
 Start = Callable[[Path, bool], "Run"]
 """Starts the run of a folder, from its beginning or, if it is True, with --resume."""
@@ -260,6 +260,8 @@ def _digests(output: Path) -> dict[str, str]:
             tensors: object = load_file(file)
         elif file.suffix == ".pt":
             tensors = torch.load(file, weights_only=True)
+            if file.name == "rng.pt":  # Python's and numpy's are of the process: nobody seeds them, and nothing draws.
+                tensors = tensors["torch"]
         else:
             continue
         found |= {f"{file.relative_to(output)}{name}": digest for name, digest in _leaves(tensors, "")}
