@@ -23,6 +23,9 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Services and tests share the cores: threads without work sleep at once, as quartet-local has them do. Before torch.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("KMP_BLOCKTIME", "0")
+# Several processes run tests: each takes its share of the cores, as do the services that it starts.
+if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 # How long an example takes is the machine's matter, and no fact about the code.
 hypothesis.settings.register_profile("quartet", deadline=None)
