@@ -10,7 +10,7 @@ Shapes: B sequences, S tokens of each, D hidden size, V vocabulary.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,11 +65,11 @@ def without_content(model: nn.Module, device: torch.device) -> FakeTensorMode:
     replaced = []  # Their numbers must not be given to others meanwhile.
     with mode:
         for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
+            for tensors in cast("tuple[dict[str, Any], ...]", (module._parameters, module._buffers)):
                 for name, tensor in list(tensors.items()):
                     if tensor is not None:
                         replaced.append(tensor)
-                        tensors[name] = fake(tensor)  # type: ignore[assignment]
+                        tensors[name] = fake(tensor)
     return mode
 
 

@@ -73,8 +73,9 @@ def make_plan(settings: Planned) -> Plan:
     device = choose_device()
     folder = find_model(settings.model)
     tokenizer = load_tokenizer(folder)
-    plan = _ppo if isinstance(settings, PPOSettings) else _supervised
-    return plan(settings, folder, tokenizer, device)  # type: ignore[arg-type]
+    if isinstance(settings, PPOSettings):
+        return _ppo(settings, folder, tokenizer, device)
+    return _supervised(settings, folder, tokenizer, device)
 
 
 def _supervised(settings: Supervised, folder: Path, tokenizer: Any, device: torch.device) -> Plan:

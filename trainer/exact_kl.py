@@ -64,7 +64,7 @@ def distributions(
     """
     found: dict[int, tuple[float, float]] = {}
     models = [policy] if reference is None else [policy, reference]
-    ways = [contextlib.nullcontext, as_reference]
+    ways: list[Callable[[], contextlib.AbstractContextManager[None]]] = [contextlib.nullcontext, as_reference]
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))

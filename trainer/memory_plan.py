@@ -58,7 +58,8 @@ def _bytes(tensors: Sequence[Tensor]) -> int:
 
 def safetensors_bytes(tensors: Mapping[str, Tensor]) -> int:
     """Of a safetensors file of them: a header of names, shapes and offsets, filled up to 8, and what they hold."""
-    header, end = {}, 0
+    header: dict[str, object] = {}
+    end = 0
     for name, tensor in tensors.items():
         start, end = end, end + _bytes([tensor])
         dtype = {torch.float32: "F32", torch.int64: "I64"}.get(tensor.dtype, "BF16")
