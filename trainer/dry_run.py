@@ -21,15 +21,16 @@ from quartet.client import QuartetError, RewardClient
 from quartet.model_folder import ModelFolderError, find_model
 from trainer.activations import Batch, HeadMemory, Kept, kept_of_body, of_scores, of_vocabulary, without_content
 from trainer.comparisons import load_comparisons
-from trainer.config import DpoSettings, RewardSettings, SftSettings
-from trainer.data import load_demonstrations, load_preferences, load_prompts
+from trainer.config import DpoSettings, KtoSettings, RewardSettings, SftSettings
+from trainer.data import load_demonstrations, load_judged, load_preferences, load_prompts
 from trainer.encoding import Encoder
 from trainer.errors import DataError, ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.memory_plan import Plan, Term, Weights, machine, safetensors_bytes, shown
 from trainer.models import Critic, embeddings_needed, head_weights, load_tokenizer, longest_sequence, set_dropout
+from trainer.online_dpo_config import OnlineDpoSettings
 from trainer.optimisation import choose_device
-from trainer.ppo_config import PPOSettings
+from trainer.ppo_config import PPOSettings, RunSettings
 from trainer.runs import token_limit
 from trainer.scaling import prepare
 from trainer.sft import read_template
@@ -46,8 +47,8 @@ _UPDATE, _CRITICS, _PUBLICATION, _EVALUATION, _LOADING, _EXPORT = (
 )
 _LORA = "--lora-rank trains a small adapter in place of all weights"
 
-Supervised = SftSettings | RewardSettings | DpoSettings
-Planned = Supervised | PPOSettings
+Supervised = SftSettings | RewardSettings | DpoSettings | KtoSettings
+Planned = Supervised | PPOSettings | OnlineDpoSettings
 
 
 def main(settings: Planned) -> None:
@@ -73,8 +74,8 @@ def make_plan(settings: Planned) -> Plan:
     device = choose_device()
     folder = find_model(settings.model)
     tokenizer = load_tokenizer(folder)
-    if isinstance(settings, PPOSettings):
-        return _ppo(settings, folder, tokenizer, device)
+    if isinstance(settings, RunSettings):
+        return _of_rollouts(settings, folder, tokenizer, device)
     return _supervised(settings, folder, tokenizer, device)
 
 
@@ -101,17 +102,18 @@ def _supervised(settings: Supervised, folder: Path, tokenizer: Any, device: torc
     )
 
 
-def _ppo(settings: PPOSettings, folder: Path, tokenizer: Any, device: torch.device) -> Plan:
+def _of_rollouts(settings: PPOSettings | OnlineDpoSettings, folder: Path, tokenizer: Any, device: torch.device) -> Plan:
     policy = empty_policy(folder, tokenizer)
     exported = safetensors_bytes(dict(policy.named_parameters()))
     prepare(policy, settings, seed=settings.seed)
-    micro = ppo_micro_batch(settings, policy, tokenizer)
+    micro = rollout_micro_batch(settings, policy, tokenizer)
     of_policy = Counted.of("policy", policy, policy.base_model, micro, settings, device)
     # The critic's pass begins when the policy's activations are gone; gradients of both are there from one to the next.
-    updates = (_UPDATE, _CRITICS) if settings.has_critic else (_UPDATE,)
+    has_critic = isinstance(settings, PPOSettings) and settings.has_critic
+    updates = (_UPDATE, _CRITICS) if has_critic else (_UPDATE,)
     terms, facts = of_policy.terms(updates, (_UPDATE,)), [_model_fact("policy", policy)]
     checkpoint = of_policy.weights.checkpoint
-    if settings.has_critic:
+    if isinstance(settings, PPOSettings) and settings.has_critic:
         critic, said = empty_critic(settings, folder, tokenizer)
         prepare(critic.body, settings, seed=settings.seed)
         of_critic = Counted.of("critic", critic, critic.body, micro, settings, device)
@@ -231,15 +233,19 @@ def micro_batch(settings: Supervised, model: Any, tokenizer: Any) -> Micro:
         together = 2
         pairs = [] if given else encoder.preferences(load_preferences(sources, split_by=split_by))
         length = given or max(len(answer) for pair in pairs for answer in (pair.chosen, pair.rejected))
+    elif isinstance(settings, KtoSettings):
+        length = given or max(map(len, encoder.demonstrations(load_judged(sources, split_by=split_by))))
     else:
-        length = given or max(map(len, encoder.demonstrations(load_demonstrations(sources, split_by=split_by))))
+        every_turn = settings.train_on == "all-turns"
+        demonstrations = [] if given else load_demonstrations(sources, split_by=split_by)
+        length = given or max(map(len, encoder.demonstrations(demonstrations, every_turn=every_turn)))
     asked = 1 if isinstance(settings, RewardSettings) else max(1, length - 1)
     most = settings.batch_size * together * length
     return Micro(tokens=min(max(settings.micro_batch_tokens, together * length), most), length=length, asked=asked)
 
 
-def ppo_micro_batch(settings: PPOSettings, policy: Any, tokenizer: Any) -> Micro:
-    """The same of PPO: of the longest prompt, with as many tokens behind it as a response may have.
+def rollout_micro_batch(settings: PPOSettings | OnlineDpoSettings, policy: Any, tokenizer: Any) -> Micro:
+    """The same of rollouts: of the longest prompt, with as many tokens behind it as a response may have.
 
     Raises:
         DataError: a prompt can't be used.
@@ -254,8 +260,11 @@ def ppo_micro_batch(settings: PPOSettings, policy: Any, tokenizer: Any) -> Micro
     encoder = Encoder(tokenizer, max_tokens=longest, truncation=settings.truncation, advice=advice)
     prompts = encoder.prompts(load_prompts((*settings.prompts, *settings.eval_prompts)))
     length = max(map(len, prompts)) + settings.max_new_tokens
-    most = -(-settings.batch_size // settings.minibatches) * length
-    tokens = min(max(settings.micro_batch_tokens, length), most)
+    # Of online DPO, pairs of answers, which stay together.
+    together = 2 if isinstance(settings, OnlineDpoSettings) else 1
+    rows = settings.batch_size if together == 1 else settings.prompts_per_step
+    most = -(-rows // settings.minibatches) * together * length
+    tokens = min(max(settings.micro_batch_tokens, together * length), most)
     return Micro(tokens=tokens, length=length, asked=settings.max_new_tokens)
 
 
@@ -328,7 +337,7 @@ def _advice(settings: Planned, micro: Micro) -> tuple[str, str]:
     of_tokens = [] if settings.activation_checkpointing else ["--activation-checkpointing"]
     if micro.tokens > micro.length:
         of_tokens.append(f"--micro-batch-tokens below {micro.tokens:,}")
-    elif isinstance(settings, PPOSettings):
+    elif isinstance(settings, RunSettings):
         of_tokens.append(f"--max-new-tokens below {settings.max_new_tokens:,}, or shorter prompts")
     else:
         of_tokens.append(f"--max-tokens below {micro.length:,}")

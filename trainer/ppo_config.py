@@ -265,8 +265,8 @@ class RunSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
             )
         if self.lora_dropout:
             raise ValueError(
-                f"--lora-dropout is {self.lora_dropout:g}: this runs without any dropout, or the probability of what was "
-                "sampled would be another one at every look; leave it at 0"
+                f"--lora-dropout is {self.lora_dropout:g}: {self.title} runs without any dropout, or the probability "
+                "of what was sampled would be another one at every look; leave it at 0"
             )
         if self.minibatches > self.batch_size:
             raise ValueError(

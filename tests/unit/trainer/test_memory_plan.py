@@ -198,10 +198,11 @@ def without_weights(folder: Path, to: Path) -> Path:
     return to
 
 
-@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "ppo"])
+@pytest.mark.parametrize("stage", ["sft", "reward", "dpo", "kto", "ppo", "online-dpo"])
 def test_a_plan_is_printed_without_a_look_at_weights_and_nothing_is_written(stage, folders, data, tmp_path, capsys):
     model = without_weights(folders["small"], tmp_path / "model")
-    rows = ["--prompts", str(data), "--critic", "policy"] if stage == "ppo" else ["--data", str(data)]
+    rows = ["--prompts", str(data)] if stage in ("ppo", "online-dpo") else ["--data", str(data)]
+    rows += ["--critic", "policy"] if stage == "ppo" else []
     command([stage, "--model", str(model), *rows, "--output", str(tmp_path / "run"), "--dry-run", "--lora-rank", "4"])
     said = capsys.readouterr().out
     assert f"quartet-train {stage}, planned; no weights were loaded" in said
