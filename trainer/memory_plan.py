@@ -39,7 +39,7 @@ class Weights:
         frozen = [parameter for parameter in parameters if not parameter.requires_grad]
         trained_bytes = _bytes(trained)
         moments = 2 * trained_bytes + 4 * len(trained)
-        own = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
+        own: dict[str, Tensor] = {name: tensor for name, tensor in module.named_parameters() if tensor.requires_grad}
         persistent = set(module.state_dict())
         own |= {name: tensor for name, tensor in module.named_buffers() if name in persistent}
         optimiser_file = moments + 3 * len(trained) * _SAVED_TENSOR_BYTES
