@@ -90,14 +90,14 @@ def kept_of_body(body: Any, mode: FakeTensorMode, batch: Batch, *, packed: bool,
     if packed:
         before, layers = body.config._attn_implementation, getattr(body, "layers", None)
         body.set_attn_implementation(ATTENTION)
-        stops = isinstance(layers, nn.ModuleList)
-        if stops:
-            stop_early(layers[-1])
+        last = layers[-1] if isinstance(layers, nn.ModuleList) else None
+        if last is not None:
+            stop_early(last)
         try:
             counts = _counts(body, mode, batch, packed=True, checkpointing=checkpointing)
         except _UNFIT:
-            if stops:
-                go_on(layers[-1])
+            if last is not None:
+                go_on(last)
             body.set_attn_implementation(before)
     packed = counts is not None
     try:
