@@ -117,7 +117,8 @@ def main(argv: list[str] | None = None) -> None:
         with _processes(name):
             if os.environ.get("RANK", "0") == "0":
                 tracing.start("quartet-train", getattr(settings, "otlp_endpoint", None))
-            run: Callable[[Any], None] = _load(command.main)
+            planned = getattr(settings, "dry_run", False)
+            run: Callable[[Any], None] = _load("trainer.dry_run:main" if planned else command.main)
             run(settings)
     except (TrainerError, ModelFolderError, QuartetError, tracing.TracingError) as error:
         for line in str(error).splitlines():

@@ -47,6 +47,12 @@ class CollapsedError(TrainerError):
     """A reward model tells nothing apart: it gives every answer the same score."""
 
 
+class DoesNotFitError(TrainerError):
+    """A run that was planned needs more than the machine has."""
+
+    exit_code: ClassVar[int] = 1
+
+
 class StoppedError(TrainerError):
     """The run was asked to stop, has saved itself and can be resumed. 130 is the shell's code for Ctrl-C."""
 

@@ -6,7 +6,7 @@ Shapes: B sequences, S tokens of prompt and response, N tokens that are looked a
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,6 +49,7 @@ def distributions(
     pad_id: int,
     micro_batch_tokens: int,
     precision: Precision,
+    as_reference: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> Distributions:
     """Looks at each distribution that a response token was drawn from.
 
@@ -59,9 +60,11 @@ def distributions(
         pad_id: what padding is filled with.
         micro_batch_tokens: tokens at once, padding included.
         precision: of matrix products.
+        as_reference: within it ``reference`` is the reference, such as a policy whose adapter is switched off.
     """
     found: dict[int, tuple[float, float]] = {}
     models = [policy] if reference is None else [policy, reference]
+    ways: list[Callable[[], contextlib.AbstractContextManager[None]]] = [contextlib.nullcontext, as_reference]
     with contextlib.ExitStack() as modes:
         for model in models:
             modes.enter_context(evaluating(model))
@@ -76,8 +79,8 @@ def distributions(
             chunk = max(1, _LOGITS // policy.config.get_text_config().vocab_size)
             with autocast(policy.device, precision):
                 tables = [
-                    _logits_at(model, ids_BS, mask_BS, states_BS, chunk, plain_head)
-                    for model, plain_head in zip(models, plain, strict=True)
+                    _logits_at(model, ids_BS, mask_BS, states_BS, chunk, plain_head, way)
+                    for model, plain_head, way in zip(models, plain, ways, strict=False)
                 ]
                 looked = as_forward(policy, _look, tables, temperature)
             for owner, (nats, own) in zip(owners_N, looked if weight else (), strict=False):
@@ -103,14 +106,22 @@ def _look(tables: Sequence[Iterator[Tensor]], temperature: float) -> list[tuple[
 
 
 def _logits_at(
-    model: Any, ids_BS: Tensor, mask_BS: Tensor, states_BS: Tensor, chunk: int, plain_head: bool
+    model: Any,
+    ids_BS: Tensor,
+    mask_BS: Tensor,
+    states_BS: Tensor,
+    chunk: int,
+    plain_head: bool,
+    way: Callable[[], contextlib.AbstractContextManager[None]],
 ) -> Iterator[Tensor]:
     """(C, V) logits of the tokens that follow the True ones of ``states_BS``, a chunk of those at a time.
 
-    ``plain_head``: they are hidden states times output weights, which need not be there for all places.
+    ``plain_head``: they are hidden states times output weights, which need not be there for all places. ``way``: within
+    it the model is what it is asked as.
     """
     if plain_head:
-        hidden_ND = hidden_at(model, ids_BS, mask_BS, states_BS)
+        with way():
+            hidden_ND = hidden_at(model, ids_BS, mask_BS, states_BS)
         head = model.get_output_embeddings()
         bias_V = None if head.bias is None else _wide(head.bias)
         for hidden_CD in torch.split(hidden_ND, chunk):
@@ -119,7 +130,9 @@ def _logits_at(
                 logits_CV = functional.linear(_wide(hidden_CD), _wide(head.weight), bias_V)
             yield logits_CV
         return
-    yield from torch.split(own_logits(model, ids_BS, mask_BS, states_BS), chunk)
+    with way():
+        logits_NV = own_logits(model, ids_BS, mask_BS, states_BS)
+    yield from torch.split(logits_NV, chunk)
 
 
 def _wide(x: Tensor) -> Tensor:

@@ -5,9 +5,10 @@ Source: Hu et al. 2021, "LoRA: Low-Rank Adaptation of Large Language Models"; th
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -42,6 +43,12 @@ class Adapter:
 
         state = get_peft_model_state_dict(self.peft_model, save_embedding_layers=False)
         return [(name, tensor.detach()) for name, tensor in sorted(state.items())]
+
+    @contextlib.contextmanager
+    def switched_off(self) -> Iterator[None]:
+        """Within it the model is the one that it was before it was given the adapter."""
+        with self.peft_model.disable_adapter():
+            yield
 
     def save(self, folder: Path) -> None:
         """Writes ``folder`` as peft does, for ``PeftModel.from_pretrained`` on the model that training began with."""

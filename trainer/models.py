@@ -179,8 +179,7 @@ def _quiet_transformers() -> Iterator[None]:
 def _fit(model: Any, tokenizer: Any) -> None:
     """Makes room for added tokens and tells the model its pad and end tokens."""
     pad = tokenizer.pad_token_id
-    # No text becomes a pad token: for that alone the model keeps the shape that it is served in.
-    needed = 1 + max(token for token in tokenizer.get_vocab().values() if token != pad)
+    needed = embeddings_needed(tokenizer)
     if needed > model.get_input_embeddings().weight.shape[0]:
         # The mean of the others, so that the new token is not suddenly the likeliest.
         # Drawn from one seed, so that it is the same model whenever it is loaded.
@@ -196,6 +195,13 @@ def _fit(model: Any, tokenizer: Any) -> None:
     embeddings.padding_idx = None
     if model.config.eos_token_id is None:
         model.config.eos_token_id = tokenizer.eos_token_id
+
+
+def embeddings_needed(tokenizer: Any) -> int:
+    """Rows that the embeddings of a model must have for every token that a text may become."""
+    # No text becomes a pad token: for that alone the model keeps the shape that it is served in.
+    pad = tokenizer.pad_token_id
+    return 1 + max(token for token in tokenizer.get_vocab().values() if token != pad)
 
 
 def initialise_head(head: nn.Linear, *, seed: int) -> None:
@@ -573,9 +579,23 @@ def _write_model(
             write_metadata(partial, **metadata)
         if origin is not None:
             write_lineage(partial, origin, step)
-    if (adapter := adapter_of(model)) is not None:
+    if adapter_of(model) is not None:
         # Several models in one folder have one each.
         beside = folder.with_name(ADAPTER_FOLDER if folder.name == "model" else f"{folder.name}-{ADAPTER_FOLDER}")
-        with written(beside), replace_folder(beside) as partial:
-            adapter.save(partial)
-            tokenizer.save_pretrained(partial)
+        save_adapter(model, tokenizer, beside, origin=origin, step=step)
+
+
+def save_adapter(model: Any, tokenizer: Any, folder: Path, *, origin: Origin | None = None, step: int = 0) -> None:
+    """Writes the adapter of ``model`` alone as peft saves it, whole or not at all; arguments as ``save_model``.
+
+    Raises:
+        OutputError: it can't be written.
+    """
+    adapter = adapter_of(model)
+    if adapter is None:
+        raise ValueError("the model has no adapter")
+    with written(folder), replace_folder(folder) as partial:
+        adapter.save(partial)
+        tokenizer.save_pretrained(partial)
+        if origin is not None:
+            write_lineage(partial, origin, step)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from trainer.distributed import is_first, led
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.evaluate import Evaluation, PolicyFigures
 from trainer.exact_kl import Distributions, distributions, evaluating
+from trainer.lora import adapter_of
 from trainer.models import load_policy, padding_id
 from trainer.monitor_alarms import Crossing, checked, crossings
 from trainer.ppo_config import RunSettings
@@ -48,7 +50,8 @@ class PolicyMonitor:
             policy: that is trained; looked at as it is at the time.
             tokenizer: its own.
             max_tokens: longest demonstration; longer ones are cut.
-            reference: folder of the reference model, where it is here and KL is to be exact.
+            reference: folder of the reference model, where it is here and KL is to be exact; of a policy with an
+                adapter, the model that this is above.
             before: file of the evaluation before training, which may not be there yet.
             resumed_step: evaluations after it are forgotten, for they will be done again.
 
@@ -97,7 +100,11 @@ class PolicyMonitor:
             for sample in samples
         ]
         reference = None
-        if self._reference is not None:
+        as_reference: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        if self._reference is not None and (adapter := adapter_of(self._policy)) is not None:
+            # The folder holds the very model that is below the adapter.
+            reference, as_reference = self._policy, adapter.switched_off
+        elif self._reference is not None:
             # Here for the time of this evaluation alone: training has the memory for itself.
             with torch.random.fork_rng(devices=[]):
                 reference = load_policy(self._reference, self._tokenizer).to(self._policy.device)
@@ -109,6 +116,7 @@ class PolicyMonitor:
             pad_id=padding_id(self._tokenizer),
             micro_batch_tokens=self._settings.micro_batch_tokens,
             precision=self._settings.precision,
+            as_reference=as_reference,
         )
 
     def _demonstration_perplexity(self) -> float | None:

@@ -31,6 +31,7 @@ from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
 from trainer.loop_thread import LoopThread
+from trainer.lora import adapter_of
 from trainer.losses import policy_loss, value_loss
 from trainer.models import TokenLogprobs, export_tensors, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
@@ -130,9 +131,10 @@ def collect(run: PPORun[Any]) -> tuple[Rollout, float]:
 
 
 def publish(run: PPORun[Any], learner: Learns) -> float:
-    """Brings the trainer's weights to every policy replica; returns the seconds it took."""
+    """Brings the trainer's weights, or its adapter alone, to every policy replica; returns the seconds it took."""
     start_s = time.perf_counter()
-    run.publish(Weights.of(export_tensors(learner.policy)))
+    adapter = adapter_of(learner.policy)
+    run.publish(Weights.of(export_tensors(learner.policy)) if adapter is None else run.adapter_weights(adapter))
     return time.perf_counter() - start_s
 
 

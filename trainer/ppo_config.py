@@ -23,6 +23,7 @@ from quartet.settings import (
 from trainer.config import PACKING, Packing
 from trainer.kl_placement import KlEstimator, check_kl_placement
 from trainer.monitor_settings import AlarmSettings, JudgeSettings, MonitorSettings
+from trainer.scale_config import FREE, ScaleSettings
 from trainer.service_credentials import Address, AdminCredentials, ServiceCredentials
 from trainer.track_settings import TrackSettings
 
@@ -114,10 +115,10 @@ class SamplingSettings(Settings):
 
 
 # Settings of how a run is reached, recorded and watched.
-_UNDECISIVE = {*AdminCredentials.model_fields, *TrackSettings.model_fields, *MonitorSettings.model_fields}
+_UNDECISIVE = {*AdminCredentials.model_fields, *TrackSettings.model_fields, *MonitorSettings.model_fields, *FREE}
 
 
-class RunSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings, MonitorSettings):
+class RunSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSettings, MonitorSettings, ScaleSettings):
     """A run that learns from what its policy samples, against the policy, reward and reference services."""
 
     title: ClassVar[str]
@@ -261,6 +262,11 @@ class RunSettings(AdminCredentials, ServiceAddresses, SamplingSettings, TrackSet
             raise ValueError(
                 f"--policy names {replicas} replicas and --policy-admin {len(self.policy_admin)}: every replica needs "
                 "its admin address, or it would go on with the weights that it was started with"
+            )
+        if self.lora_dropout:
+            raise ValueError(
+                f"--lora-dropout is {self.lora_dropout:g}: {self.title} runs without any dropout, or the probability "
+                "of what was sampled would be another one at every look; leave it at 0"
             )
         if self.minibatches > self.batch_size:
             raise ValueError(

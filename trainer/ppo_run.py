@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
+import json
 import re
 import sys
 import time
@@ -20,6 +23,7 @@ from quartet import tracing
 from quartet.client import NotReadyError, QuartetError, UnavailableError, request_ids
 from quartet.fingerprint import safetensors_fingerprint
 from quartet.model_folder import ModelFolderError, find_model
+from trainer.adapter_weights import AdapterWeights
 from trainer.ahead import RolloutsAhead, pack, unpack
 from trainer.batching import RowStream
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
@@ -32,14 +36,24 @@ from trainer.files import remove_folder
 from trainer.judging import JudgeService, open_judge
 from trainer.lineage import Origin, origin
 from trainer.loop_thread import LoopThread
-from trainer.models import Critic, load_policy, load_tokenizer, longest_sequence, save_model
+from trainer.lora import Adapter, adapter_of
+from trainer.models import (
+    ADAPTER_FOLDER,
+    Critic,
+    load_policy,
+    load_tokenizer,
+    longest_sequence,
+    save_adapter,
+    save_model,
+)
 from trainer.monitoring import PolicyMonitor
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings, RunSettings
-from trainer.publishing import Weights
+from trainer.publishing import Published
 from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
 from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, require_same_data, write_json
+from trainer.scaling import prepare
 from trainer.stop_rule import StopRule
 
 _BEFORE = "evaluation_before.json"
@@ -85,6 +99,7 @@ class PPORun(Generic[SettingsT]):
         self.settings = settings
         self.step = 0
         self.episodes = 0
+        self._adapter_name = ""  # Of the adapter published last, where one is trained.
         self._loop = loop
         self.stop_rule = StopRule(
             gold=settings.gold,
@@ -104,7 +119,7 @@ class PPORun(Generic[SettingsT]):
         rows, held_out = _read_prompts(settings)
         self.device = choose_device()
         self.tokenizer = load_tokenizer(folder)
-        self.policy = load_policy(folder, self.tokenizer)
+        self.policy = prepare(load_policy(folder, self.tokenizer), settings, seed=settings.seed)
         self._open_services()
         self._judge: JudgeService | None = None
         try:
@@ -117,6 +132,8 @@ class PPORun(Generic[SettingsT]):
             self.critic: Critic | None = None
             if isinstance(settings, PPOSettings) and settings.has_critic:
                 self.critic = self._load_critic(folder, settings)
+            if self.critic is not None:
+                prepare(self.critic.body, settings, seed=settings.seed)
             self._encode(rows, held_out)
             self._origin = self._trace_origin(_write_settings(settings, self._info, self._judge))
             self._monitor = self._watch_policy()
@@ -173,6 +190,8 @@ class PPORun(Generic[SettingsT]):
         """
         Raises:
             CheckpointError: a resumed run would be rewarded, or held near a policy, other than before.
+            ServicesError: an adapter would be held near another model than the one that it is above, such as the base
+                of an SFT model that was an adapter itself.
         """
         if self._checkpoint is not None:
             kept = self._checkpoint.state["judges"]
@@ -183,10 +202,17 @@ class PPORun(Generic[SettingsT]):
                     "rewards would mean something else; start the services with the former models"
                 )
         elif self._info.reference.served_by.weights_fingerprint != safetensors_fingerprint(policy_folder):
-            sys.stderr.write(
-                f"warning: the reference service hosts {self._info.reference.served_by.model_id!r}, whose weights are "
-                f"not those of --model {self.settings.model!r}: KL is to the reference, and doesn't start at 0\n"
+            other_reference = (
+                f"the reference service hosts {self._info.reference.served_by.model_id!r}, whose weights are not those "
+                f"of --model {self.settings.model!r}"
             )
+            if self.settings.lora_rank:
+                raise ServicesError(
+                    f"{other_reference}: an adapter (--lora-rank {self.settings.lora_rank}) is held near the model "
+                    "that it is above and nothing else, least of all the base of that model; start the reference "
+                    "service with --model's folder, or train all weights"
+                )
+            sys.stderr.write(f"warning: {other_reference}: KL is to the reference, and doesn't start at 0\n")
 
     @contextlib.contextmanager
     def as_step(self) -> Iterator[None]:
@@ -202,9 +228,22 @@ class PPORun(Generic[SettingsT]):
 
     @led
     @tracing.traced("publish")
-    def publish(self, weights: Weights) -> None:
+    def publish(self, weights: Published) -> None:
         """Makes every policy replica serve ``weights``."""
         self._loop.run(self._services.publish(weights))
+        self._adapter_name = weights.name if isinstance(weights, AdapterWeights) else ""
+
+    def adapter_weights(self, adapter: Adapter) -> AdapterWeights:
+        """The adapter as it is now, under names that no other run has."""
+        return AdapterWeights.of(
+            adapter, stem=self._adapter_stem, version=self.step, base=(self._origin.parent or {})["weights"]
+        )
+
+    @functools.cached_property
+    def _adapter_stem(self) -> str:
+        """The same after a break, so that what a killed run has left in the service is taken out."""
+        known_by = [self.settings.decisive, self._data, str(self.settings.output.resolve())]
+        return f"{self._name}-{hashlib.sha256(json.dumps(known_by).encode()).hexdigest()[:8]}"
 
     @led
     def collect(self) -> Rollout:
@@ -383,7 +422,10 @@ class PPORun(Generic[SettingsT]):
         standing = self.stop_rule.consider(self.step, found)
         if self.settings.keep_best and self._is_best:
             best = best_folder(self.settings.output, self.step)
-            save_model(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
+            if adapter_of(self.policy) is None:
+                save_model(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
+            else:
+                save_adapter(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
         return figures | standing | means_by_name([sample.scores for sample in found.samples], "eval")
 
     def evaluate_after(self) -> dict[str, float]:
@@ -415,16 +457,22 @@ class PPORun(Generic[SettingsT]):
             f"{_in_deviations(before, after)}\n"
             f"KL to the reference: {after.kl_sequence_mean:.2f} nats a response\n"
             f"generation: {after.tokens_per_s:,.0f} tokens/s in the last evaluation\n"
-            f"model: {output / 'model'}\n{self._best_line()}"
+            f"model: {output / 'model'}\n{self._adapter_line()}{self._best_line()}"
             f"report: {report}\n"
         )
+
+    def _adapter_line(self) -> str:
+        if not self._adapter_name:
+            return ""
+        return f"adapter: {self.settings.output / ADAPTER_FOLDER}, in the policy service {self._adapter_name}\n"
 
     def _best_line(self) -> str:
         best = self.stop_rule.best
         if not (self.settings.eval_every and self.settings.keep_best and best):
             return ""
         where = {0: f"{self.settings.model}, as it was before", self.step: "the last"}
-        folder = where.get(best.step, str(best_folder(self.settings.output, best.step)))
+        above = f", an adapter of {self.settings.model}" if self.settings.lora_rank else ""
+        folder = where.get(best.step, f"{best_folder(self.settings.output, best.step)}{above}")
         return f"best of the evaluated models (held-out {self.settings.gold or 'reward'}, step {best.step}): {folder}\n"
 
     # Progress and checkpoints --------------------------------------------------------------------------------------

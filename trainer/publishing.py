@@ -1,4 +1,4 @@
-"""Bringing the trainer's weights to every replica of the policy service."""
+"""Bringing the trainer's weights, or its adapter alone, to every replica of the policy service."""
 
 from __future__ import annotations
 
@@ -6,14 +6,17 @@ import asyncio
 import hashlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from quartet.client import (
+    AdapterClient,
     CallPolicy,
+    Completion,
     OverloadedError,
     PreconditionError,
     QuartetError,
@@ -25,6 +28,8 @@ from quartet.client import (
 )
 from quartet.client.policy import WireTensor
 from quartet.fingerprint import TensorDigest, weights_fingerprint
+from trainer.adapter_weights import AdapterWeights, load_as_the_only_version
+from trainer.errors import ServicesError
 
 _PAUSE_S = 0.5
 # So often may a replica refuse or fail an update: another may be under way, but a full disk stays full.
@@ -56,8 +61,31 @@ class Weights:
         return cls(tensors=tuple(wire), fingerprint=weights_fingerprint(digests))
 
 
+Published = Weights | AdapterWeights
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampledBy:
+    """What samples: weights by version and fingerprint, or an adapter above them, whose ``version`` it is then."""
+
+    version: int
+    weights: str
+    adapter: str = ""
+    adapter_fingerprint: str = ""
+
+    def has_sampled(self, completion: Completion) -> bool:
+        """Whether every token of ``completion`` is of these."""
+        versions = {version for version, _ in completion.version_spans}
+        return (
+            completion.served_by.weights_fingerprint == self.weights
+            and (completion.adapter, completion.adapter_fingerprint) == (self.adapter, self.adapter_fingerprint)
+            # Below an adapter any one version will do: a replica that was restarted counts anew.
+            and (len(versions) <= 1 if self.adapter else versions <= {self.version})
+        )
+
+
 class Publisher:
-    """Keeps every replica at the weights published last, under one version."""
+    """Keeps every replica at what was published last, under one version."""
 
     def __init__(
         self,
@@ -68,22 +96,33 @@ class Publisher:
     ) -> None:
         """``addresses``: admin address of each replica; ``security``: the admin port's."""
         self._clients = [WeightsClient(address, policy=call_policy, security=security) for address in addresses]
+        self._adapters = [AdapterClient(address, policy=call_policy, security=security) for address in addresses]
         self._ready_timeout_s = ready_timeout_s
-        self._weights: Weights | None = None
+        self._weights: Published | None = None
         self.version = 0
         self.updates = 0
-        """How often a replica was given weights."""
+        """How often a replica was given weights or an adapter."""
         # Whether ``version`` is already that of ``_weights``.
         self._numbered = False
         self._lock = asyncio.Lock()
 
     @property
-    def fingerprint(self) -> str:
-        """Of the weights published last; empty before the first."""
-        return self._weights.fingerprint if self._weights else ""
+    def sampled_by(self) -> SampledBy | None:
+        """What every replica samples with since the last publication; None before the first."""
+        published = self._weights
+        if published is None:
+            return None
+        if isinstance(published, Weights):
+            return SampledBy(version=self.version, weights=published.fingerprint)
+        return SampledBy(
+            version=self.version,
+            weights=published.base,
+            adapter=published.name,
+            adapter_fingerprint=published.fingerprint,
+        )
 
     async def close(self) -> None:
-        for client in self._clients:
+        for client in (*self._clients, *self._adapters):
             await client.close()
 
     async def wait_ready(self) -> None:
@@ -93,11 +132,12 @@ class Publisher:
         """
         await asyncio.gather(*(client.wait_ready(self._ready_timeout_s) for client in self._clients))
 
-    async def publish(self, weights: Weights) -> int:
+    async def publish(self, weights: Published) -> int:
         """Makes every replica serve ``weights`` and returns their version.
 
         Raises:
             QuartetError: a replica refused them, or stayed away for longer than it may take to be ready.
+            ServicesError: an adapter does not belong to the weights that a replica serves, or has no room there.
         """
         self._weights, self._numbered = weights, False
         await self.ensure()
@@ -107,7 +147,7 @@ class Publisher:
         """Brings replicas that serve something else, such as one that was restarted, to the weights published last.
 
         Raises:
-            QuartetError: as ``publish``.
+            QuartetError, ServicesError: as ``publish``.
         """
         # Several streams of a rollout may find at the same time that a replica has to be brought up to date.
         async with self._lock:
@@ -142,6 +182,9 @@ class Publisher:
 
     async def _bring_up_to_date(self) -> None:
         served = await asyncio.gather(*(client.get_info() for client in self._clients))
+        if isinstance(self._weights, AdapterWeights):
+            await self._bring_adapter(self._weights, served)
+            return
         stale = [info for info in served if not self._is_current(info)]
         if not self._numbered and len({info.weights_version for info in served}) == 1 and not stale:
             self.version = served[0].weights_version  # They were started with these very weights.
@@ -149,21 +192,36 @@ class Publisher:
             # Versions only rise: above all that any replica has had.
             self.version = max(self.version, *(info.weights_version for info in served)) + 1
         self._numbered = True
-        # All of them to their end: while one of them is still being updated it would refuse another update.
-        outcomes = await asyncio.gather(
-            *(self._update(client, info) for client, info in zip(self._clients, served, strict=True)),
-            return_exceptions=True,
-        )
-        for outcome in outcomes:
-            if outcome is not None:
-                raise outcome
+        await _all_to_their_end(self._update(client, info) for client, info in zip(self._clients, served, strict=True))
 
     def _is_current(self, served: ServedBy) -> bool:
-        same = served.weights_fingerprint == self.fingerprint
+        same = self._weights is not None and served.weights_fingerprint == self._weights.fingerprint
         return same and (not self._numbered or served.weights_version == self.version)
 
     async def _update(self, client: WeightsClient, served: ServedBy) -> None:
-        if self._weights is None or self._is_current(served):
+        if not isinstance(self._weights, Weights) or self._is_current(served):
             return
         await client.update(self._weights.tensors, weights_version=self.version, fingerprint=self._weights.fingerprint)
         self.updates += 1
+
+    async def _bring_adapter(self, weights: AdapterWeights, served: Sequence[ServedBy]) -> None:
+        for info in served:
+            if info.weights_fingerprint != weights.base:
+                raise ServicesError(
+                    f"the policy service serves {info.model_id!r} with weights {info.weights_fingerprint[:12]}..., and "
+                    f"the adapter that is trained belongs to those of --model, {weights.base[:12]}...: start it with "
+                    "that model (after a run without --lora-rank it has other weights until it is restarted)"
+                )
+        self.version = weights.version
+
+        async def load(client: AdapterClient) -> None:
+            self.updates += await load_as_the_only_version(client, weights)
+
+        await _all_to_their_end(map(load, self._adapters))
+
+
+async def _all_to_their_end(updates: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Raises what the first of them raised once none is under way: a replica that is being updated refuses another."""
+    for outcome in await asyncio.gather(*updates, return_exceptions=True):
+        if outcome is not None:
+            raise outcome

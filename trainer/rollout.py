@@ -22,6 +22,7 @@ from quartet.client import (
     FinishReason,
     ItemFailure,
     ModelInfo,
+    NotFoundError,
     NotReadyError,
     OverloadedError,
     PolicyClient,
@@ -40,7 +41,7 @@ from quartet.client.types import WorkInterval
 from quartet.fingerprint import derive_seed, tokenizer_fingerprint
 from trainer.errors import ServicesError
 from trainer.ppo_config import SamplingSettings, ServiceAddresses
-from trainer.publishing import Publisher, Weights
+from trainer.publishing import Published, Publisher, SampledBy
 from trainer.reward_services import HostedReward, ask_rewards, combined, service_title
 from trainer.rows import Prompt
 from trainer.service_checks import deadline_explained, require_same_tokenizer
@@ -201,12 +202,12 @@ class Services:
         self._info = ServiceInfo(policy=policy, rewards=rewards, reference=reference)
         return self._info
 
-    async def publish(self, weights: Weights) -> int:
+    async def publish(self, weights: Published) -> int:
         """Makes every policy replica serve ``weights``; returns their version. Nothing is sent to one that has them.
 
         Raises:
             QuartetError: a replica refused them or stayed away.
-            ServicesError: it took longer than a call may.
+            ServicesError: it took longer than a call may, or an adapter can't be served there.
         """
         with deadline_explained(self._call_deadline_s):
             return await self._publisher.publish(weights)
@@ -252,7 +253,7 @@ class Services:
         return Rollout(
             samples=samples,
             failures=failures,
-            weights_version=self._expected[0],
+            weights_version=self._expected.version,
             duration_s=time.perf_counter() - start_s,
             service_work_s=covered_s(judge.work, start_ns, time.time_ns()),
         )
@@ -274,7 +275,7 @@ class Services:
                 async with contextlib.aclosing(self._stream([tasks[i] for i in asked], sampling)) as stream:
                     async for item in stream:
                         index = asked[item.prompt_index]
-                        if isinstance(item, Completion) and not self._is_current(item):
+                        if isinstance(item, Completion) and not self._expected.has_sampled(item):
                             stale = item
                             break
                         if isinstance(item, FailedCompletion) and item.failure.retryable and missing[index] > 1:
@@ -284,6 +285,11 @@ class Services:
                         judge.put(index, item, asked_ns)
             except DeadlineError:
                 if len(missing) == before:
+                    raise
+            except NotFoundError:
+                # Of the adapter: a replica came back between two calls, without it.
+                await self._publisher.ensure()
+                if self._publisher.updates == updates:
                     raise
             except OverloadedError as error:
                 # It has others to serve, too: come back when it says, for as long as it might take to be ready.
@@ -309,18 +315,20 @@ class Services:
                     raise ServicesError(self._why_stale(stale))
 
     def _why_stale(self, completion: Completion) -> str:
-        found, (version, fingerprint) = completion.served_by, self._expected
+        found, expected = completion.served_by, self._expected
+        above = f"adapter {completion.adapter!r} above " if completion.adapter else ""
         answer = (
-            f"a replica of the policy service answers with weights version {found.weights_version} "
+            f"a replica of the policy service answers with {above}weights version {found.weights_version} "
             f"({found.weights_fingerprint[:12]}...)"
         )
-        if not self._publisher.fingerprint:
+        if self._publisher.sampled_by is None:
             return (
-                f"{answer}, the first one that was asked had version {version} ({fingerprint[:12]}...): the replicas "
-                "serve different weights, or one of them was restarted"
+                f"{answer}, the first one that was asked had version {expected.version} ({expected.weights[:12]}...): "
+                "the replicas serve different weights, or one of them was restarted"
             )
+        published = expected.adapter or f"version {expected.version} ({expected.weights[:12]}...)"
         return (
-            f"{answer} instead of the published version {version} ({fingerprint[:12]}...), and no --policy-admin "
+            f"{answer} instead of the published {published}, and no --policy-admin "
             "address leads to it: name the admin address of every replica"
         )
 
@@ -332,22 +340,22 @@ class Services:
             sampling,
             tokenizer_fingerprint=self.tokenizer_fingerprint,
             prompt_seeds=[task.seed for task in tasks],
+            adapter=self._expected.adapter,
             patience_s=0.0,  # A service that comes back is first given the current weights.
         )
 
     @property
-    def _expected(self) -> tuple[int, str]:
-        """Version and fingerprint of the weights to sample with: those published, or else those found at the start."""
-        if self._publisher.fingerprint:
-            return self._publisher.version, self._publisher.fingerprint
+    def _expected(self) -> SampledBy:
+        """What is to sample: what was published last, or else the weights found at the start."""
         found = self.info.policy.served_by
-        return found.weights_version, found.weights_fingerprint
+        return self._publisher.sampled_by or SampledBy(version=found.weights_version, weights=found.weights_fingerprint)
 
-    def _is_current(self, completion: Completion) -> bool:
-        version, fingerprint = self._expected
-        return all(span_version == version for span_version, _ in completion.version_spans) and (
-            completion.served_by.weights_fingerprint == fingerprint
-        )
+    def version_of(self, completion: Completion) -> int:
+        """Of what sampled it; all its tokens have the same, or it would have been sampled again."""
+        if completion.adapter:
+            return self._expected.version
+        spans = completion.version_spans
+        return spans[0][0] if spans else completion.served_by.weights_version
 
 
 _Item = tuple[int, Completion]
@@ -474,7 +482,7 @@ class _Judge:
                     finished=completion.token_ids[-1] in self._stop_ids,
                     scores=scores if rewards[0].name else {},
                     spread=self._spreads.get(index),
-                    weights_version=version_of(completion),
+                    weights_version=self._services.version_of(completion),
                     where=self._tasks[index].where,
                 )
             )
@@ -496,12 +504,6 @@ def score_item(
     text_ids = response_ids[:-1] if finished else response_ids
     text = tokenizer.decode(text_ids, skip_special_tokens=True)
     return ScoreItem(prompt=task.prompt, response=text, finished=finished)
-
-
-def version_of(completion: Completion) -> int:
-    """Of the weights that sampled it; all its tokens have the same, or it would have been sampled again."""
-    spans = completion.version_spans
-    return spans[0][0] if spans else completion.served_by.weights_version
 
 
 def cut_at_stop(completion: Completion, stop_ids: frozenset[int]) -> Completion:

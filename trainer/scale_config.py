@@ -9,16 +9,17 @@ from pydantic import Field
 from quartet.settings import NonNegativeInt, PositiveFloat, Settings, UnitFloat
 
 # What of these changes nothing in the result.
-FREE = frozenset({"activation_checkpointing"})
+FREE = frozenset({"activation_checkpointing", "dry_run"})
 
 
 class ScaleSettings(Settings):
-    """LoRA, and activations that are computed anew instead of kept."""
+    """LoRA, activations that are computed anew instead of kept, and what all of it takes."""
 
     lora_rank: NonNegativeInt = Field(
         0,
         description="train a LoRA adapter of this rank and leave the model's own weights as they are; wants about ten "
-        "times the learning rate. 0: all weights are trained",
+        "times the learning rate. In PPO the critic has one, too (its head is trained whole), and the policy service "
+        "gets the adapter alone (its --max-adapters, --max-lora-rank). 0: all weights are trained",
     )
     lora_alpha: PositiveFloat = Field(32.0, description="what the adapter adds is scaled by alpha / rank")
     lora_dropout: Annotated[UnitFloat, Field(lt=1)] = Field(
@@ -32,4 +33,9 @@ class ScaleSettings(Settings):
     )
     activation_checkpointing: bool = Field(
         False, description="keep one activation a layer and compute the others anew when the gradient wants them"
+    )
+    dry_run: bool = Field(
+        False,
+        description="load no weights and train nothing: print what the run takes of memory and disk, and what the "
+        "machine has; exit code 1 where it does not fit",
     )

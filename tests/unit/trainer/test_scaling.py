@@ -10,31 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
 
+from tests.saved_bytes import kept_bytes
 from trainer.models import TokenLogprobs, load_policy, load_reward_model, load_tokenizer, score_tokens
 from trainer.optimisation import apply_gradients, autocast, make_adamw
 from trainer.runs import training_mode
 from trainer.scale_config import ScaleSettings
 from trainer.scaling import prepare
-
-
-def kept_bytes(model: nn.Module, forward: Any) -> tuple[Tensor, int]:
-    """What ``forward`` returns, and the bytes that autograd keeps of it for the gradient, weights not counted."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, int] = {}
-    alive: list[Tensor] = []
-
-    def keep(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
-            alive.append(tensor)  # Or its place would be taken by another.
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        result = forward()
-    return result, sum(kept.values())
 
 
 def made(folder: Path, kind: str, settings: ScaleSettings) -> tuple[Any, Any]:
