@@ -291,7 +291,11 @@ def test_reward_models_and_dpo_end_where_one_process_does(stage, models, data, t
         wanted = command(stage, models[0], data, tmp_path / str(count), *flags)
         train(count, tmp_path / f"logs-{count}", *wanted).finish()
     assert furthest(weights(tmp_path / "2"), weights(tmp_path / "1")) < 5e-5
-    for mine, other in zip(told(tmp_path / "2"), told(tmp_path / "1"), strict=True):
+    steps = [told(tmp_path / "2"), told(tmp_path / "1")]
+    if stage != "reward":
+        for first, *_ in steps:  # Policy and reference are one: on which side an answer is is rounding.
+            first.pop("accuracy" if stage == "dpo" else "label_accuracy")
+    for mine, other in zip(*steps, strict=True):
         assert mine == pytest.approx(other, rel=1e-3, abs=1e-4)
     ours, theirs = (json.loads((tmp_path / name / "evaluation.json").read_text()) for name in ("2", "1"))
     assert ours.keys() == theirs.keys()
