@@ -24,6 +24,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
 from quartet.fingerprint import derive_seed
@@ -91,7 +92,7 @@ def processes() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def _join() -> dist.Store:
+def _join() -> Store:
     """
     Raises:
         DistributedError: says what of the environment is wrong.
@@ -118,11 +119,11 @@ def _join() -> dist.Store:
         dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=_TIMEOUT)
     except (RuntimeError, ValueError) as error:
         raise DistributedError(f"the processes can't find each other: {_first_line(error)}") from error
-    found: dist.Store = store
+    found: Store = store
     return found
 
 
-def _told_once(error: BaseException, store: dist.Store) -> BaseException:
+def _told_once(error: BaseException, store: Store) -> BaseException:
     """What this process ends with: the error itself where nobody has told the same one, else a quiet exit."""
     if isinstance(error, FirstFailedError):
         return SystemExit(error.code)
