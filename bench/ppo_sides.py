@@ -318,8 +318,10 @@ def ours(precision: str, folder: Path) -> Iterator[Work]:
                     yield dataclasses.replace(item, **replaced.get(item.prompt_index, {}))
             at["generated"] = time.perf_counter()
 
-        def watched_accumulate(experience: Any, targets: Any, rows: list[int], tokens: float) -> Any:
-            figures, ratio = accumulate(experience, targets, rows, tokens)
+        def watched_accumulate(
+            experience: Any, targets: Any, rows: list[int], tokens: float, weight: float = 1.0
+        ) -> Any:
+            figures, ratio = accumulate(experience, targets, rows, tokens, weight)
             epoch = int(seen[0] // load.prompts)
             seen[0] += len(rows)
             for name in ("policy/loss", "value/loss"):

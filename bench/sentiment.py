@@ -87,7 +87,7 @@ def report() -> None:
     said = {}
     for name in (PPO, PPO_WITHOUT_KL):
         series = read_series(WORK / MODELS[name])
-        said[name] = alarms(series, AlarmSettings())
+        said[name] = alarms(series, AlarmSettings.model_validate({}))
         print(f"\n{name}: what its monitors saw, {series[0][1].n} responses each time")
         print("\n".join(progress(series)))
         print("\n".join(f"  alarm: {text}" for _, text in said[name]) or "  no alarm")

@@ -182,7 +182,7 @@ def main() -> None:
 async def _evaluate_all(settings: PPOSettings) -> None:
     from trainer.data import load_prompts
     from trainer.encoding import Encoder
-    from trainer.evaluate import different_prompts, evaluate, longest_prompt, make_tasks
+    from trainer.evaluate import ask, different_prompts, longest_prompt, make_tasks, summarise
     from trainer.judging import open_judge
     from trainer.models import export_tensors, load_policy, load_tokenizer, longest_sequence
     from trainer.monitoring import PolicyMonitor
@@ -212,7 +212,8 @@ async def _evaluate_all(settings: PPOSettings) -> None:
                     before=EVALUATIONS / "none.json",
                     resumed_step=0,
                 )
-                found = await evaluate(services, tasks, settings, tokenizer, judge=judge, observe=monitor.observe)
+                rollout, judged = await ask(services, tasks, settings, judge=judge)
+                found = summarise(rollout, tokenizer, judged=judged, policy=monitor.observe(rollout.samples))
                 found.write(evaluation_of(name))
                 print(f"{name}: {found.line()}", flush=True)
         finally:

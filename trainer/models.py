@@ -201,7 +201,8 @@ def embeddings_needed(tokenizer: Any) -> int:
     """Rows that the embeddings of a model must have for every token that a text may become."""
     # No text becomes a pad token: for that alone the model keeps the shape that it is served in.
     pad = tokenizer.pad_token_id
-    return 1 + max(token for token in tokenizer.get_vocab().values() if token != pad)
+    largest: int = max(token for token in tokenizer.get_vocab().values() if token != pad)
+    return 1 + largest
 
 
 def initialise_head(head: nn.Linear, *, seed: int) -> None:
