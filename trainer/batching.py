@@ -35,7 +35,8 @@ def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: 
     batches: list[list[int]] = []
     for start in range(0, whole * batch_size, _SORTED_BATCHES * batch_size):
         pool = order[start : min(start + _SORTED_BATCHES * batch_size, whole * batch_size)]
-        pool = np.array(sorted(pool, key=lambda row: (lengths[row], row)))
+        # Rows of one length stay in random order: neighbours in a file are often of one kind.
+        pool = np.array(sorted(pool, key=lambda row: lengths[row]))
         batches += [pool[at : at + batch_size].tolist() for at in range(0, len(pool), batch_size)]
     if rest:
         batches.append(order[whole * batch_size :].tolist())

@@ -176,10 +176,10 @@ def test_a_template_that_depends_on_what_follows_needs_its_own_marks(tokenizer, 
 def test_conversations_that_can_not_be_told_apart_are_refused_by_file_and_line(
     template, turns, message, tokenizer, tmp_path
 ):
-    source = write(tmp_path, {"prompt": "hi", "completion": " no"}, messages_of(*turns))
+    source = write(tmp_path, messages_of(*turns))
     with pytest.raises(DataError) as refused:
         encode(with_template(tokenizer, template), source)
-    assert f"{source}, line 2: {message}" in str(refused.value)
+    assert f"{source}, line 1: {message}" in str(refused.value)
 
 
 def test_turns_that_end_by_another_token_than_responses_are_told(tokenizer, tmp_path, capsys):
@@ -229,8 +229,9 @@ def settings_of(model: Path, data: str, output: Path, **changes: Any) -> SftSett
 @pytest.mark.parametrize("packing", ["on", "off"])
 def test_gradients_are_those_of_the_mean_over_the_tokens_of_all_turns(packing, chat_policy, tmp_path):
     tokenizer = load_tokenizer(chat_policy)
-    source = write(tmp_path, *random_conversations(6, longest=2), {"prompt": "hello", "completion": " thanks"})
-    rows = encode(tokenizer, source)
+    source = write(tmp_path, *random_conversations(6, longest=2))
+    (plain := tmp_path / "plain").mkdir()
+    rows = encode(tokenizer, source) + encode(tokenizer, write(plain, {"prompt": "hello", "completion": " thanks"}))
     assert sum(len(row.turns) > 1 for row in rows) > 1
     assert not rows[-1].turns
     naive = AutoModelForCausalLM.from_pretrained(chat_policy, dtype=torch.float64)

@@ -42,25 +42,27 @@ def write(path: Path, *rows: object) -> str:
 
 
 @pytest.fixture(scope="module")
-def judged(tmp_path_factory: pytest.TempPathFactory) -> str:
-    """Kind answers are good, rude ones bad; a third of the rows are pairs."""
+def judged(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """Kind answers are good, rude ones bad; a third of the rows are pairs, in a file of their own."""
     draw = random.Random(0)
 
     def words(text: str) -> str:
         return " " + " ".join(draw.choices(text.split(), k=draw.randint(2, 6)))
 
     rows: list[dict[str, Any]] = []
+    pairs: list[dict[str, Any]] = []
     for i in range(120):
         prompt = " ".join(draw.choices(WORDS, k=3)) + f" {i}"
         if i % 3 == 0:
-            rows.append({"prompt": prompt, "chosen": words(KIND), "rejected": words(RUDE)})
+            pairs.append({"prompt": prompt, "chosen": words(KIND), "rejected": words(RUDE)})
         else:
             rows.append({"prompt": prompt, "completion": words(KIND if i % 2 else RUDE), "label": bool(i % 2)})
-    return write(tmp_path_factory.mktemp("rows") / "judged.jsonl", *rows)
+    folder = tmp_path_factory.mktemp("rows")
+    return write(folder / "judged.jsonl", *rows), write(folder / "pairs.jsonl", *pairs)
 
 
-def settings_of(model: Path, data: str, output: Path, **changes: Any) -> KtoSettings:
-    values: dict[str, Any] = {"model": str(model), "data": (data,), "output": output, "learning_rate": 3e-3}
+def settings_of(model: Path, data: tuple[str, ...], output: Path, **changes: Any) -> KtoSettings:
+    values: dict[str, Any] = {"model": str(model), "data": data, "output": output, "learning_rate": 3e-3}
     return KtoSettings(**(values | {"batch_size": 16, "held_out_fraction": 0.2, "track": ("none",)} | changes))
 
 
@@ -170,8 +172,10 @@ class Noisy:
         return with_reference(items, iter(self.sums([item.answer for item in items])))
 
 
-def some_rows(folder: Path, judged: str, count: int, kinds: tuple[bool, ...] = (True, False)) -> list[Judged]:
-    loaded = [row for row in load_judged([judged]) if row.desirable in kinds][:count]
+def some_rows(
+    folder: Path, judged: tuple[str, ...], count: int, kinds: tuple[bool, ...] = (True, False)
+) -> list[Judged]:
+    loaded = [row for row in load_judged(judged) if row.desirable in kinds][:count]
     return encode(loaded, Encoder(load_tokenizer(folder), max_tokens=128))
 
 
@@ -285,12 +289,12 @@ def test_a_run_learns_the_judgements_and_goes_on_to_the_same_bits(make_policy, j
 
 
 def test_kinds_that_count_differently_are_told_with_the_weight_that_evens_them(tmp_path, capsys):
-    warn_of_balance(100, 80, settings_of(tmp_path, "d", tmp_path))
-    warn_of_balance(100, 200, settings_of(tmp_path, "d", tmp_path, undesirable_weight=0.5))
+    warn_of_balance(100, 80, settings_of(tmp_path, ("d",), tmp_path))
+    warn_of_balance(100, 200, settings_of(tmp_path, ("d",), tmp_path, undesirable_weight=0.5))
     assert capsys.readouterr().err == ""
-    warn_of_balance(100, 20, settings_of(tmp_path, "d", tmp_path))
+    warn_of_balance(100, 20, settings_of(tmp_path, ("d",), tmp_path))
     assert "--undesirable-weight 5 would even it out" in capsys.readouterr().err
-    warn_of_balance(100, 0, settings_of(tmp_path, "d", tmp_path))
+    warn_of_balance(100, 0, settings_of(tmp_path, ("d",), tmp_path))
     assert "warning: 100 good answers of weight 1 and 0 bad ones of weight 1" in capsys.readouterr().err
 
 
@@ -305,4 +309,4 @@ def test_kinds_that_count_differently_are_told_with_the_weight_that_evens_them(t
 )
 def test_settings_that_do_not_fit_together_are_refused(changes, message, tmp_path):
     with pytest.raises(ValueError, match=message):
-        settings_of(tmp_path, "d", tmp_path, **changes)
+        settings_of(tmp_path, ("d",), tmp_path, **changes)
