@@ -6,7 +6,7 @@
 #   PAIRS=hh.jsonl      what `make bench-trainer` trains on (rows of prompt, chosen, rejected), instead of made-up tokens
 #   TEXTS=hh.jsonl      what `make bench-reward` scores (rows of prompt and chosen), instead of made-up words
 #   TESTS=tests/unit    what `make test` runs, instead of everything
-#   WORKERS=1           processes that run the tests, instead of one a core, four at most
+#   WORKERS=1           processes that run the tests which bear company, instead of one a core, four at most
 
 PYTHON ?= python3
 BIN := .venv/bin
@@ -41,7 +41,12 @@ lint: setup  ## ruff, mypy, import contracts, buf
 	$(BIN)/buf lint protos
 
 pytest: setup lint
-	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile $(TESTS)
+ifeq ($(TESTS),)
+	$(BIN)/python -m pytest --numprocesses $(WORKERS) --maxprocesses 4 --dist loadfile -m "not alone"
+	$(BIN)/python -m pytest -m alone
+else
+	$(BIN)/python -m pytest $(TESTS)
+endif
 
 .PHONY: test-oracles $(ORACLES:%=oracle-%)
 test-oracles: $(ORACLES:%=oracle-%)  ## our losses and estimators against verl's and TRL's, each with a folder of its own

@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-KILLS = int(os.environ.get("QUARTET_KILLS", "4"))
+KILLS = int(os.environ.get("QUARTET_KILLS", "2"))
 # Times, rates, and the version of the served weights, which rises as long as a service lives.
 _NOT_COMPARED = ("time/", "throughput/", "elapsed_s", "tokens_per_s", "eval/tokens_per_s", "weights/version")
 

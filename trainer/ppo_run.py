@@ -119,6 +119,7 @@ class PPORun(Generic[SettingsT]):
         rows, held_out = _read_prompts(settings)
         self.device = choose_device()
         self.tokenizer = load_tokenizer(folder)
+        torch.manual_seed(settings.seed)  # Nothing is drawn from it while dropout is off; checkpoints keep its state.
         self.policy = prepare(load_policy(folder, self.tokenizer), settings, seed=settings.seed)
         self._open_services()
         self._judge: JudgeService | None = None
