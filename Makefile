@@ -13,7 +13,7 @@ TESTS ?=
 ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-reward-noise
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-optimum study-reward-noise
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-18s %s\n", name, $$0 }'
@@ -76,3 +76,6 @@ bench-trainer: setup $(patsubst %,.venv/oracles/%/.ready,trl trl_ppo)  ## steps 
 
 study-reward-noise: setup  ## reward models on people's preferences and on wrong labels; needs QUARTET_DATA; 15 minutes
 	$(BIN)/python -m bench.reward_noise
+
+study-optimum: setup  ## PPO through live services, and DPO, against their optimum in closed form; 5 minutes
+	$(BIN)/python -m bench.optimum
