@@ -13,7 +13,7 @@ TESTS ?=
 ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-overoptimisation study-reward-noise
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-optimum study-overoptimisation study-reward-noise
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-22s %s\n", name, $$0 }'
@@ -79,3 +79,6 @@ study-overoptimisation: setup  ## PPO on proxies of a known reward, at three pri
 
 study-reward-noise: setup  ## reward models on people's preferences and on wrong labels; needs QUARTET_DATA; 15 minutes
 	$(BIN)/python -m bench.reward_noise
+
+study-optimum: setup  ## PPO through live services, and DPO, against their optimum in closed form; 5 minutes
+	$(BIN)/python -m bench.optimum
