@@ -15,7 +15,7 @@ WORKERS ?= auto
 ORACLES := $(patsubst tests/oracles/%/requirements.txt,%,$(wildcard tests/oracles/*/requirements.txt))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-overoptimisation study-reward-noise study-sentiment
+.PHONY: help setup demo test lint pytest proto bench bench-generate bench-overload bench-reference bench-reward bench-trainer study-optimum study-overoptimisation study-reward-noise study-sentiment
 
 help:  ## list these targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1 /p' $(firstword $(MAKEFILE_LIST)) | awk '{ name = $$1; $$1 = ""; printf "make %-22s %s\n", name, $$0 }'
@@ -89,3 +89,6 @@ study-reward-noise: setup  ## reward models on people's preferences and on wrong
 
 study-sentiment: setup  ## SFT, DPO, PPO and PPO with KL off on film reviews; needs QUARTET_DATA; 20 minutes
 	$(BIN)/python -m bench.sentiment
+
+study-optimum: setup  ## PPO through live services, and DPO, against their optimum in closed form; 5 minutes
+	$(BIN)/python -m bench.optimum

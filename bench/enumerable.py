@@ -120,23 +120,20 @@ class Task:
                 found.append(logp_YT.masked_fill(~mask_YT, 0.0).sum(1).numpy())
         return np.stack(found)
 
-    def preferences(self, ref_PY: Array, count: int, *, seed: int) -> list[dict[str, str]]:
-        """``count`` rows: two different responses drawn from ``ref_PY``, and which is better by Bradley-Terry."""
-        random = np.random.default_rng(seed)
-        rows: list[dict[str, str]] = []
-        prompts = random.integers(self.prompts, size=count)
-        for place, prompt in enumerate(self.prompt_ids):
-            chance_Y = np.exp(ref_PY[place]) / np.exp(ref_PY[place]).sum()
-            wanted = int((prompts == place).sum())
-            pairs = np.empty((0, 2), dtype=np.int64)
-            while len(pairs) < wanted:
-                drawn = random.choice(len(self.responses), size=(wanted, 2), p=chance_Y)
-                pairs = np.concatenate([pairs, drawn[drawn[:, 0] != drawn[:, 1]]])[:wanted]
-            rewards = self.rewards_PY[place][pairs]
-            first_wins = random.random(wanted) < 1 / (1 + np.exp(rewards[:, 1] - rewards[:, 0]))
-            for pair, first in zip(pairs, first_wins, strict=True):
-                chosen, rejected = (self.text(self.responses[y]) or SILENCE for y in (pair if first else pair[::-1]))
-                rows.append({"prompt": self.text(prompt), "chosen": chosen, "rejected": rejected})
+    def preferences(self, votes: int) -> list[dict[str, str]]:
+        """Rows of any two responses to a prompt, compared ``votes`` times; counts are Bradley-Terry's, rounded.
+
+        DPO's optimum depends neither on which responses are compared nor how often. Drawn at random, it would take
+        hundreds of thousands to know rare responses well enough that the optimum is not another one.
+        """
+        texts = [self.text(response) or SILENCE for response in self.responses]
+        rows = []
+        for prompt_ids, reward_Y in zip(self.prompt_ids, self.rewards_PY, strict=True):
+            prompt = self.text(prompt_ids)
+            for (one, r), (other, s) in itertools.combinations(zip(texts, reward_Y, strict=True), 2):
+                wins = round(votes / (1 + np.exp(s - r)))
+                rows += [{"prompt": prompt, "chosen": one, "rejected": other}] * wins
+                rows += [{"prompt": prompt, "chosen": other, "rejected": one}] * (votes - wins)
         return rows
 
     def write(self, folder: Path, *, width: int, layers: int) -> None:
