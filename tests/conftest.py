@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +30,27 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 # How long an example takes is the machine's matter, and no fact about the code.
 hypothesis.settings.register_profile("quartet", deadline=None)
 hypothesis.settings.load_profile("quartet")
+
+# Tests of training and of runs take the time that they need, whoever is beside them; those of services, clients and
+# programs look at what happens when, or how much of it in which time.
+_BEAR_COMPANY = (
+    "unit/trainer/test_*.py",
+    "unit/bench/test_*.py",
+    "integration/test_dpo.py",
+    "integration/test_killed.py",
+    "integration/test_online_dpo.py",
+    "integration/test_optimum.py",
+    "integration/test_ppo.py",
+    "integration/test_ppo_killed.py",
+    "integration/test_ppo_lora.py",
+)
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    for item in items:
+        if not any(item.path.match(f"tests/{pattern}") for pattern in _BEAR_COMPANY):
+            item.add_marker(pytest.mark.alone)
+
 
 WORDS = (
     "hello thanks please sorry help order refund broken phone screen router delay the a is my your we can not do it "

@@ -341,7 +341,8 @@ def trained(make_policy, tmp_path_factory) -> Path:
     from trainer.reward_model import main
 
     draw, run = random.Random(0), tmp_path_factory.mktemp("trained")
-    rows = []
+    # A file has rows of one shape: every other prompt is chat messages, in a file of their own.
+    rows: tuple[list[object], list[object]] = ([], [])
     for i in range(60):
         text = f"{' '.join(draw.choices('order refund phone router'.split(), k=3))} {i}"
         good, bad = (
@@ -349,11 +350,13 @@ def trained(make_policy, tmp_path_factory) -> Path:
             for words in ("thanks please sorry", "awful bad no")
         )
         prompt: object = [{"role": "user", "content": text}] if i % 2 else text
-        rows.append({"prompt": prompt, "chosen": good, "rejected": bad})
-    (run / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        rows[i % 2].append({"prompt": prompt, "chosen": good, "rejected": bad})
+    data = tuple(str(run / f"rows-{i}.jsonl") for i in range(2))
+    for path, part in zip(data, rows, strict=True):
+        Path(path).write_text("".join(json.dumps(row) + "\n" for row in part))
     settings = {"batch_size": 16, "learning_rate": 1e-3, "max_tokens": 40, "truncation": "right", "baselines": False}
     folder = str(make_policy(seed=6, scale=0.5))
-    main(TrainingSettings(model=folder, data=(str(run / "rows.jsonl"),), output=run / "run", **settings))  # type: ignore[arg-type]
+    main(TrainingSettings(model=folder, data=data, output=run / "run", **settings))  # type: ignore[arg-type]
     return run / "run" / "model"
 
 
