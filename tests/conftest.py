@@ -40,9 +40,7 @@ _BEAR_COMPANY = (
     "integration/test_killed.py",
     "integration/test_online_dpo.py",
     "integration/test_optimum.py",
-    "integration/test_ppo.py",
     "integration/test_ppo_killed.py",
-    "integration/test_ppo_lora.py",
 )
 
 

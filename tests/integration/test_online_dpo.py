@@ -40,7 +40,7 @@ def prompts(tmp_path_factory):
 
 def command(model: Path, prompts: Path, output: Path, services: list[str], *flags: str) -> list[str]:
     small = ["--steps", "8", "--prompts-per-step", "16", "--samples-per-prompt", "4", "--max-new-tokens", "12"]
-    how = ["--learning-rate", "2e-3", "--epochs", "2", "--missing-eos", "none", "--save-every", "1"]
+    how = ["--learning-rate", "1e-2", "--epochs", "2", "--missing-eos", "none", "--save-every", "1"]
     watched = ["--max-eval-prompts", "16", "--held-out-fraction", "0.3", "--eval-samples", "4", "--track", "none"]
     start = [*TRAIN, "online-dpo", "--model", str(model), "--prompts", str(prompts), "--output", str(output)]
     return [*start, *services, *small, *how, *watched, *flags]
