@@ -281,8 +281,8 @@ def test_ctrl_c_saves_and_says_how_to_go_on(start_three, folders, prompts, tmp_p
     services = addresses(*start_three())
     command = ppo(model, prompts, tmp_path / "run", services, "--steps", "200", "--save-every", "0")
     trainer = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").exists(), trainer)
-    time.sleep(1.0)
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    wait_for(lambda: metrics.exists() and metrics.stat().st_size > 0, trainer)  # A step is done.
     trainer.send_signal(signal.SIGINT)
     _, stderr = trainer.communicate(timeout=60)
     assert trainer.returncode == 130

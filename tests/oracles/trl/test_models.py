@@ -122,7 +122,7 @@ def test_kto_of_a_model_and_all_its_gradients_agree(make_policy: Callable[..., P
     """From token ids on, the reference point included, which is that of the whole batch however ours is cut."""
     folder = make_policy(seed=3)
     tokenizer = load_tokenizer(folder)
-    policy, reference = (load_policy(make_policy(seed=s), tokenizer, dtype=torch.float64) for s in (3, 4))
+    policy, reference = (load_policy(make_policy(seed=s), tokenizer, dtype=torch.float64) for s in (4, 3))
     pairs = random_pairs(2)
     rows = [Judged(answer=pair.chosen, desirable=True) for pair in pairs[:4]]
     rows += [Judged(answer=pair.rejected, desirable=False) for pair in pairs[2:]]
