@@ -32,7 +32,7 @@ PPO = {
 STEPS = {0.5: 40, 1.0: 40, 2.0: 80}
 DPO = {"batch_size": 256, "learning_rate": 1e-3}
 VOTES = 60
-DPO_EPOCHS = {0.5: 6, 1.0: 3, 2.0: 2}
+DPO_EPOCHS = {0.5: 6, 1.0: 5, 2.0: 4}
 
 pytestmark = pytest.mark.timeout(1200)  # Hundreds of steps against three services.
 
