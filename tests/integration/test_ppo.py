@@ -491,7 +491,11 @@ def test_two_processes_end_where_one_does_and_killed_at_the_same_bits(start_thre
     of_services = ("time/", "throughput/", "elapsed", "weights/version")
     figures = {
         name: [
-            {key: value for key, value in record.items() if not key.startswith(of_services) and "tokens_per_s" not in key}
+            {
+                key: value
+                for key, value in record.items()
+                if not key.startswith(of_services) and "tokens_per_s" not in key
+            }
             for record in read_metrics(tmp_path / name)
         ]
         for name in ("one", "two", "broken")
@@ -509,5 +513,8 @@ def test_two_processes_end_where_one_does_and_killed_at_the_same_bits(start_thre
         assert time.monotonic() < end_s + 240, away.said
         time.sleep(0.05)
     services[1].stop()
-    assert away.wait(90) == [2, 2]
+    # The first says what happened; the other may find it gone before it is told.
+    codes = away.wait(90)
+    assert codes[0] == 2
+    assert 0 not in codes
     assert away.said.count("quartet-train ppo: stopped after step") == 1
