@@ -11,10 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from quartet import tracing
-from quartet.client import QuartetError
-from quartet.model_folder import ModelFolderError
 from quartet.settings import Settings
-from trainer.errors import DistributedError, TrainerError
+from trainer.errors import TOLD, DistributedError, exit_code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,13 +118,13 @@ def main(argv: list[str] | None = None) -> None:
             planned = getattr(settings, "dry_run", False)
             run: Callable[[Any], None] = _load("trainer.dry_run:main" if planned else command.main)
             run(settings)
-    except (TrainerError, ModelFolderError, QuartetError, tracing.TracingError) as error:
+    except TOLD as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"quartet-train {name}: {line}\n")
-        sys.exit(getattr(error, "exit_code", 2))
-    except KeyboardInterrupt:
+        sys.exit(exit_code(error))
+    except KeyboardInterrupt as error:
         sys.stderr.write(f"quartet-train {name}: interrupted\n")
-        sys.exit(130)
+        sys.exit(exit_code(error))
     finally:
         tracing.stop()
 

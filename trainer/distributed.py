@@ -29,7 +29,7 @@ from torch.distributed.rendezvous import rendezvous
 
 from quartet.fingerprint import derive_seed
 from trainer.batching import micro_batches
-from trainer.errors import DistributedError
+from trainer.errors import DistributedError, exit_code
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -139,12 +139,8 @@ def _told_once(error: BaseException, store: Store) -> BaseException:
     key = "told:" + hashlib.sha256(f"{type(error).__name__}: {error}".encode()).hexdigest()
     with contextlib.suppress(RuntimeError):  # A store that is gone with its process.
         if store.add(key, 1) > 1:
-            return SystemExit(_exit_code(error))
+            return SystemExit(exit_code(error))
     return error
-
-
-def _exit_code(error: BaseException) -> int:
-    return 130 if isinstance(error, KeyboardInterrupt) else getattr(error, "exit_code", 1)
 
 
 def _first_line(error: BaseException) -> str:
@@ -185,7 +181,7 @@ def led(function: Callable[P, T]) -> Callable[P, T]:
                 said = [function(*args, **kwargs)]
             except BaseException as error:
                 dist.broadcast_object_list(
-                    [_Failure(_exit_code(error), tuple(kind.__name__ for kind in type(error).__mro__))], src=0
+                    [_Failure(exit_code(error), tuple(kind.__name__ for kind in type(error).__mro__))], src=0
                 )
                 raise
         dist.broadcast_object_list(said, src=0)

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from typing import ClassVar
 
+from quartet.client import QuartetError
+from quartet.model_folder import ModelFolderError
+from quartet.tracing import TracingError
+
 
 class TrainerError(Exception):
     """Base of everything the trainer raises on purpose. Its message is written for the person who started the run."""
@@ -57,3 +61,16 @@ class StoppedError(TrainerError):
     """The run was asked to stop, has saved itself and can be resumed. 130 is the shell's code for Ctrl-C."""
 
     exit_code: ClassVar[int] = 130
+
+
+TOLD = (TrainerError, ModelFolderError, QuartetError, TracingError)
+"""What a command tells in one clear line."""
+
+
+def exit_code(error: BaseException) -> int:
+    """What a command that meets ``error`` exits with; 1, as Python does, where nobody meant it to happen."""
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    if isinstance(error, TrainerError):
+        return error.exit_code
+    return 2 if isinstance(error, TOLD) else 1

@@ -402,6 +402,16 @@ def test_what_is_wrong_is_told_once(flags, message, models, data, tmp_path):
     assert re.search(message, lines[0]), lines[0]
 
 
+def test_a_service_that_is_away_ends_both_alike_and_is_told_once(models, data, tmp_path):
+    """The first alone asks it; what it met is no error of the trainer's own."""
+    away = f"127.0.0.1:{free_port()}"
+    flags = ("--reference", away, "--ready-timeout-s", "1")
+    group = train(2, tmp_path / "logs", *command("dpo", models[0], data, tmp_path / "run", *flags))
+    assert group.wait(60) == [2, 2]
+    assert group.said.count("quartet-train dpo: ") == 1
+    assert away in group.said
+
+
 def test_torchrun_starts_them_and_a_command_for_one_process_says_so(models, data, tmp_path):
     """What the README has a user type."""
     launch = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
