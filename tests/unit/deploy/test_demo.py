@@ -176,6 +176,5 @@ def test_data_of_which_a_row_has_no_prompt_is_refused_before_anything_is_trained
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(subprocess.CalledProcessError):
         run_stages(tmp_path / "demo", str(file), None, "24")
-    assert f"{file}, line 2: " in (said := capfd.readouterr().err)
-    assert "'prompt'" in said
+    assert f"{file}, line 2: this row has 'chosen', line 1 has 'prompt' and 'chosen': " in capfd.readouterr().err
     assert not (tmp_path / "demo" / "init").exists()

@@ -364,6 +364,8 @@ def test_data_are_checked_as_every_stage_would_read_them(tmp_path):
     command = [sys.executable, "-m", "trainer", "check", "--data", "d.jsonl"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
     assert done.stdout.splitlines() == [f"d.jsonl: 3 {kind}" for kind in ("demonstrations", "preferences", "prompts")]
+    done = subprocess.run([*command, "--kinds", "demonstrations"], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == "d.jsonl: 3 demonstrations\n"
     with (tmp_path / "d.jsonl").open("a") as file:
         file.write('{"prompt": "a", "completion": "b"}\n')
     done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
