@@ -9,6 +9,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from torch import nn
 
 from trainer.checkpoint import StopRequest
 from trainer.evaluate import EvaluatedSample, Evaluation
@@ -188,7 +189,7 @@ def test_a_new_best_is_exported_and_saved_before_the_former_one_is_removed(tmp_p
     run = object.__new__(PPORun)
     run.__dict__ |= {
         "settings": settings(output=str(tmp_path), eval_every=1, save_every=0, steps=9),
-        "stop_rule": StopRule(), "step": 0, "episodes": 0, "policy": None, "tokenizer": None,
+        "stop_rule": StopRule(), "step": 0, "episodes": 0, "policy": nn.Module(), "tokenizer": None,
         "_saved_step": 0, "_checkpoint": None, "_started_s": 0.0, "_judges": {}, "_data": "",
         "_ahead": SimpleNamespace(waiting=[]), "_monitor": SimpleNamespace(watch=watch), "_origin": "origin",
         "evaluate": lambda: evaluation(next(scores) + NOISE),
