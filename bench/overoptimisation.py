@@ -34,7 +34,8 @@ from torch import Tensor, nn
 from bench.outcome import OUTPUT, Verdict, conclude
 from bench.small_world import Protocol, World, exact_kl, make_world, response_logprobs
 from services.reward.combining import Reduction, reduce_members
-from trainer.models import Critic, TokenLogprobs
+from trainer.critic import Critic
+from trainer.models import TokenLogprobs
 from trainer.ppo import Learner
 from trainer.ppo_config import PPOSettings
 from trainer.rollout import Rollout, Sample

@@ -184,10 +184,11 @@ async def _evaluate_all(settings: PPOSettings) -> None:
     from trainer.encoding import Encoder
     from trainer.evaluate import ask, different_prompts, longest_prompt, make_tasks, summarise
     from trainer.judging import open_judge
-    from trainer.models import export_tensors, load_policy, load_tokenizer, longest_sequence
+    from trainer.models import load_policy, load_tokenizer, longest_sequence
     from trainer.monitoring import PolicyMonitor
     from trainer.publishing import Weights
     from trainer.rollout import Services
+    from trainer.saving import export_tensors
 
     tokenizer = load_tokenizer(Path(settings.model))
     EVALUATIONS.mkdir(parents=True, exist_ok=True)

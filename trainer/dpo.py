@@ -26,7 +26,7 @@ from trainer.distributed import led, own_parts, total
 from trainer.divergence import finite
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
-from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.models import load_policy, load_tokenizer
 from trainer.optimisation import Precision, choose_device
 from trainer.packing import group_micro_batches
 from trainer.references import LedReference, ModelReference, Reference, ServiceReference, Sums, known_sums
@@ -43,6 +43,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.saving import save_model
 from trainer.scaling import prepare
 from trainer.sharding import shard
 from trainer.statistics import Interval, wilson_interval

@@ -22,12 +22,13 @@ from quartet.model_folder import ModelFolderError, find_model
 from trainer.activations import Batch, HeadMemory, Kept, kept_of_body, of_scores, of_vocabulary, without_content
 from trainer.comparisons import load_comparisons
 from trainer.config import DpoSettings, KtoSettings, RewardSettings, SftSettings
+from trainer.critic import Critic
 from trainer.data import load_demonstrations, load_judged, load_preferences, load_prompts
 from trainer.encoding import Encoder
 from trainer.errors import DataError, ModelError
 from trainer.fast_linear import use_fast_linear
 from trainer.memory_plan import Plan, Term, Weights, machine, safetensors_bytes, shown
-from trainer.models import Critic, embeddings_needed, head_weights, load_tokenizer, longest_sequence, set_dropout
+from trainer.models import embeddings_needed, head_weights, load_tokenizer, longest_sequence, set_dropout
 from trainer.online_dpo_config import OnlineDpoSettings
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings, RunSettings

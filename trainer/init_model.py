@@ -16,8 +16,8 @@ from trainer.config import InitSettings
 from trainer.errors import DataError, OutputError
 from trainer.files import require_folder
 from trainer.lineage import origin
-from trainer.models import save_model
 from trainer.rows import read_rows, row_texts
+from trainer.saving import save_model
 
 PAD_TOKEN = "<|pad|>"
 END_TOKEN = "<|end|>"

@@ -34,7 +34,7 @@ from trainer.divergence import finite
 from trainer.dpo import open_reference
 from trainer.dpo_losses import kto_loss
 from trainer.encoding import EncodedResponse, Encoder
-from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.models import load_policy, load_tokenizer
 from trainer.optimisation import choose_device
 from trainer.references import Reference, known_sums
 from trainer.runs import (
@@ -52,6 +52,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.saving import save_model
 from trainer.scaling import prepare
 from trainer.sharding import shard
 from trainer.statistics import wilson_interval

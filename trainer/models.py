@@ -1,4 +1,4 @@
-"""The trainer's models: loading, forward passes, saving as plain Hugging Face folders.
+"""The trainer's models: loading and forward passes.
 
 Shapes: B sequences, S tokens of prompt and response, D hidden size, V vocabulary.
 """
@@ -7,24 +7,18 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Any
 
 import torch
 import transformers
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers.core_model_loading import revert_weight_conversion
-from transformers.modeling_utils import remove_tied_weights_from_state_dict
 
-from quartet.model_folder import find_model, read_metadata, write_metadata
-from trainer.distributed import led
+from quartet.model_folder import find_model, read_metadata
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
-from trainer.files import replace_folder, written
-from trainer.lineage import Origin, write_lineage
-from trainer.lora import adapter_of, plain_state_dict
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 from trainer.packing import is_packed, packed_outputs
 from trainer.sharding import as_forward, is_sharded
@@ -39,11 +33,6 @@ _CPU_PART = 4096
 _HEAD_TOLERANCE = 1e-3
 # Where a policy keeps what was found.
 _PLAIN_HEAD = "_quartet_plain_head"
-
-# Beside the model, where an adapter was trained.
-ADAPTER_FOLDER = "adapter"
-
-HeadInit = Literal["zero", "normal", "reward"]
 
 
 # Loading -----------------------------------------------------------------------------------------------------------
@@ -152,7 +141,7 @@ def _from_pretrained(auto: Any, folder: Path, **arguments: Any) -> tuple[Any, li
     """The model and the names of the weights that its checkpoint lacks."""
     try:
         # A head that is missing or left over is expected here, and checked by the callers.
-        with _quiet_transformers():
+        with quiet_transformers():
             # No code that comes with the model, and no pickles, which are code too.
             model, loading = auto.from_pretrained(
                 folder, output_loading_info=True, use_safetensors=True, trust_remote_code=False, **arguments
@@ -163,7 +152,7 @@ def _from_pretrained(auto: Any, folder: Path, **arguments: Any) -> tuple[Any, li
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Without warnings and progress bars, which would stand between the lines of ours."""
     verbosity, had_bars = transformers.logging.get_verbosity(), transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
@@ -183,7 +172,7 @@ def _fit(model: Any, tokenizer: Any) -> None:
     if needed > model.get_input_embeddings().weight.shape[0]:
         # The mean of the others, so that the new token is not suddenly the likeliest.
         # Drawn from one seed, so that it is the same model whenever it is loaded.
-        with _quiet_transformers(), torch.random.fork_rng(devices=[]):
+        with quiet_transformers(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             model.resize_token_embeddings(needed, mean_resizing=True)
     embeddings = model.get_input_embeddings()
@@ -303,10 +292,10 @@ def score_heads(model: Any, ids_BS: Tensor, mask_BS: Tensor) -> Tensor:
     places_S = torch.arange(mask_BS.shape[1], device=mask_BS.device)
     last_B = (mask_BS * places_S).argmax(dim=1)
     is_last_BS = places_S[None, :] == last_B[:, None]
-    return as_forward(model, lambda: _linear_float32(hidden_at(model, ids_BS, mask_BS, is_last_BS), model.score))
+    return as_forward(model, lambda: linear_float32(hidden_at(model, ids_BS, mask_BS, is_last_BS), model.score))
 
 
-def _linear_float32(hidden: Tensor, head: nn.Linear) -> Tensor:
+def linear_float32(hidden: Tensor, head: nn.Linear) -> Tensor:
     # Autocast would make the product bfloat16 again, and scores that differ by less than 1 % equal.
     with torch.autocast(hidden.device.type, enabled=False):
         bias = None if head.bias is None else head.bias.float()
@@ -426,177 +415,3 @@ def _has_plain_head(policy: Any) -> bool:
     policy.train(was_training)
     scale = max(1.0, float(expected_MV.abs().max()))
     return bool((logits_MV - expected_MV).abs().max() <= _HEAD_TOLERANCE * scale)
-
-
-class Critic(nn.Module):
-    """Values of every position: a decoder body and a float32 head."""
-
-    def __init__(self, body: Any, head: nn.Linear) -> None:
-        super().__init__()
-        self.body = body
-        self.head = head
-
-    @classmethod
-    def from_reward_model(
-        cls,
-        model: str | Path,
-        tokenizer: Any,
-        *,
-        head: HeadInit = "zero",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """A critic that starts from a reward model's body.
-
-        Args:
-            model: folder or hub id.
-            tokenizer: of ``load_tokenizer``.
-            head: "zero" (values start at 0), "normal" (N(0, 1 / (D + 1))) or "reward" (the reward model's own).
-            seed: of the head's weights.
-            dtype: of the body.
-
-        Raises:
-            ModelFolderError, ModelError: as ``load_reward_model``.
-        """
-        reward_model = load_reward_model(model, tokenizer, dtype=dtype)
-        score = _combined_head(reward_model.score, head_weights(find_model(str(model))))
-        return cls(reward_model.base_model, _value_head(reward_model, head, seed, score)).train()
-
-    @classmethod
-    def from_policy(
-        cls,
-        model: str | Path,
-        tokenizer: Any,
-        *,
-        head: HeadInit = "zero",
-        seed: int = 0,
-        dtype: torch.dtype = torch.float32,
-    ) -> Self:
-        """A critic that starts from a policy's body; arguments as ``from_reward_model``, without head "reward".
-
-        Raises:
-            ModelFolderError, ModelError: as ``load_policy``; or head "reward" is asked for.
-        """
-        policy = load_policy(model, tokenizer, dtype=dtype)
-        return cls(policy.base_model, _value_head(policy, head, seed, None)).train()
-
-    def forward(self, ids_BS: Tensor, mask_BS: Tensor, wanted_BS: Tensor | None = None) -> Tensor:
-        """(B, S) float32 value after each token of what is still to come; 0 where it was not asked for.
-
-        Args:
-            ids_BS: (B, S) token ids.
-            mask_BS: (B, S) True on real tokens, on either side padded.
-            wanted_BS: (B, S) True on real tokens after which it is asked for; None: after all of them.
-        """
-        wanted_BS = mask_BS if wanted_BS is None else wanted_BS
-        values_M = _linear_float32(hidden_at(self.body, ids_BS, mask_BS, wanted_BS), self.head)[:, 0]
-        return values_M.new_zeros(ids_BS.shape).masked_scatter(wanted_BS, values_M)
-
-
-def _combined_head(heads: nn.Linear, weights: Mapping[str, float]) -> nn.Linear:
-    """One head that gives the score, the weighted sum of what several give."""
-    if not weights:
-        return heads
-    weights_H = heads.weight.new_tensor(list(weights.values()))
-    combined = nn.Linear(heads.in_features, 1)
-    with torch.no_grad():
-        combined.weight.copy_(weights_H @ heads.weight)
-        combined.bias.zero_() if heads.bias is None else combined.bias.copy_(weights_H @ heads.bias)
-    return combined
-
-
-def _value_head(model: Any, init: HeadInit, seed: int, reward_head: nn.Linear | None) -> nn.Linear:
-    head = nn.Linear(model.config.get_text_config().hidden_size, 1)
-    if init == "reward":
-        if reward_head is None:
-            raise ModelError(
-                "a critic that starts from the policy has no reward head to start from: use zero or normal"
-            )
-        with torch.no_grad():
-            head.weight.copy_(reward_head.weight)
-            head.bias.zero_() if reward_head.bias is None else head.bias.copy_(reward_head.bias)
-    else:
-        initialise_head(head, seed=seed)
-        if init == "zero":
-            nn.init.zeros_(head.weight)
-    return head
-
-
-# Saving ------------------------------------------------------------------------------------------------------------
-
-
-def export_tensors(model: Any) -> list[tuple[str, Tensor]]:
-    """Names and tensors exactly as ``save_pretrained`` would write them: tied copies left out, names of checkpoints.
-
-    The tensors share memory with the model wherever the checkpoint stores what the model holds. An adapter is merged
-    into them.
-    """
-    state = plain_state_dict(model)
-    if not state:  # Of a model split among processes the first has them all.
-        return []
-    for name in model._keys_to_ignore_on_save or ():
-        state.pop(name, None)
-    state = remove_tied_weights_from_state_dict(state, model)
-    state = revert_weight_conversion(model, state)
-    return [(name, tensor.detach()) for name, tensor in state.items()]
-
-
-def save_model(
-    model: Any,
-    tokenizer: Any,
-    folder: Path,
-    *,
-    metadata: Mapping[str, Any] | None = None,
-    origin: Origin | None = None,
-    step: int = 0,
-) -> None:
-    """Writes model, tokenizer and quartet.json as a plain Hugging Face folder, which appears whole or not at all.
-
-    An existing folder is replaced. quartet.json keeps what it held of the model that was loaded, under ``metadata``;
-    lineage.json says where the model comes from: its ``origin``, and the ``step`` of its training. Of a model with an
-    adapter the folder holds both merged, and ADAPTER_FOLDER beside it the adapter as peft saves it.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    state = plain_state_dict(model)  # Of a split model all processes bring it together, and the first writes it.
-    _write_model(model, state, tokenizer, folder, metadata, origin, step)
-
-
-@led
-def _write_model(
-    model: Any,
-    state: dict[str, Tensor],
-    tokenizer: Any,
-    folder: Path,
-    metadata: Mapping[str, Any] | None,
-    origin: Origin | None,
-    step: int,
-) -> None:
-    with written(folder), replace_folder(folder) as partial, _quiet_transformers():
-        model.save_pretrained(partial, state_dict=state)
-        tokenizer.save_pretrained(partial)
-        if metadata:
-            write_metadata(partial, **metadata)
-        if origin is not None:
-            write_lineage(partial, origin, step)
-    if adapter_of(model) is not None:
-        # Several models in one folder have one each.
-        beside = folder.with_name(ADAPTER_FOLDER if folder.name == "model" else f"{folder.name}-{ADAPTER_FOLDER}")
-        save_adapter(model, tokenizer, beside, origin=origin, step=step)
-
-
-def save_adapter(model: Any, tokenizer: Any, folder: Path, *, origin: Origin | None = None, step: int = 0) -> None:
-    """Writes the adapter of ``model`` alone as peft saves it, whole or not at all; arguments as ``save_model``.
-
-    Raises:
-        OutputError: it can't be written.
-    """
-    adapter = adapter_of(model)
-    if adapter is None:
-        raise ValueError("the model has no adapter")
-    with written(folder), replace_folder(folder) as partial:
-        adapter.save(partial)
-        tokenizer.save_pretrained(partial)
-        if origin is not None:
-            write_lineage(partial, origin, step)

@@ -33,7 +33,7 @@ from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
 from trainer.loop_thread import LoopThread
 from trainer.lora import adapter_of
 from trainer.losses import policy_loss, value_loss
-from trainer.models import TokenLogprobs, export_tensors, padding_id
+from trainer.models import TokenLogprobs, padding_id
 from trainer.optimisation import apply_gradients, autocast, linear_schedule, make_adamw, set_learning_rate
 from trainer.packing import pack
 from trainer.ppo_config import PPOSettings
@@ -41,6 +41,7 @@ from trainer.ppo_run import PPORun, Trained
 from trainer.publishing import Weights
 from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout
+from trainer.saving import export_tensors
 from trainer.shaping import Evaluated, Shaping, Targets
 from trainer.sharding import shard
 from trainer.tracking import run_tracker

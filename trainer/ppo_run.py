@@ -27,6 +27,7 @@ from trainer.adapter_weights import AdapterWeights
 from trainer.ahead import RolloutsAhead, pack, unpack
 from trainer.batching import RowStream
 from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.critic import Critic
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.distributed import is_first, led
 from trainer.encoding import Encoder
@@ -37,15 +38,7 @@ from trainer.judging import JudgeService, open_judge
 from trainer.lineage import Origin, origin
 from trainer.loop_thread import LoopThread
 from trainer.lora import Adapter, adapter_of
-from trainer.models import (
-    ADAPTER_FOLDER,
-    Critic,
-    load_policy,
-    load_tokenizer,
-    longest_sequence,
-    save_adapter,
-    save_model,
-)
+from trainer.models import load_policy, load_tokenizer, longest_sequence
 from trainer.monitoring import PolicyMonitor
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings, RunSettings
@@ -53,6 +46,7 @@ from trainer.publishing import Published
 from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
 from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, require_same_data, write_json
+from trainer.saving import ADAPTER_FOLDER, save_adapter, save_model
 from trainer.scaling import prepare
 from trainer.stop_rule import StopRule
 

@@ -48,7 +48,7 @@ class Weights:
         """A snapshot: later changes of the tensors don't reach it.
 
         Args:
-            tensors: by checkpoint name, as ``trainer.models.export_tensors`` gives them.
+            tensors: by checkpoint name, as ``trainer.saving.export_tensors`` gives them.
         """
         wire, digests = [], []
         for name, tensor in tensors:

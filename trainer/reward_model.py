@@ -24,7 +24,7 @@ from trainer.errors import CheckpointError, DataError, ModelError
 from trainer.golden import golden_items
 from trainer.label_noise import NOISE_FILE, treat, write_disagreements
 from trainer.lora import plain_state_dict
-from trainer.models import head_weights, load_reward_model, load_tokenizer, save_model
+from trainer.models import head_weights, load_reward_model, load_tokenizer
 from trainer.optimisation import choose_device
 from trainer.reward_ensemble import (
     MemberScores,
@@ -50,6 +50,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.saving import save_model
 from trainer.scaling import prepare
 from trainer.sharding import is_sharded, shard
 from trainer.statistics import Interval

@@ -15,7 +15,7 @@ from trainer.distributed import led, total
 from trainer.divergence import finite
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
-from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.models import load_policy, load_tokenizer
 from trainer.optimisation import choose_device
 from trainer.runs import (
     EVALUATION_FILE,
@@ -30,6 +30,7 @@ from trainer.runs import (
     train_and_held_out,
     write_json,
 )
+from trainer.saving import save_model
 from trainer.scaling import prepare
 from trainer.sharding import shard
 

@@ -164,7 +164,7 @@ from transformers import LlamaForCausalLM
 from tests.conftest import llama_config, train_tokenizer
 from trainer.checkpoint import save_checkpoint
 from trainer.errors import TrainerError
-from trainer.models import save_model
+from trainer.saving import save_model
 from trainer.runs import write_json
 from trainer.tracking import RunTracker
 

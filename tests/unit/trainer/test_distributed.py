@@ -32,10 +32,11 @@ from tests.processes import Group, train
 from trainer import distributed
 from trainer.comparisons import load_comparisons
 from trainer.config import DpoSettings, RewardSettings, SftSettings
+from trainer.critic import Critic
 from trainer.data import load_demonstrations, load_preferences
 from trainer.dpo import DpoTrainer, with_reference
 from trainer.encoding import Encoder
-from trainer.models import Critic, load_policy, load_reward_model, load_tokenizer
+from trainer.models import load_policy, load_reward_model, load_tokenizer
 from trainer.ppo import Learner
 from trainer.ppo_config import PPOSettings
 from trainer.reward_trainer import RewardTrainer

@@ -21,7 +21,8 @@ from tests.conftest import WORDS
 from trainer.__main__ import main
 from trainer.errors import ModelError
 from trainer.lineage import LINEAGE_FILE, Origin, code_version, origin, read_chain, write_lineage
-from trainer.models import load_policy, load_tokenizer, save_model
+from trainer.models import load_policy, load_tokenizer
+from trainer.saving import save_model
 
 ROOT = Path(__file__).parents[3]
 

@@ -29,10 +29,11 @@ from trainer.dpo import main as train_dpo
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, ModelError
 from trainer.lora import Adapter, adapter_of, add_adapter
-from trainer.models import export_tensors, load_policy, load_reward_model, load_tokenizer, save_model, set_dropout
+from trainer.models import load_policy, load_reward_model, load_tokenizer, set_dropout
 from trainer.references import REFERENCE_FILE
 from trainer.reward_model import main as train_reward
 from trainer.runs import training_mode
+from trainer.saving import export_tensors, save_model
 from trainer.scale_config import ScaleSettings
 from trainer.sft import main as train_sft
 

@@ -22,9 +22,10 @@ from trainer.__main__ import main as command
 from trainer.activations import Batch, kept_of_body, of_scores, of_vocabulary, without_content
 from trainer.checkpoint import save_checkpoint
 from trainer.config import DpoSettings, RewardSettings, SftSettings
+from trainer.critic import Critic
 from trainer.dry_run import empty_critic, empty_policy, empty_reward_model, make_plan
 from trainer.memory_plan import Memory, Plan, Term, Weights, host_memory
-from trainer.models import Critic, TokenLogprobs, load_policy, load_reward_model, load_tokenizer, score_tokens
+from trainer.models import TokenLogprobs, load_policy, load_reward_model, load_tokenizer, score_tokens
 from trainer.optimisation import apply_gradients, autocast, make_adamw
 from trainer.packing import is_packed, pack
 from trainer.ppo_config import PPOSettings

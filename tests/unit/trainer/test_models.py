@@ -22,21 +22,20 @@ from transformers import (
 from quartet.fingerprint import safetensors_fingerprint, tokenizer_fingerprint
 from tests.conftest import llama_config, save_stock_tokenizer, train_tokenizer
 from trainer.batching import pad_right
+from trainer.critic import Critic
 from trainer.errors import ModelError
 from trainer.models import (
-    Critic,
     TokenLogprobs,
-    export_tensors,
     load_policy,
     load_reward_model,
     load_tokenizer,
     longest_sequence,
     padding_id,
-    save_model,
     score_tokens,
     set_dropout,
 )
 from trainer.publishing import Weights
+from trainer.saving import export_tensors, save_model
 
 IDS = [5, 9, 33, 7, 120, 1]
 

@@ -23,14 +23,16 @@ from trainer import packed_attention
 from trainer.batching import micro_batches, pad_right
 from trainer.comparisons import Judgement
 from trainer.config import DpoSettings, RewardSettings, SftSettings
+from trainer.critic import Critic
 from trainer.dpo import DpoTrainer, with_reference
 from trainer.encoding import EncodedComparison, EncodedPreference, EncodedResponse
 from trainer.errors import ModelError
 from trainer.experience import make_experience
-from trainer.models import Critic, TokenLogprobs, disable_dropout, load_policy, load_tokenizer, save_model, score_tokens
+from trainer.models import TokenLogprobs, disable_dropout, load_policy, load_tokenizer, score_tokens
 from trainer.packing import forward, group_micro_batches, is_packed, lay_out, pack, packed_outputs
 from trainer.reward_trainer import RewardTrainer
 from trainer.rollout import Sample
+from trainer.saving import save_model
 from trainer.sft import SftTrainer
 
 TOKENIZER = SimpleNamespace(eos_token_id=1)

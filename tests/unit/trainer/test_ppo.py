@@ -25,9 +25,10 @@ from quartet.client import NotReadyError, UnavailableError
 from tests.conftest import llama_config
 from trainer.ahead import RolloutsAhead
 from trainer.checkpoint import StopRequest
+from trainer.critic import Critic
 from trainer.errors import CheckpointError, DivergedError, RolloutError, ServicesError, TrainerError
 from trainer.experience import make_experience
-from trainer.models import Critic, disable_dropout
+from trainer.models import disable_dropout
 from trainer.ppo import Learner, time_metrics, train
 from trainer.ppo_config import PPOSettings
 from trainer.ppo_run import PPORun

@@ -33,16 +33,18 @@ from tests.lora import Lora as Given
 from tests.lora import merged_model
 from trainer.adapter_weights import AdapterWeights
 from trainer.checkpoint import load_checkpoint, save_checkpoint
+from trainer.critic import Critic
 from trainer.encoding import EncodedResponse
 from trainer.errors import ServicesError
 from trainer.exact_kl import distributions
 from trainer.experience import make_experience
 from trainer.lora import adapter_of, add_adapter
-from trainer.models import Critic, export_tensors, load_policy, load_tokenizer, save_adapter
+from trainer.models import load_policy, load_tokenizer
 from trainer.ppo import Learner
 from trainer.ppo_config import PPOSettings
 from trainer.publishing import Publisher, SampledBy
 from trainer.rollout import Rollout, Sample
+from trainer.saving import export_tensors, save_adapter
 from trainer.scale_config import ScaleSettings
 from trainer.scaling import prepare
 

@@ -27,13 +27,15 @@ from tests.conftest import WORDS
 from trainer.batching import pad_right
 from trainer.comparisons import load_comparisons
 from trainer.config import RewardSettings
+from trainer.critic import Critic
 from trainer.encoding import EncodedComparison, Encoder
 from trainer.errors import CollapsedError, DataError, ModelError
-from trainer.models import Critic, head_weights, load_reward_model, load_tokenizer, save_model, score_heads
+from trainer.models import head_weights, load_reward_model, load_tokenizer, score_heads
 from trainer.reward_evaluation import judged_pairs, pair_figures, refuse_collapsed
 from trainer.reward_model import main as train_reward
 from trainer.reward_model import read_rows
 from trainer.reward_trainer import RewardTrainer
+from trainer.saving import save_model
 
 KIND, RUDE = ("thanks please sorry help we can good great", "awful bad not no do it today close")
 

@@ -569,7 +569,8 @@ async def test_weights_that_serve_already_are_not_sent_and_new_ones_get_a_higher
 
 def test_weights_are_a_snapshot_with_the_fingerprint_of_the_saved_file(make_policy):
     from quartet.fingerprint import safetensors_fingerprint
-    from trainer.models import export_tensors, load_policy, load_tokenizer
+    from trainer.models import load_policy, load_tokenizer
+    from trainer.saving import export_tensors
 
     for tied in (False, True):
         folder = make_policy(seed=2, tied=tied)
