@@ -546,9 +546,10 @@ async def test_thousands_that_join_leave_and_come_back_at_any_moment_are_answere
     await until(lambda: house.metric("calls_in_flight") == 0)
     assert (house.metric("tokens_in_hand"), house.metric("held_bytes")) == (0, 0)
     assert house.metric("kept_requests") <= 3
-    assert house.metric("rejoined_total") > 1000
-    # Of 12,000 completions that were asked for, those that were kept or joined were not run.
-    assert len(house.engine.tasks) < 6000
+    # Of the six completions of each call, those that were kept or joined were not run. How many calls came while
+    # another of their name was in hand or kept is the machine's matter.
+    assert (rejoined := house.metric("rejoined_total")) > 500
+    assert len(house.engine.tasks) <= 6 * (2000 - rejoined)
     house.servicer._kept.limits = KeepLimits(count=3, age_s=-1.0)
     assert len(await house.generate(PROMPTS, request_id="last")) == 3
     await until(lambda: (house.metric("kept_requests"), house.metric("kept_bytes")) == (0, 0))
