@@ -81,14 +81,14 @@ bench-reference: setup  ## log-probabilities at a large vocabulary against trans
 bench-trainer: setup $(patsubst %,.venv/oracles/%/.ready,trl trl_ppo)  ## steps of SFT, reward models, DPO and PPO against TRL; some minutes
 	$(BIN)/python -m bench.trainer $(if $(PAIRS),--pairs $(PAIRS))
 
-study-overoptimisation: setup  ## PPO on proxies of a known reward, at three prices of KL; goes on where it was broken off; an hour
+study-overoptimisation: setup  ## PPO on proxies of a known reward, at three prices of KL; goes on where it was broken off; hours
 	$(BIN)/python -m bench.overoptimisation
 
 study-reward-noise: setup  ## reward models on people's preferences and on wrong labels; needs QUARTET_DATA; 15 minutes
 	$(BIN)/python -m bench.reward_noise
 
-study-sentiment: setup  ## SFT, DPO, PPO and PPO with KL off on film reviews; needs QUARTET_DATA; 20 minutes
+study-sentiment: setup  ## SFT, DPO, PPO and PPO with KL off on film reviews; needs QUARTET_DATA; an hour
 	$(BIN)/python -m bench.sentiment
 
-study-optimum: setup  ## PPO through live services, and DPO, against their optimum in closed form; 5 minutes
+study-optimum: setup  ## PPO through live services, and DPO, against their optimum in closed form
 	$(BIN)/python -m bench.optimum

@@ -6,11 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from torch import Tensor
-
 from trainer.checkpoint import latest_checkpoint
 from trainer.errors import DivergedError
-from trainer.sharding import finite_everywhere
 
 # How many rows a message names.
 _NAMED_ROWS = 5
@@ -21,11 +18,6 @@ def row_names(names: Sequence[str]) -> str:
     different = list(dict.fromkeys(names))
     more = f"; and {len(different) - _NAMED_ROWS} more" if len(different) > _NAMED_ROWS else ""
     return "; ".join(different[:_NAMED_ROWS]) + more
-
-
-def is_finite(*tensors: Tensor) -> bool:
-    """Whether all numbers of all tensors are."""
-    return finite_everywhere(*tensors)
 
 
 def diverged(problem: str, names: Sequence[str] | None, of: int, output: Path) -> DivergedError:

@@ -25,7 +25,7 @@ from quartet import tracing
 from trainer import rewards
 from trainer.batching import minibatches
 from trainer.checkpoint import stop_on_signal
-from trainer.divergence import diverged, is_finite
+from trainer.divergence import diverged
 from trainer.dpo import DpoTrainer, Pair
 from trainer.encoding import EncodedResponse
 from trainer.errors import DivergedError, RolloutError
@@ -38,6 +38,7 @@ from trainer.ppo_run import PPORun, Trained
 from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout, Sample
 from trainer.shaping import penalised, score_metrics
+from trainer.sharding import finite_everywhere
 
 WATCHED = (
     "reward/score_mean",
@@ -189,7 +190,7 @@ class OnlineDpoLearner:
             self.policy.zero_grad(set_to_none=True)
             loss = self.dpo.accumulate([pairs[row]])["loss"]
             gradients = [p.grad for p in self.policy.parameters() if p.grad is not None]
-            if not (math.isfinite(loss) and is_finite(*gradients)):
+            if not (math.isfinite(loss) and finite_everywhere(*gradients)):
                 bad.append(sampled[row][0].where or f"sample {sampled[row][0].index + 1} of the rollout")
         return diverged(f"step {step + 1}: {what}", bad, len(rows), self.settings.output)
 

@@ -26,7 +26,7 @@ from quartet.client import QuartetError
 from trainer.batching import minibatches
 from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.distributed import FirstFailedError, add_up, anywhere, largest, own_micro_batches, total
-from trainer.divergence import diverged, is_finite
+from trainer.divergence import diverged
 from trainer.errors import DivergedError, RolloutError, ServicesError
 from trainer.experience import Experience, check_rollout, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
@@ -43,7 +43,7 @@ from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout
 from trainer.saving import export_tensors
 from trainer.shaping import Evaluated, Shaping, Targets
-from trainer.sharding import shard
+from trainer.sharding import finite_everywhere, shard
 from trainer.tracking import run_tracker
 
 WATCHED = (
@@ -208,13 +208,13 @@ class Learner:
         start_s = time.perf_counter()
         experience = make_experience(rollout.samples, self.device)
         before = self.evaluate(experience)
-        if not is_finite(before.logprobs_NT, before.values_NT):
+        if not finite_everywhere(before.logprobs_NT, before.values_NT):
             alone = [self.evaluate(make_experience([sample], self.device)) for sample in rollout.samples]
-            bad = [row for row, own in enumerate(alone) if not is_finite(own.logprobs_NT, own.values_NT)]
+            bad = [row for row, own in enumerate(alone) if not finite_everywhere(own.logprobs_NT, own.values_NT)]
             raise self._diverged(experience, step, "a log-probability or a value is not finite", bad, len(alone))
         forward_s = time.perf_counter() - start_s
         targets, metrics = self.shape(experience, before)
-        if not is_finite(targets.advantages_NT, targets.returns_NT):
+        if not finite_everywhere(targets.advantages_NT, targets.returns_NT):
             bad_N = ~(targets.advantages_NT + targets.returns_NT).isfinite().all(dim=1)
             bad = bad_N.nonzero()[:, 0].tolist()
             raise self._diverged(experience, step, "an advantage or a return is not finite", bad, len(bad_N))
@@ -381,7 +381,7 @@ class Learner:
             module.zero_grad(set_to_none=True)
         figures, _ = self.accumulate(experience, targets, [row], tokens)
         gradients = [p.grad for module in self.modules.values() for p in module.parameters() if p.grad is not None]
-        return all(map(math.isfinite, figures.values())) and is_finite(*gradients)
+        return all(map(math.isfinite, figures.values())) and finite_everywhere(*gradients)
 
     def _diverged(self, experience: Experience, step: int, what: str, rows: list[int], of: int) -> DivergedError:
         """What is not finite after ``step`` steps, in which ``rows`` of so many."""

@@ -30,7 +30,7 @@ from trainer.checkpoint import (
 from trainer.config import TrainingSettings
 from trainer.data import shared_groups, split_held_out
 from trainer.distributed import anywhere, led, require_divisible, seed_step
-from trainer.divergence import diverged, is_finite
+from trainer.divergence import diverged
 from trainer.encoding import EncodedResponse, Ids
 from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
 from trainer.files import remove_leftovers, replace_file, require_folder
@@ -38,6 +38,7 @@ from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
 from trainer.optimisation import apply_gradients, linear_schedule, make_adamw, set_learning_rate
 from trainer.rows import RowT
+from trainer.sharding import finite_everywhere
 from trainer.tracking import METRICS_FILE, run_tracker
 
 SETTINGS_FILE = "settings.json"
@@ -308,7 +309,7 @@ def _is_finite(settings: TrainingSettings, stage: Stage, row: int) -> bool:
     with training_mode(stage.model, settings.dropout):
         loss = stage.accumulate([row])["loss"]
     gradients = [parameter.grad for parameter in stage.model.parameters() if parameter.grad is not None]
-    return math.isfinite(loss) and is_finite(*gradients)
+    return math.isfinite(loss) and finite_everywhere(*gradients)
 
 
 @contextlib.contextmanager

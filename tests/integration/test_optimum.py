@@ -85,6 +85,8 @@ def test_ppo_through_live_services_closes_the_gap_to_beta_log_z(
     output = by_ppo(beta)
     logp_PY = log_distribution(TASK, output / "model")
     closed = gap_closed(logp_PY, ref_PY, TASK.rewards_PY, beta)
+    best_PY, _ = optimum(ref_PY, TASK.rewards_PY, beta)
+    print(f"beta {beta:g}: PPO closes {closed:.3f} of the gap, TV to pi* {total_variation(logp_PY, best_PY):.3f}")
     assert 0.98 <= closed < 1
     records = read_metrics(output)
     assert [record["step"] for record in records] == list(range(1, 1 + STEPS[beta]))
@@ -111,6 +113,8 @@ def test_dpo_on_preferences_of_the_same_rewards_reaches_the_policy_that_ppo_does
     by_dpo_PY = log_distribution(TASK, tmp_path / "run" / "model")
     best_PY, _ = optimum(ref_PY, TASK.rewards_PY, beta)
     assert total_variation(ref_PY, best_PY) > 0.1
-    assert total_variation(by_dpo_PY, best_PY) < 0.05
     by_ppo_PY = log_distribution(TASK, by_ppo(beta) / "model")
-    assert total_variation(by_ppo_PY, by_dpo_PY) < 0.1
+    to_best, to_ppo = total_variation(by_dpo_PY, best_PY), total_variation(by_ppo_PY, by_dpo_PY)
+    print(f"beta {beta:g}: TV of DPO to pi* {to_best:.3f}, to PPO {to_ppo:.3f}")
+    assert to_best < 0.05
+    assert to_ppo < 0.1
