@@ -31,22 +31,13 @@ if (workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))) > 1:
 hypothesis.settings.register_profile("quartet", deadline=None)
 hypothesis.settings.load_profile("quartet")
 
-# Tests of training and of runs take the time that they need, whoever is beside them; those of services, clients and
-# programs look at what happens when, or how much of it in which time.
-_BEAR_COMPANY = (
-    "unit/trainer/test_*.py",
-    "unit/bench/test_*.py",
-    "integration/test_dpo.py",
-    "integration/test_killed.py",
-    "integration/test_online_dpo.py",
-    "integration/test_optimum.py",
-    "integration/test_ppo_killed.py",
-)
+# These load services with more than they can bear, or time them: they want the machine to themselves.
+_ALONE = ("integration/test_under_load.py",)
 
 
 def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
     for item in items:
-        if not any(item.path.match(f"tests/{pattern}") for pattern in _BEAR_COMPANY):
+        if any(item.path.match(f"tests/{pattern}") for pattern in _ALONE):
             item.add_marker(pytest.mark.alone)
 
 

@@ -201,7 +201,7 @@ def test_one_item_beside_callers_with_thousands_is_in_the_very_next_batch(seed, 
     line = make_line()
     for number in range(crowd):
         add(line, f"big {number}", [draw.randint(1, 500) for _ in range(1000)], caller=f"caller {number}")
-    for _ in range(crowd + batches):  # Each of the others has had a turn.
+    for _ in range(2 * crowd + batches):  # Each of the others has had its first turn, which may be two batches.
         take(line)
     add(line, "small", [tokens], caller="another")
     assert ("small", 0) in take(line)
