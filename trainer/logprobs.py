@@ -226,8 +226,18 @@ def _slices(length: int, size: int) -> Iterator[slice]:
 
 
 def _logits(hidden_CD: Tensor, weight_VD: Tensor, bias_V: Tensor | None, part: slice, temperature: float) -> Tensor:
-    """(C, U) logits of one part of the vocabulary, at least float32, nobody else's."""
-    logits_CU = _wide(_product(hidden_CD, weight_VD[part]))
+    """(C, U) logits of one part of the vocabulary, at least float32, nobody else's.
+
+    In half precision products are added up and kept in float32, as the reference service has it: logits that were
+    rounded would be off by hundredths, and ratios of probabilities with them.
+    """
+    weight_UD = weight_VD[part]
+    if hidden_CD.dtype.itemsize >= 4:
+        logits_CU = _product(hidden_CD, weight_UD)
+    elif hidden_CD.is_cuda:
+        logits_CU = torch.mm(hidden_CD, weight_UD.t(), out_dtype=torch.float32)
+    else:
+        logits_CU = _product(hidden_CD.float(), weight_UD.float())  # A product of two numbers is exact in float32.
     if bias_V is not None:
         logits_CU = logits_CU + bias_V[part]
     return logits_CU.div_(temperature) if temperature != 1.0 else logits_CU

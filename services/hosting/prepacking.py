@@ -1,4 +1,4 @@
-"""Linear layers whose weights lie as the processor reads them fastest.
+"""Linear layers whose weights lie as the processor reads them fastest, and products in float32.
 
 Shapes: N rows, C inputs, O outputs.
 """
@@ -9,6 +9,7 @@ import platform
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 # Of the products that weights are laid out for; others are right as well.
 _ROWS = 2048
@@ -31,6 +32,18 @@ class PackedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.weight_packed, self.bias, "none", [], "")
         return y
+
+
+def float32_linear(x_NC: Tensor, weight_OC: Tensor, bias_O: Tensor | None) -> Tensor:
+    """(N, O) float32 of numbers in any precision: products of half precision, too, are added up and kept in float32.
+
+    A copy of ``weight_OC`` in float32 may exist meanwhile.
+    """
+    if x_NC.is_cuda and x_NC.dtype == weight_OC.dtype != torch.float32:
+        y_NO = torch.mm(x_NC, weight_OC.t(), out_dtype=torch.float32)
+        return y_NO if bias_O is None else y_NO.add_(bias_O)
+    # A product of two numbers of half precision is exact in float32.
+    return F.linear(x_NC.float(), weight_OC.float(), None if bias_O is None else bias_O.float())
 
 
 def can_prepack(dtype: torch.dtype) -> bool:

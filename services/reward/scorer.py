@@ -14,12 +14,11 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from torch.nn import functional as F
 
 from quartet.model_folder import METADATA_FILE
 from services.hosting.model import Hosting, longest_sequence, pad_right
 from services.hosting.packed import HiddenStates
-from services.hosting.prepacking import prepack
+from services.hosting.prepacking import float32_linear, prepack
 from services.hosting.token_length import characters_per_token
 from services.reward.combining import Head
 from services.reward.metadata import read_reward_metadata
@@ -72,8 +71,8 @@ class Encoding:
 class TransformersScorer:
     """A sequence-classification model with a label for each head, of any architecture that transformers loads.
 
-    Decoders are run packed, without padding, and the float32 heads see only the last token. Encoders are called as
-    they are, padded.
+    Decoders are run packed, without padding, and the heads see only the last token. Encoders are called as they are,
+    padded. Heads compute in float32 whatever the precision of the rest.
     """
 
     def __init__(self, folder: Path, *, hosting: Hosting, tokenizer: Any, heads: Sequence[Head] = ()) -> None:
@@ -122,8 +121,10 @@ class TransformersScorer:
         if self.is_decoder:
             self.hidden_states = HiddenStates(self.model, pad_id=self.pad_id)
             self.padded = not self.hidden_states.packed
-        elif hosting.device.type == "cpu":
-            prepack(self.model.base_model)
+        else:
+            _widen_head(self.model)
+            if hosting.device.type == "cpu":
+                prepack(self.model.base_model)
 
     def encoding(self, folder: Path, tokenizer: Any) -> Encoding:
         """How this model was trained to see text: quartet.json's word, else the custom of its architecture.
@@ -155,8 +156,7 @@ class TransformersScorer:
     def _decoder(self, sequences: Sequence[Sequence[int]]) -> Tensor:
         hidden_BD = self.hidden_states(sequences, [range(len(tokens) - 1, len(tokens)) for tokens in sequences])
         assert self.head is not None
-        bias = self.head.bias.float() if self.head.bias is not None else None
-        return F.linear(hidden_BD.float(), self.head.weight.float(), bias)
+        return float32_linear(hidden_BD, self.head.weight, self.head.bias)
 
     def _encoder(self, items: Sequence[ScorerItem]) -> Tensor:
         ids_BS, mask_BS = pad_right([item.token_ids for item in items], self.pad_id, self.hosting.device)
@@ -166,3 +166,16 @@ class TransformersScorer:
             inputs["token_type_ids"] = pad_right(segments, 0, self.hosting.device)[0]
         logits_BH: Tensor = self.model(**inputs).logits
         return logits_BH.float()
+
+
+def _widen_head(model: Any) -> None:
+    """Turns what stands beside the body of an encoder, which is its head, to float32 for good."""
+    if model.base_model is model:
+        return  # Nothing tells its head from its body.
+    for part in model.children():
+        if part is not model.base_model:
+            part.float().register_forward_pre_hook(_widen_inputs)
+
+
+def _widen_inputs(part: torch.nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+    return tuple(x.float() if isinstance(x, Tensor) and x.is_floating_point() else x for x in inputs)

@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from trainer import fast_linear
 from trainer.losses import chunked_selective_logprobs, entropy_from_logits, selective_logprobs
 
 SEEDS = st.integers(0, 2**31)
@@ -257,6 +258,22 @@ def test_a_frozen_projection_gets_no_gradient_and_hidden_states_still_do() -> No
     torch.testing.assert_close(
         torch.autograd.grad(logprobs_BT.sum(), hidden_BTD), torch.autograd.grad(naive_BT.sum(), hidden_BTD)
     )
+
+
+def test_under_autocast_no_logit_is_rounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where the processor has products of bfloat16, which it would round."""
+    monkeypatch.setattr(fast_linear, "multiplies_bfloat16", lambda: True)
+    hidden_BTD, weight_VD, bias_V, ids_BT = _head(9, width=32, vocabulary=100, dtype=torch.float32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found_BT, entropy_BT = chunked_selective_logprobs(
+            hidden_BTD, weight_VD, bias_V, ids_BT, 0.7, 4, part_size=30, want_entropy=True
+        )
+    assert entropy_BT is not None
+    logits_BTV = functional.linear(*(x.detach().bfloat16().double() for x in (hidden_BTD, weight_VD, bias_V)))
+    for ours_BT, of in ((found_BT, lambda z: selective_logprobs(z, ids_BT)), (entropy_BT, entropy_from_logits)):
+        exact_BT = of(logits_BTV / 0.7)
+        assert (ours_BT - exact_BT).abs().max() < 1e-5
+        assert (of(logits_BTV.bfloat16().double() / 0.7) - exact_BT).abs().max() > 1e-3
 
 
 def test_under_autocast_values_and_gradients_are_those_of_the_naive_computation_there() -> None:

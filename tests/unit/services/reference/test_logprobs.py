@@ -30,8 +30,8 @@ SMALL: dict[str, Any] = {
     "eos_token_id": 1,
     "bos_token_id": 2,
 }
+FIGURES = ("logprobs", "entropies")
 TOKENIZER = SimpleNamespace(pad_token_id=0, model_max_length=256)
-ON_CPU = Hosting(device=torch.device("cpu"), dtype=torch.float32)
 
 
 def save(folder: Path, kind: str, **changes: Any) -> Path:
@@ -48,8 +48,9 @@ def save(folder: Path, kind: str, **changes: Any) -> Path:
     return folder
 
 
-def load(folder: Path, chunk_bytes: int = 2**20) -> ReferenceModel:
-    return ReferenceModel(folder, hosting=ON_CPU, tokenizer=TOKENIZER, chunk_bytes=chunk_bytes)
+def load(folder: Path, chunk_bytes: int = 2**20, dtype: torch.dtype = torch.float32) -> ReferenceModel:
+    hosting = Hosting(device=torch.device("cpu"), dtype=dtype)
+    return ReferenceModel(folder, hosting=hosting, tokenizer=TOKENIZER, chunk_bytes=chunk_bytes)
 
 
 def items(temperature: float, entropy: bool = True) -> list[ReferenceItem]:
@@ -95,6 +96,54 @@ def test_parts_of_the_vocabulary_and_chunks_of_positions_give_the_whole_tables_f
         assert result.entropies == pytest.approx(entropies, abs=5e-5)
     alone = model.logprobs(items(temperature, entropy=False))
     assert all(result.entropies == [] for result in alone)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("kind", "changes"),
+    [
+        ("Llama", {"tie_word_embeddings": False}),
+        ("Phi", {"num_key_value_heads": 4}),  # A bias of the vocabulary.
+        ("Gemma2", {"head_dim": 16, "final_logit_softcapping": 3.0}),
+        ("Granite", {"logits_scaling": 0.2}),
+    ],
+)
+def test_in_half_precision_no_logit_is_rounded(kind, changes, dtype, tmp_path, monkeypatch):
+    """The figures are those of the hidden states in float64; from logits in half precision they are far off."""
+    monkeypatch.setattr(reference, "_CPU_PART", 64)
+    folder = save(tmp_path, kind, **changes)
+    head: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).get_output_embeddings()
+    weight_VD, bias = head.weight.detach().double(), getattr(head, "bias", None)
+    model = load(folder, chunk_bytes=2 * 4 * 64 * 7, dtype=dtype)
+    seen: list[torch.Tensor] = []
+    hidden_states = model.hidden_states
+
+    def spied(*arguments: Any) -> torch.Tensor:
+        seen.append(hidden_states(*arguments))
+        return seen[-1]
+
+    monkeypatch.setattr(model, "hidden_states", spied)
+    results = model.logprobs(items(0.7))
+    assert seen[0].dtype == dtype
+
+    logits_NV = seen[0].double() @ weight_VD.T
+    if bias is not None:
+        logits_NV += bias.detach().double()
+    logits_NV /= changes.get("logits_scaling", 1.0)
+    if cap := changes.get("final_logit_softcapping"):
+        logits_NV = cap * torch.tanh(logits_NV / cap)
+    targets_N = torch.tensor([token for item in items(0.7) for token in item.token_ids[item.response_start :]])
+
+    def figures(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        table_NV = (logits_NV / 0.7).log_softmax(-1)
+        return table_NV.gather(1, targets_N[:, None])[:, 0], -(table_NV.exp() * table_NV).sum(-1)
+
+    found = [torch.tensor([x for result in results for x in getattr(result, name)]) for name in FIGURES]
+    for found_N, exact_N, rounded_N in zip(
+        found, figures(logits_NV), figures(logits_NV.to(dtype).double()), strict=True
+    ):
+        assert (found_N - exact_N).abs().max() < 1e-5
+        assert (rounded_N - exact_N).abs().max() > 1e-4
 
 
 def test_items_of_one_batch_have_temperatures_and_wishes_of_their_own(tmp_path):

@@ -143,6 +143,34 @@ def test_in_half_precision_the_score_itself_is_not_rounded(folders):
     assert (scores != scores.bfloat16().float()).float().mean() > 0.8
 
 
+@pytest.mark.parametrize("kind", ["Bert", "Roberta", "DebertaV2"])
+def test_in_half_precision_an_encoders_head_rounds_nothing_either(kind, tmp_path):
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = getattr(transformers, f"{kind}Config")(**sizes, max_position_embeddings=160, **SMALL)
+    torch.manual_seed(5)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
+    scorer = load(tmp_path, torch.bfloat16)
+    seen: list[Any] = []
+    scorer.model.base_model.register_forward_hook(lambda body, inputs, output: seen.append(output))
+    scores_B = torch.tensor(scores_of(scorer, ragged())).double()
+
+    # What each class does after its body, in float64 from the bfloat16 weights.
+    named = AutoModelForSequenceClassification.from_pretrained(tmp_path, dtype=torch.bfloat16).state_dict()
+
+    def linear(name: str, x: torch.Tensor) -> torch.Tensor:
+        return x @ named[f"{name}.weight"].double().T + named[f"{name}.bias"].double()
+
+    first_BD = seen[0].last_hidden_state[:, 0]
+    assert first_BD.dtype == torch.bfloat16
+    exact_B1 = {
+        "Bert": lambda: linear("classifier", seen[0].pooler_output.double()),
+        "Roberta": lambda: linear("classifier.out_proj", linear("classifier.dense", first_BD.double()).tanh()),
+        "DebertaV2": lambda: linear("classifier", torch.nn.functional.gelu(linear("pooler.dense", first_BD.double()))),
+    }[kind]()
+    assert (scores_B - exact_B1[:, 0]).abs().max() < 1e-6
+    assert (exact_B1.bfloat16().double() - exact_B1).abs().max() > 1e-5
+
+
 # How text is seen -------------------------------------------------------------------------------------------------
 
 
