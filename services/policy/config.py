@@ -27,6 +27,11 @@ class PolicySettings(AdminSettings):
         "auto", description="auto: vLLM where it is installed, else transformers"
     )
     max_concurrent: PositiveInt = Field(256, description="most completions generated at the same time")
+    max_batch_tokens: NonNegativeInt = Field(
+        0,
+        description="most tokens of a pass: transformers, of the prompts it reads, with their padding (0: 4,096 on a "
+        "processor, 16,384 on a GPU); vLLM, max_num_batched_tokens (0: what vLLM chooses)",
+    )
     max_queued: PositiveInt = Field(
         16384, description="most completions in hand, waiting ones included; a request beyond is refused whole"
     )

@@ -1,8 +1,8 @@
 """The transformers engine: generates where vLLM is not installed, behind the same protocol.
 
-One thread owns the model. Batching is continuous: requests join and leave between two tokens; their keys and values
-stand in one left-padded cache. Weights change between two tokens, too, and kept requests then start again from the
-tokens they have, so that no cache outlives its weights.
+One thread owns the model. Batching is continuous: requests join and leave between two tokens, at a time no more of them
+than one pass may read; their keys and values stand in one left-padded cache. Weights change between two tokens, too,
+and kept requests then start again from the tokens they have, so that no cache outlives its weights.
 
 Shapes: B requests in the batch, S cached positions, V vocabulary.
 """
@@ -79,6 +79,11 @@ class _Row:
     def sampling(self) -> Sampling:
         return self.task.sampling
 
+    @property
+    def length(self) -> int:
+        """Tokens so far, the prompt's and its own."""
+        return len(self.task.prompt_ids) + len(self.token_ids)
+
 
 @dataclass(kw_only=True)
 class _Batch:
@@ -118,6 +123,7 @@ class TransformersEngine:
         self.version = 0
         # Alone in its batch a row is never padded, so its sums do not depend on companions.
         self._slots = 1 if settings.deterministic else settings.max_concurrent
+        self._pass_tokens = settings.max_batch_tokens or (4096 if self.hosting.device.type == "cpu" else 16384)
         self.adapter_modules: Mapping[str, tuple[int, int]] = {}
         self._adapters: dict[int, LowRankAdapter] = {}
         self._row_adapters = RowAdapters()
@@ -285,7 +291,7 @@ class TransformersEngine:
             if self._update is not None:
                 waiting.append(self._update.future)
         for future in waiting:
-            if not future.done():
+            with contextlib.suppress(InvalidStateError):  # Answered or cancelled, maybe just now.
                 future.set_exception(EngineFailedError(reason))
 
     def _wait_for_work(self) -> bool:
@@ -309,19 +315,28 @@ class TransformersEngine:
             self._finish()
 
     def _admit(self) -> None:
+        """Reads the prompts of those who are next, as many as there are slots for and one pass may have tokens."""
         rows: list[_Row] = []
+        longest = 0
         with self._changed:
-            # An update that waits for the running ones to finish must not be starved by newcomers.
-            free = 0 if self._update is not None else self._slots - (len(self._batch.rows) if self._batch else 0)
+            free = self._slots - (len(self._batch.rows) if self._batch else 0)
             while self._waiting and len(rows) < free:
-                # Who has left takes no place of those who wait behind him.
-                if not (row := self._waiting.popleft()).future.cancelled():
-                    rows.append(row)
+                row = self._waiting[0]
+                if row.future.cancelled():  # Who has left takes no place of those who wait behind him.
+                    self._waiting.popleft()
+                    continue
+                # An update that waits for the running ones to finish must not be starved by newcomers.
+                if self._update is not None and not row.token_ids:
+                    break
+                # The others wait for the next step, so that whoever is running gets a token meanwhile.
+                if rows and max(longest, row.length) * (len(rows) + 1) > self._pass_tokens:
+                    break
+                longest = max(longest, row.length)
+                rows.append(self._waiting.popleft())
             self._joining = rows
         if not rows:
             return
         prompts = [row.task.prompt_ids + row.token_ids for row in rows]
-        longest = max(map(len, prompts))
         device = self.hosting.device
         ids_BS = torch.tensor([[0] * (longest - len(ids)) + ids for ids in prompts], device=device)
         starts_B = torch.tensor([longest - len(ids) for ids in prompts], device=device)
@@ -411,11 +426,15 @@ class TransformersEngine:
             rows=[batch.rows[index] for index in kept], cache=_cache_of(layers), mask_BS=mask_BS[:, first:]
         )
 
+    def _has_begun(self) -> bool:
+        """Whether any request has some of its tokens: those that an update before has kept wait before all others."""
+        return self._batch is not None or any(row.token_ids for row in self._waiting)
+
     def _maybe_update(self) -> None:
         aborted: list[_Row] = []
         with self._changed:
             update = self._update
-            if update is None or (update.in_flight is InFlight.FINISH and self._batch is not None):
+            if update is None or (update.in_flight is InFlight.FINISH and self._has_begun()):
                 return
             update.begun = True
             # At the head of those who wait, where they are answered whatever happens; who comes meanwhile stays last.
@@ -439,7 +458,7 @@ class TransformersEngine:
         self._model, self.version = model, update.version
         with self._changed:
             self._update = None
-        if not update.future.cancelled():
+        with contextlib.suppress(InvalidStateError):  # Cancelled, maybe just now.
             update.future.set_result(time.monotonic() - start_s)
 
 
@@ -467,9 +486,7 @@ def _piece(
 
 
 def _answer(row: _Row, finish: Finish) -> None:
-    with contextlib.suppress(InvalidStateError):  # Cancelled since.
-        if row.future.done():
-            return
+    with contextlib.suppress(InvalidStateError):  # Answered or cancelled, maybe just now.
         row.future.set_result(
             Generated(
                 token_ids=row.token_ids,

@@ -88,6 +88,8 @@ class VllmEngine:
         options: dict[str, Any] = {}
         if settings.max_sequence_tokens:
             options["max_model_len"] = settings.max_sequence_tokens
+        if settings.max_batch_tokens:
+            options["max_num_batched_tokens"] = settings.max_batch_tokens
         if on_cpu:
             # vLLM 0.32 takes back the draw of a prompt that was prefilled in part, which a CPU's generator can't do,
             # and dies: so prompts are prefilled whole.

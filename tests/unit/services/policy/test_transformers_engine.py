@@ -16,6 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import Future
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -210,6 +211,34 @@ async def test_more_requests_than_slots_are_all_answered(start, make_policy):
     found = await asyncio.gather(*(engine.generate(task(prompt)) for prompt in PROMPTS))
     for prompt, one in zip(PROMPTS, found, strict=True):
         assert_greedy(one, policy(make_policy), prompt, 12)
+
+
+async def test_no_pass_reads_more_prompt_tokens_than_it_may_and_who_runs_gets_a_token_between_two(start, make_policy):
+    engine = await start(max_concurrent=16, max_batch_tokens=24)
+    shapes: list[tuple[int, int]] = []
+
+    def note(_: Any, inputs: Any, named: dict[str, Any]) -> None:
+        shapes.append(tuple(named["input_ids"].shape))
+
+    engine._model.register_forward_pre_hook(note, with_kwargs=True)
+    engine.hold()
+    running = asyncio.create_task(engine.generate(task([8, 8])))
+    await engine.step(1)
+    assert shapes == [(1, 2), (1, 1)]
+    shapes.clear()
+    # Of 3, 1, 11, 2, 5, 6, 1, 30 and four times 3 tokens. A pass costs its longest prompt, times its prompts.
+    burst = [*PROMPTS, list(range(100, 130)), [7, 7, 1], [7, 7, 2], [7, 7, 3], [7, 7, 4]]
+    tasks = [asyncio.create_task(engine.generate(task(prompt))) for prompt in burst]
+    for count in range(1, 6):
+        await engine.step(1)
+        assert len(shapes) == 2 * count
+    # A prompt that is too long by itself is read alone. After each pass everybody who runs gets a token.
+    assert shapes[::2] == [(2, 3), (2, 11), (3, 6), (1, 30), (4, 3)]
+    assert shapes[1::2] == [(3, 1), (5, 1), (8, 1), (9, 1), (13, 1)]
+    assert engine.counts == (13, 0)
+    await engine.let_go()
+    for prompt, found in zip([[8, 8], *burst], await asyncio.gather(running, *tasks), strict=True):
+        assert_greedy(found, policy(make_policy), prompt, 12)
 
 
 async def test_a_stop_token_ends_a_response_and_is_its_last_token(start, make_policy):
@@ -489,6 +518,31 @@ async def test_kept_requests_go_on_with_the_new_weights_from_the_tokens_they_hav
     assert_greedy(await engine.generate(task(PROMPTS[4])), new, PROMPTS[4], 12)
 
 
+async def test_requests_that_an_update_has_kept_are_finished_before_the_next_one_that_waits(
+    start, make_policy, tmp_path
+):
+    """Also those whose turn to be read again has not come yet."""
+    old, new, newest = (policy(make_policy, seed=seed) for seed in range(3))
+    engine = await start(max_concurrent=4, max_batch_tokens=1)
+    engine.hold()
+    tasks = [asyncio.create_task(engine.generate(task(prompt))) for prompt in PROMPTS[:3]]
+    await engine.step(3)
+    keeping = asyncio.create_task(update(engine, new, tmp_path / "first", 1, InFlight.KEEP))
+    await engine.step(1)
+    await keeping
+    assert engine.counts == (1, 2)
+    finishing = asyncio.create_task(update(engine, newest, tmp_path / "second", 2, InFlight.FINISH))
+    await engine.step(1)
+    late = asyncio.create_task(engine.generate(task(PROMPTS[3])))
+    await engine.let_go()
+    await finishing
+    # One pass reads one prompt: each step gives the newcomer two tokens, and those before it one.
+    for prompt, before, found in zip(PROMPTS, (4, 3, 2), await asyncio.gather(*tasks), strict=False):
+        tokens, _ = naive_greedy([old] * before + [new] * (12 - before), prompt)
+        assert (found.token_ids, found.version_spans) == (tokens, [(0, before), (1, 12 - before)])
+    assert (await late).version_spans == [(2, 12)]
+
+
 async def test_kept_draws_go_on_where_they_were(start, make_policy, tmp_path):
     """The same weights again change nothing: a seed's draws do not begin anew."""
     engine = await start()
@@ -665,6 +719,50 @@ async def test_a_model_that_fails_while_some_join_ends_the_engine_and_everybody_
     for outcome in await asyncio.wait_for(asyncio.gather(*tasks, return_exceptions=True), 5):
         assert isinstance(outcome, EngineFailedError)
         assert str(outcome) == "generation failed: MemoryError()"
+
+
+class LeftFuture(Future[Any]):
+    """Its caller leaves at the very moment at which it is answered."""
+
+    def set_result(self, result: Any) -> None:
+        self.cancel()
+        super().set_result(result)
+
+    def set_exception(self, exception: BaseException | None) -> None:
+        self.cancel()
+        super().set_exception(exception)
+
+
+async def test_who_leaves_while_his_update_is_answered_does_not_end_the_engine(
+    start, make_policy, tmp_path, monkeypatch
+):
+    engine = await start()
+    new = policy(make_policy, seed=1)
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers_engine, "Future", LeftFuture)
+        with pytest.raises(asyncio.CancelledError):
+            await update(engine, new, tmp_path / "update", 1, InFlight.KEEP)
+    found = await engine.generate(task(PROMPTS[0]))
+    assert_greedy(found, new, PROMPTS[0], 12)
+    assert found.version_spans == [(1, 12)]
+
+
+@LOGGED
+async def test_who_leaves_while_everybody_is_told_that_the_engine_died_keeps_it_from_nobody(start, monkeypatch):
+    engine = await start(max_concurrent=1)
+    engine.hold()
+    stayed = asyncio.create_task(engine.generate(task(PROMPTS[0])))
+    await engine.step(1)
+    with monkeypatch.context() as patched:  # Who waits is told first.
+        patched.setattr(transformers_engine, "Future", LeftFuture)
+        left = asyncio.create_task(engine.generate(task(PROMPTS[1])))
+        await engine.step(1)
+    monkeypatch.setattr(engine, "_model", None)
+    await engine.let_go()
+    with pytest.raises(EngineFailedError, match="generation failed"):
+        await asyncio.wait_for(stayed, 5)
+    with pytest.raises(asyncio.CancelledError):
+        await left
 
 
 # Beginning and end ------------------------------------------------------------------------------------------------
