@@ -54,6 +54,9 @@ class ServiceSettings(Settings):
         "may come to --max-message-mib",
     )
     request_timeout_s: PositiveFloat = Field(60.0, description="seconds that a request may take to arrive whole")
+    reader_timeout_s: PositiveFloat = Field(
+        300.0, description="seconds that a reply of a stream may wait for its reader; then the call is ended"
+    )
     handshake_timeout_s: PositiveFloat = Field(20.0, description="seconds that a client may take to open a connection")
     max_connection_age_s: NonNegativeFloat = Field(
         0.0, description="seconds until clients are asked to connect anew, with rotated certificates; 0: never"

@@ -97,7 +97,7 @@ class UnavailableError(ServiceError):
 
 
 class DeadlineExceededError(ServiceError):
-    """The client's deadline passed before the work began."""
+    """Too late: the client's deadline passed before the work began, or the client let us wait for too long."""
 
     code = grpc.StatusCode.DEADLINE_EXCEEDED
 

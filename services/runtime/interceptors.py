@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import grpc
@@ -16,7 +16,7 @@ from structlog.contextvars import bind_contextvars
 from quartet import tracing
 from services.runtime import calls
 from services.runtime.calls import REQUEST_ID, CallRecord
-from services.runtime.errors import InternalError, ServiceError, refuse
+from services.runtime.errors import DeadlineExceededError, InternalError, ServiceError, refuse
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
@@ -35,8 +35,15 @@ _OUR_FAULT = frozenset(
 class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     """Wraps every handler but those of health, which pass untouched."""
 
-    def __init__(self, metrics: ServiceMetrics) -> None:
+    def __init__(self, metrics: ServiceMetrics, *, reader_timeout_s: float = 300.0) -> None:
+        """
+        Args:
+            metrics: of the service.
+            reader_timeout_s: how long a reply of a stream may wait for its reader, who else would hold for ever what
+                the call holds.
+        """
         self.metrics = metrics
+        self.reader_timeout_s = reader_timeout_s
 
     async def intercept_service(
         self,
@@ -51,14 +58,14 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         if handler.response_streaming:
             behaviour = handler.stream_stream if handler.request_streaming else handler.unary_stream
 
-            async def streaming(request: Any, context: Any) -> AsyncIterator[Any]:
+            async def streaming(request: Any, context: Any) -> None:
                 async with (
                     _Call(self.metrics, method, metadata, context),
                     # Closed at once when the client leaves, not when the collector gets to it: slots wait to be freed.
                     contextlib.aclosing(behaviour(request, context)) as replies,
                 ):
                     async for reply in replies:
-                        yield reply
+                        await self._write(context, reply)
 
             make = grpc.stream_stream_rpc_method_handler if handler.request_streaming else None
             make = make or grpc.unary_stream_rpc_method_handler
@@ -72,6 +79,20 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
         make = make or grpc.unary_unary_rpc_method_handler
         return make(unary, handler.request_deserializer, handler.response_serializer)
+
+    async def _write(self, context: Any, reply: Any) -> None:
+        """Sends one reply of a stream; comes back when there is room for the next one on its way to the reader."""
+        try:
+            async with asyncio.timeout(self.reader_timeout_s):
+                await context.write(reply)
+        except TimeoutError as error:
+            raise DeadlineExceededError(
+                f"a reply was not read within {self.reader_timeout_s:g} s (reader_timeout_s); what the call held is "
+                "freed: read on while replies come, or ask for fewer at a time"
+            ) from error
+        except grpc.aio.BaseError as error:
+            # The client has left or the server has stopped, and we see it here before gRPC cancels this task.
+            raise asyncio.CancelledError from error
 
 
 class _Call:

@@ -127,9 +127,8 @@ class ServiceRuntime:
                 request_timeout_s=self.settings.request_timeout_s,
                 refusal=listener.refusal,
             )
-            server = grpc.aio.server(
-                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings, listener)
-            )
+            calls = CallInterceptor(self.metrics, reader_timeout_s=self.settings.reader_timeout_s)
+            server = grpc.aio.server(interceptors=[calls, gate], options=_channel_options(self.settings, listener))
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
             if self.settings.reflection and listener.services:

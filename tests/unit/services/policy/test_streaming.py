@@ -8,23 +8,27 @@ import math
 import random
 from collections import defaultdict
 from collections.abc import AsyncGenerator, Sequence
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
+import grpc
 import pytest
 
 from quartet.common.v1 import common_pb2
-from quartet.policy.v1 import policy_pb2
+from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from services.policy.engine import (
     EngineFailedError,
     Finish,
+    Generated,
     GenerationFailedError,
     GenerationRefusedError,
     GenerationTask,
     Piece,
 )
 from services.policy.text_stream import decode
-from tests.unit.services.policy.scripted_engine import until
+from services.runtime.interceptors import CallInterceptor
+from tests.unit.services.policy.scripted_engine import at_once, generated, until
 from tests.unit.services.policy.served import MOST, House, params
 
 STOP, LENGTH = policy_pb2.FINISH_REASON_STOP, policy_pb2.FINISH_REASON_LENGTH
@@ -178,6 +182,49 @@ async def test_a_client_that_leaves_a_stream_frees_its_places_at_once(house, rec
     call.cancel()
     await until(lambda: house.engine.running == 0 and house.metric("completions_in_hand") == 0)
     assert house.engine.cancelled == MOST
+
+
+async def drain(call: Any) -> None:
+    while await call.read() is not grpc.aio.EOF:
+        pass
+
+
+@pytest.mark.parametrize("stream_tokens", [False, True])
+async def test_a_reader_that_stops_is_given_up_and_its_places_go_to_others(house, stream_tokens):
+    """Over a socket whose windows stay at 64 KiB: what is sent beyond waits for the reader."""
+
+    async def large(task: GenerationTask) -> Generated:
+        if task.prompt_ids == [9]:
+            await asyncio.Event().wait()
+        return generated(task, token_ids=[7] * 100_000, logprobs=[-1.0] * 100_000)
+
+    async def endless(task: GenerationTask) -> AsyncGenerator[Piece, None]:
+        while True:
+            yield Piece(token_ids=[7] * 1000, logprobs=[-1.0] * 1000, version_spans=[(0, 1000)])
+            await asyncio.sleep(0.01)
+
+    house.engine.answer, house.engine.pieces = large, endless
+    server = grpc.aio.server(interceptors=[CallInterceptor(house.servicer.metrics, reader_timeout_s=1.0)])
+    policy_pb2_grpc.add_PolicyServiceServicer_to_server(house.servicer, server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    windows = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{port}", options=windows) as channel:
+        patient = replace(house, stub=policy_pb2_grpc.PolicyServiceStub(channel))
+        call = patient.call([[5]] * (MOST - 1) + [[9]], stream_tokens=stream_tokens)
+        await call.read()
+        await until(lambda: house.metric("calls_total", method="Generate", code="DEADLINE_EXCEEDED") == 1, 15)
+        assert [house.metric(name) for name in ("completions_in_hand", "tokens_in_hand", "held_bytes")] == [0, 0, 0]
+        assert (house.engine.running, house.engine.cancelled) == (0, MOST if stream_tokens else 1)
+        # All places are free, on the same connection as well.
+        house.engine.answer, house.engine.pieces = at_once, None
+        assert len(await patient.generate([[1]] * MOST)) == MOST
+        # Who goes on reading after all is told.
+        with pytest.raises(grpc.aio.AioRpcError) as ended:
+            await drain(call)
+        assert ended.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
+        assert ended.value.details().startswith("a reply was not read within 1 s (reader_timeout_s)")
+    await server.stop(0)
 
 
 # What ends a completion -------------------------------------------------------------------------------------------

@@ -40,10 +40,11 @@ OK = common_pb2.ItemStatus(code=common_pb2.ITEM_STATUS_CODE_OK)
 
 
 class House(reward_pb2_grpc.RewardServiceServicer, policy_pb2_grpc.PolicyServiceServicer):
-    """Raises ``error`` where there is one; a stream does so after two replies."""
+    """Raises ``error`` where there is one; a stream does so after two replies, of so many ``tokens``."""
 
     def __init__(self) -> None:
         self.error: BaseException | None = None
+        self.tokens = 1
         self.left = asyncio.Event()
         self.metrics = ServiceMetrics("test")
 
@@ -53,7 +54,8 @@ class House(reward_pb2_grpc.RewardServiceServicer, policy_pb2_grpc.PolicyService
         return reward_pb2.ScoreResponse(results=[reward_pb2.ScoreResult(status=OK, score=1.0)])
 
     async def Generate(self, request: Any, context: Any) -> AsyncIterator[policy_pb2.GenerateResponse]:
-        completion = policy_pb2.Completion(token_ids=[1], logprobs=[-1.0], finish_reason=2)
+        count = self.tokens
+        completion = policy_pb2.Completion(token_ids=[1] * count, logprobs=[-1.0] * count, finish_reason=2)
         try:
             for index in range(3):
                 if index == 2:
@@ -231,3 +233,21 @@ async def test_a_client_that_leaves_a_stream_frees_it_at_once_and_is_counted_as_
         await asyncio.sleep(0.02)
     assert service.counted("Generate", "CANCELLED") == 1
     assert service.metrics.registry.get_sample_value("quartet_test_calls_in_flight") == 0
+
+
+async def test_clients_that_leave_while_a_reply_is_on_its_way_to_them_are_counted_as_cancelled_and_nothing_else(house):
+    service, address = house
+    service.tokens = 100_000
+    windows = [("grpc.http2.bdp_probe", 0), ("grpc.use_local_subchannel_pool", 1)]
+    with capture_logs() as logs:
+        for _ in range(10):
+            async with grpc.aio.insecure_channel(address, options=windows) as channel:
+                stub = policy_pb2_grpc.PolicyServiceStub(channel)
+                for call in [stub.Generate(policy_pb2.GenerateRequest()) for _ in range(8)]:
+                    await call.read()
+        for _ in range(250):
+            if service.metrics.registry.get_sample_value("quartet_test_calls_in_flight") == 0:
+                break
+            await asyncio.sleep(0.02)
+    assert service.counted("Generate", "CANCELLED") == 80
+    assert {log["event"] for log in logs} == {"call_done"}
