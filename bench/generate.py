@@ -1,6 +1,7 @@
 """``make bench-generate``: generation with log-probabilities, through the policy service and as others do it.
 
 - policy service and AsyncLLM in process: see ``bench.generation``.
+- AsyncLLM compiled: as vLLM has it by default, where there is a C++ compiler.
 - vLLM HTTP server: its OpenAI-compatible one with the same engine settings, a request a prompt, all at once.
 - transformers generate: one batch, left-padded, as a trainer without an engine does it; it samples other tokens.
 
@@ -21,10 +22,10 @@ from typing import Any
 import psutil  # type: ignore[import-untyped]
 
 from bench import generation
-from bench.generation import IN_PROCESS, Load, Response, Side
+from bench.generation import Load, Response, Side
 from bench.models import END, make_larger_policy
 from bench.outcome import Verdict, conclude
-from bench.turns import family, free_port, set_threads
+from bench.turns import compiles, family, free_port, set_threads
 from quartet.fingerprint import derive_seeds
 
 TARGET = 0.97
@@ -170,9 +171,10 @@ def main() -> None:
     if (folder := options.pop("transformers")) is not None:
         _serve_transformers(folder)
         return
-    result = generation.measure(Load(**options), make_model=make_larger_policy, others=(_http_server, _transformers))
+    others = (_http_server, _transformers, *((generation.compiled_in_process,) if compiles() else ()))
+    result = generation.measure(Load(**options), make_model=make_larger_policy, others=others)
     print("\n" + "\n".join(result.lines()))
-    text = f"policy service / {IN_PROCESS}: {result.ratio:.3f}, target at least {TARGET:.2f}"
+    text = f"policy service / the faster AsyncLLM: {result.ratio:.3f}, target at least {TARGET:.2f}"
     conclude("generate", (Verdict(result.ratio >= TARGET, text),), result.figures())
 
 

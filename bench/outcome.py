@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from bench.machine import machine
 
@@ -25,6 +26,14 @@ class Verdict:
 
     def __str__(self) -> str:
         return f"{'PASS' if self.held else 'MISS'}  {self.text}"
+
+
+@contextmanager
+def log_of(name: str) -> Iterator[BinaryIO]:
+    """bench/out/``name``.log, for what a service says: as much as it does by default, and not on the screen."""
+    OUTPUT.mkdir(exist_ok=True)
+    with (OUTPUT / f"{name}.log").open("ab") as file:
+        yield file
 
 
 def conclude(name: str, verdicts: Sequence[Verdict], figures: Mapping[str, Any]) -> None:

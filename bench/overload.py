@@ -31,7 +31,7 @@ import numpy as np
 import psutil  # type: ignore[import-untyped]
 
 from bench.models import VOCABULARY, make_models
-from bench.outcome import Verdict, conclude
+from bench.outcome import Verdict, conclude, log_of
 from bench.turns import family, free_port
 from quartet.client import PolicyClient, ReferenceClient, RewardClient
 from quartet.client.errors import pushback_s
@@ -166,11 +166,12 @@ def _running(name: Name, model: Path, *flags: str) -> Iterator[tuple[psutil.Proc
     port = free_port()
     # One thread for the model: the callers are on this machine, too, and must not be what is measured.
     command = ["-m", f"services.{name}", "--model", str(model), "--port", str(port), "--threads", "1"]
-    command += ["--metrics-port", str(free_port()), "--log-level", "error", *flags]
+    command += ["--metrics-port", str(free_port()), *flags]
     command += [] if name == "reference" else ["--admin-port", "0"]
     # No more slots than callers can fill while capacity is measured, so that overload is no larger batch.
     command += ["--max-concurrent", str(_SLOTS)] if name == "policy" else []
-    process = subprocess.Popen([sys.executable, *command], stdout=sys.stderr)
+    with log_of(f"{name}-service") as log:
+        process = subprocess.Popen([sys.executable, *command], stdout=sys.stderr, stderr=log)
     try:
         yield psutil.Process(process.pid), f"127.0.0.1:{port}"
     finally:

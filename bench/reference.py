@@ -30,7 +30,7 @@ from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
-from bench.outcome import Verdict, conclude
+from bench.outcome import Verdict, conclude, log_of
 from bench.turns import (
     Side,
     compiles,
@@ -249,13 +249,15 @@ def _service(model: Path, ids: list[list[int]]) -> None:
     from quartet.client import ItemFailure, ReferenceClient, TokenSequence
 
     ports = [free_port() for _ in range(2)]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, "-m", "services.reference", "--model", str(model), "--log-level", "warning"),
-            *("--port", str(ports[0]), "--metrics-port", str(ports[1])),
-        ],
-        stdout=sys.stderr,
-    )
+    with log_of("reference-service") as log:
+        process = subprocess.Popen(
+            [
+                *(sys.executable, "-m", "services.reference", "--model", str(model)),
+                *("--port", str(ports[0]), "--metrics-port", str(ports[1])),
+            ],
+            stdout=sys.stderr,
+            stderr=log,
+        )
 
     async def ask() -> list[float]:
         async with ReferenceClient(f"127.0.0.1:{ports[0]}") as client:

@@ -385,7 +385,8 @@ def main() -> None:
     results, latencies = measure(options.texts, options.count, options.rounds)
     draw(results, latencies)
     source = "made-up words" if options.texts is None else options.texts.name
-    conclude("reward", verdicts(results), {"texts": source} | figures(results, latencies))
+    judged = verdicts(results) + reward_latency.verdicts(latencies)
+    conclude("reward", judged, {"texts": source} | figures(results, latencies))
 
 
 if __name__ == "__main__":

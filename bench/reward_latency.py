@@ -12,9 +12,12 @@ from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from bench.outcome import Verdict
 from bench.reward_servers import ONE_BY_ONE_SERVER, SERVICE, VLLM_SERVER, Ids, client, running
 
 CONCURRENCIES = (1, 4, 16, 64)
+TARGET = 0.95
+"""Of its texts/s, where each caller asks again when it has its answer: so many in hand, so long they wait."""
 _SECONDS = 8.0
 _WARM_UP_S = 2.0
 
@@ -73,6 +76,23 @@ async def _turn(name: str, port: int, texts: Sequence[tuple[Ids, Ids]], count: i
 
         await asyncio.gather(*(caller() for _ in range(count)))
     waits.measured_s += _SECONDS
+
+
+def verdicts(results: Results) -> list[Verdict]:
+    """Ours against vLLM's HTTP server, at each number of callers."""
+    found = []
+    for count in CONCURRENCIES:
+        ours, theirs = results[SERVICE][count], results[VLLM_SERVER][count]
+        rate = ours.rate / theirs.rate
+        p50, p99 = (ours.percentile_ms(percent) / theirs.percentile_ms(percent) for percent in (50, 99))
+        found.append(
+            Verdict(
+                rate >= TARGET,
+                f"{count} at once: texts/s / {VLLM_SERVER}'s: {rate:.2f}, target at least {TARGET:.2f}; p50 / its "
+                f"{p50:.2f}, p99 / its {p99:.2f}",
+            )
+        )
+    return found
 
 
 def table(results: Results) -> list[str]:

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 from pathlib import Path
 from typing import Any
 
+from bench.outcome import log_of
 from bench.turns import compiles, free_port, set_threads, vllm_environment
 
 SERVICE = "reward service"
@@ -34,7 +35,7 @@ def command(name: str, model: Path, port: int) -> list[str]:
     """How the server is started."""
     if name == SERVICE:
         return [
-            *("-m", "services.reward", "--model", str(model), "--log-level", "warning"),
+            *("-m", "services.reward", "--model", str(model)),
             *("--port", str(port), "--metrics-port", str(free_port()), "--admin-port", "0"),
         ]
     if name == VLLM_SERVER:
@@ -51,7 +52,11 @@ def command(name: str, model: Path, port: int) -> list[str]:
 def running(name: str, model: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The server's process and its port; ready, and ended afterwards."""
     port = free_port()
-    process = subprocess.Popen([sys.executable, *command(name, model, port)], stdout=sys.stderr, env=vllm_environment())
+    ours = log_of("reward-service") if name == SERVICE else contextlib.nullcontext(None)
+    with ours as log:
+        process = subprocess.Popen(
+            [sys.executable, *command(name, model, port)], stdout=sys.stderr, stderr=log, env=vllm_environment()
+        )
     try:
         asyncio.run(_wait_ready(name, process, port))
         yield process, port
