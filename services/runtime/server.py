@@ -41,6 +41,8 @@ _MAX_UNSEEN_CALLS = 2**20
 # A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
 _KEEPALIVE_MS = 60_000
 _IDLE_MS = 900_000
+# In which calls that the end cuts short are told so.
+_FAREWELL_S = 1.0
 # A scraper sends its request at once.
 _HTTP_TIMEOUT_S = 10.0
 
@@ -71,6 +73,7 @@ class ServiceRuntime:
         self.metrics = metrics
         self.health = Health()
         self.listeners: list[Listener] = []
+        self._calls = CallInterceptor(metrics)
         self.at_drain: list[Callable[[], None]] = []
         """Called when the service begins to end, for work that would outlast the grace period to be given up."""
         self._stop = asyncio.Event()
@@ -128,7 +131,7 @@ class ServiceRuntime:
                 refusal=listener.refusal,
             )
             server = grpc.aio.server(
-                interceptors=[CallInterceptor(self.metrics), gate], options=_channel_options(self.settings, listener)
+                interceptors=[self._calls, gate], options=_channel_options(self.settings, listener)
             )
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
@@ -203,10 +206,17 @@ class ServiceRuntime:
         return 1 if self._failure else 0
 
     async def close(self, grace_s: float) -> None:
-        """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close."""
+        """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close.
+
+        What has not finished by then, waiting or with the model, ends as UNAVAILABLE: gRPC alone would close its
+        connection without a word of ours.
+        """
         listeners, self.listeners = self.listeners, []
         self.health.end()
-        await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
+        stops = [asyncio.ensure_future(x.server.stop(grace_s + _FAREWELL_S)) for x in listeners if x.server is not None]
+        if stops and (await asyncio.wait(stops, timeout=grace_s))[1]:
+            self._calls.end_calls()
+        await asyncio.gather(*stops)
 
 
 def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tuple[str, int]]:

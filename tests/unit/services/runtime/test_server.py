@@ -31,6 +31,7 @@ from tests import http2
 
 ITEM = ScoreItem(prompt="a", response="b")
 SERVICE = RewardClient.health_service
+ENDING = "the service is ending and could not finish this call in time; try again"
 
 
 @dataclass
@@ -59,17 +60,35 @@ def free_ports() -> tuple[int, int]:
         return one.getsockname()[1], other.getsockname()[1]
 
 
+def metrics_of(service: Process) -> str:
+    with urllib.request.urlopen(service.metrics, timeout=5) as reply:
+        return str(reply.read().decode())
+
+
+async def until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(true):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
-    """start("--flag", ..., load_s=0, call_s=0, port=, metrics_port=) starts slow_service.py."""
+    """start("--flag", ..., load_s=0, call_s=0, model_s=0, port=, metrics_port=) starts slow_service.py."""
     started: list[Process] = []
 
-    def launch(*flags: str, load_s: float = 0, call_s: float = 0, port: int = 0, metrics_port: int = 0) -> Process:
+    def launch(
+        *flags: str, load_s: float = 0, call_s: float = 0, model_s: float = 0, port: int = 0, metrics_port: int = 0
+    ) -> Process:
         free, free_metrics = free_ports()
         port, metrics_port = port or free, metrics_port or free_metrics
         command = [sys.executable, str(Path(__file__).with_name("slow_service.py")), "--model", "none"]
         command += ["--port", str(port), "--metrics-port", str(metrics_port), *flags]
-        environment = os.environ | {"SLOW_LOAD_S": str(load_s), "SLOW_CALL_S": str(call_s)}
+        environment = os.environ | {
+            "SLOW_LOAD_S": str(load_s),
+            "SLOW_CALL_S": str(call_s),
+            "SLOW_MODEL_S": str(model_s),
+        }
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         started.append(Process(process, f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"))
         return started[-1]
@@ -213,16 +232,44 @@ async def test_work_longer_than_the_grace_is_given_up(start):
         code, _ = await service.end()
         assert code == 0
         assert time.monotonic() - start_s < 6.0
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError) as told:
             await call
+        assert (told.value.code, told.value.message) == (grpc.StatusCode.UNAVAILABLE, ENDING)
+
+
+async def test_who_still_waits_when_the_grace_is_over_is_told_to_try_again_and_is_answered_by_the_next_service(start):
+    service = start("--grace-s", "0.5", model_s=600)
+    await service.wait_health("SERVING")
+    request = reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(response_text="b")])
+    async with (
+        grpc.aio.insecure_channel(service.address) as channel,
+        RewardClient(service.address, policy=CallPolicy(patience_s=60.0)) as client,
+    ):
+        stub = reward_pb2_grpc.RewardServiceStub(channel)
+        calls = [stub.Score(request, timeout=60) for _ in range(5)]  # One is with the model, the others wait for it.
+        patient = asyncio.create_task(client.score([ITEM]))
+        in_hand = "quartet_slow_calls_in_flight 6.0"
+        await until(lambda: in_hand in metrics_of(service))
+        assert "quartet_slow_queue_items 5.0" in metrics_of(service)
+        service.process.terminate()
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        told = [(one.code(), one.details()) for one in ended if isinstance(one, grpc.aio.AioRpcError)]
+        assert told == [(grpc.StatusCode.UNAVAILABLE, ENDING)] * 5
+        code, said = await service.end()
+        assert code == 0
+        assert "Traceback" not in said
+        assert said.count('"event": "call_refused"') == said.count('"code": "UNAVAILABLE"') == 6
+        start(port=int(service.address.rpartition(":")[2]))
+        assert [result.score for result in (await patient).results] == [1.0]
 
 
 async def test_a_failure_ends_the_service_with_code_1_for_its_supervisor(start):
     service = start(call_s=30)
     await service.wait_health("SERVING")
     async with RewardClient(service.address, policy=CallPolicy(patience_s=0.0)) as client:
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError) as told:
             await client.score([ScoreItem(prompt="a", response="fail")])
+    assert (told.value.code, told.value.message) == (grpc.StatusCode.UNAVAILABLE, ENDING)
     code, said = await service.end()
     assert code == 1
     assert '"failure": "the engine died"' in said
