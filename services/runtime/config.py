@@ -19,6 +19,10 @@ class ServiceSettings(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; loopback unless told otherwise")
     port: Port = Field(50051, description="gRPC port; 0 takes a free one")
     metrics_port: Port = Field(9101, description="Prometheus port over HTTP; 0 takes a free one")
+    metrics_host: str | None = Field(
+        None,
+        description="address that the Prometheus port listens on; default --host. Nobody is asked who they are there",
+    )
     grace_s: NonNegativeFloat = Field(
         30.0, description="seconds that work in flight may take to finish on SIGTERM; the rest then ends as UNAVAILABLE"
     )

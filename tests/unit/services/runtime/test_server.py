@@ -20,12 +20,13 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from quartet.client import CallPolicy, RewardClient, ScoreItem, UnavailableError
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.reward.config import RewardSettings
 from services.runtime.probe import probe
-from services.runtime.server import ServiceRuntime
+from services.runtime.server import Listener, ServiceRuntime
 from services.runtime.telemetry import ServiceMetrics
 from tests import http2
 
@@ -313,6 +314,72 @@ async def test_an_address_open_to_a_network_is_served_with_a_warning(start):
     assert '"listener": "the slow service", "host": "0.0.0.0"' in warning
     assert '"level": "warning"' in warning
     assert "set --token-file or --tls-client-ca" in warning
+
+
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def listeners_of(settings: RewardSettings) -> tuple[Listener, Listener]:
+    data = Listener(name="data", port=settings.port, services=("data",), add=lambda server: None)
+    admin = Listener(
+        name="admin",
+        host=settings.admin_host,
+        port=settings.admin_port,
+        services=("admin",),
+        add=lambda server: None,
+        security=settings.admin_security,
+    )
+    return data, admin
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts"),
+    [
+        ("", {"data": 1, "admin": 1, "metrics": 1}),
+        ("--host 127.0.0.2", {"data": 2, "admin": 2, "metrics": 2}),
+        ("--host 127.0.0.2 --admin-host 127.0.0.1", {"data": 2, "admin": 1, "metrics": 2}),
+        ("--metrics-host 127.0.0.3 --admin-host 127.0.0.2", {"data": 1, "admin": 2, "metrics": 3}),
+    ],
+)
+async def test_each_listener_is_reached_at_its_own_host_alone(flags, hosts):
+    free = "--model m --port 0 --admin-port 0 --metrics-port 0"
+    settings = RewardSettings.from_command_line([*free.split(), *flags.split()])
+    runtime = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test"))
+    try:
+        await runtime.bind(*listeners_of(settings))
+        ports = {listener.name: listener.port for listener in runtime.listeners} | {"metrics": runtime.serve_metrics()}
+        found = {name: [n for n in (1, 2, 3) if listens(f"127.0.0.{n}", port)] for name, port in ports.items()}
+        assert found == {name: [number] for name, number in hosts.items()}
+    finally:
+        await runtime.close(0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--host 0.0.0.0 --admin-host 127.0.0.1", {("data", "0.0.0.0", "--token-file")}),
+        ("--admin-host 0.0.0.0", {("admin", "0.0.0.0", "--admin-token-file")}),
+        ("--metrics-host 0.0.0.0", set()),  # Metrics have no credentials: README says so.
+        ("--host 0.0.0.0", {("data", "0.0.0.0", "--token-file"), ("admin", "0.0.0.0", "--admin-token-file")}),
+    ],
+)
+async def test_each_listener_is_warned_of_by_its_own_host(flags, warned):
+    free = "--model m --port 0 --admin-port 0 --metrics-port 0"
+    settings = RewardSettings.from_command_line([*free.split(), *flags.split()])
+    runtime = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test"))
+    try:
+        with capture_logs() as logged:
+            await runtime.bind(*listeners_of(settings))
+    finally:
+        await runtime.close(0)
+    events = [event for event in logged if event["event"] == "listener_open_to_anyone"]
+    said = {(event["listener"], event["host"], event["advice"].split("set ")[1].split()[0]) for event in events}
+    assert said == warned
 
 
 async def test_thousands_of_calls_at_once_are_answered_or_told_to_come_back_and_none_is_cancelled(start):
