@@ -77,6 +77,7 @@ async def serve(settings: PolicySettings) -> int:
             ),
             Listener(
                 name="weight updates and adapters (--admin-port)",
+                host=settings.admin_host,
                 port=settings.admin_port,
                 services=(WEIGHTS_SERVICE, ADAPTER_SERVICE),
                 security=settings.admin_security,

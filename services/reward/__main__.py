@@ -45,6 +45,7 @@ async def serve(settings: RewardSettings) -> int:
     )
     admin_listener = Listener(
         name="model swaps (--admin-port)",
+        host=settings.admin_host,
         port=settings.admin_port,
         services=(ADMIN_SERVICE,),
         security=settings.admin_security,

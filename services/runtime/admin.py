@@ -23,6 +23,7 @@ class AdminSettings(ServiceSettings):
     data_power: ClassVar[str] = "call"
 
     admin_port: Port = Field(50061, description="gRPC port of the admin listener; 0 takes a free one")
+    admin_host: str | None = Field(None, description="address that the admin port listens on; default --host")
     admin_tls_cert: Path | None = Field(
         None, description="PEM certificate chain of the admin port; default --tls-cert with its key"
     )

@@ -10,7 +10,8 @@ from __future__ import annotations
 import contextlib
 import math
 import threading
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from dataclasses import dataclass
 
 from services.runtime.errors import InvalidArgumentError, OverloadedError
@@ -26,6 +27,8 @@ _SHARE = 8
 # Whoever wants no more than this part of the queue is waited for before the door opens again: a larger request is not
 # worth an emptier queue.
 _WAITED_FOR = 1 / 8
+# So many callers that were refused for their share are known as such: who is forgotten has its next request read.
+_REMEMBERED = 4096
 # Asked for while nothing has been measured yet, and the least and most that is ever asked for.
 _UNMEASURED_MS, _LEAST_MS, _MOST_MS = 1000, 10, 60_000
 
@@ -75,9 +78,10 @@ class Admission:
         self._expected_tokens = 0
         self._rate = MovingRatio(_RATE_HALF_LIFE_S)
         self._tokens_per_byte = MovingRatio(_RATIO_HALF_LIFE_BYTES)
-        # By the last one refused for want of room, and of room in its caller's share, until there is as much.
+        # By the last one refused for want of room, and by each caller's last refused for its share, until there is as
+        # much.
         self._wanted_tokens = 0
-        self._wanted_of_share = 0
+        self._wanted_of_share: OrderedDict[Hashable, int] = OrderedDict()
         self.queued_tokens = 0
         self.held_bytes = 0
         self.holds = 0
@@ -126,10 +130,12 @@ class Admission:
                 self.holds -= 1
                 self._expected_tokens -= hold.expected_tokens
 
-    def enqueue(self, tokens: int, hold: Hold | None = None, *, own_tokens: int = 0) -> None:
+    def enqueue(
+        self, tokens: int, hold: Hold | None = None, *, caller: Hashable | None = None, own_tokens: int = 0
+    ) -> None:
         """Counts ``tokens`` as waiting, in place of what was expected of ``hold``, or refuses them whole.
 
-        ``own_tokens``: what the same caller has waiting already.
+        ``own_tokens``: what the same ``caller`` has waiting already.
 
         Raises:
             InvalidArgumentError: they are more than may ever wait.
@@ -154,19 +160,23 @@ class Admission:
                     "try again later",
                 )
             if self._exceeds_share(own_tokens, tokens):
-                self._wanted_of_share = self._waited_for(tokens)
+                self._wanted_of_share[caller] = self._waited_for(tokens)
+                self._wanted_of_share.move_to_end(caller)
+                if len(self._wanted_of_share) > _REMEMBERED:
+                    self._wanted_of_share.popitem(last=False)
                 raise self._share_taken(own_tokens, tokens)
             self._refuse_long_wait(self.queued_tokens, tokens)
             self.queued_tokens += tokens
 
-    def refusal(self, *, own_tokens: int = 0) -> OverloadedError | None:
+    def refusal(self, *, caller: Hashable | None = None, own_tokens: int = 0) -> OverloadedError | None:
         """Why one who comes now is refused unread: since the last one was for want of room, as much has not come free.
 
         So refusing costs next to nothing where it is done most. It may meet one that is smaller than that, and would
-        have found room: it is told when to come back, as all are.
+        have found room: it is told when to come back, as all are. Who was refused for its share shuts out itself alone.
 
         Args:
-            own_tokens: what the same caller has waiting already.
+            caller: who comes.
+            own_tokens: what it has waiting already.
         """
         with self._lock:
             if self._wanted_tokens:
@@ -177,10 +187,10 @@ class Admission:
                         f"{ahead} tokens are waiting or being read of at most {room}; try again later",
                     )
                 self._wanted_tokens = 0
-            if self._wanted_of_share and own_tokens:
-                if self._exceeds_share(own_tokens, self._wanted_of_share):
-                    return self._share_taken(own_tokens, self._wanted_of_share)
-                self._wanted_of_share = 0
+            if wanted := self._wanted_of_share.get(caller):
+                if self._exceeds_share(own_tokens, wanted):
+                    return self._share_taken(own_tokens, wanted)
+                del self._wanted_of_share[caller]
             return None
 
     def _exceeds_share(self, own_tokens: int, tokens: int) -> bool:

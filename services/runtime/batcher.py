@@ -130,7 +130,7 @@ class Batcher(Generic[Item, Result]):
         """Why a call of ``caller`` is refused before its request is read; see ``Admission.refusal``."""
         with self._changed:
             own = self._line.tokens_of(caller)
-        return self.admission.refusal(own_tokens=own)
+        return self.admission.refusal(caller=caller, own_tokens=own)
 
     def hold(self, size_bytes: int) -> AbstractContextManager[Hold]:
         """Admits a request by its size, before any work; to be held until it is answered. See ``Admission.hold``."""
@@ -169,7 +169,8 @@ class Batcher(Generic[Item, Result]):
         now_s = time.monotonic()
         with self._changed:
             own = 0 if caller is None else self._line.tokens_of(caller)
-        self.admission.enqueue(total, hold, own_tokens=own)  # Before anything is made for each item: refusing is cheap.
+        # Before anything is made for each item: refusing is cheap.
+        self.admission.enqueue(total, hold, caller=caller, own_tokens=own)
         loop = asyncio.get_running_loop()
         request: _Request[Item, Result] = _Request(
             loop,

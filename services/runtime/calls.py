@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import re
 import uuid
+from collections.abc import Hashable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
@@ -32,6 +33,7 @@ class CallRecord:
 
 
 _current: ContextVar[CallRecord | None] = ContextVar("quartet_call", default=None)
+_token_checked: ContextVar[bool] = ContextVar("quartet_token_checked", default=False)
 
 
 def begin(record: CallRecord) -> None:
@@ -67,19 +69,33 @@ def read_request_id(metadata: Any) -> str:
     return _STRANGE.sub("_", sent[:_LONGEST_REQUEST_ID]) or uuid.uuid4().hex
 
 
+def token_checked() -> None:
+    """The token that came with the current call is one of those that are accepted: from now on it says who asks."""
+    _token_checked.set(True)
+
+
 Identity = tuple[tuple[bytes, ...], str]
 """Names in a certificate and digest of a token."""
 
 
 def identity_of(context: Any) -> Identity:
-    """Who asks, by what it has shown: the names in its certificate and a digest of its token, empty where it has none.
+    """Who asks, by what was checked: the names in its certificate and a digest of its token, empty where it has none.
 
-    Its address is no part of it: the same caller comes over another connection the next time.
+    Where nobody checks tokens, whatever came as one says nothing. Its address is no part of it: the same caller comes
+    over another connection the next time.
     """
     names = tuple(sorted(context.peer_identities() or ()))
+    if not _token_checked.get():
+        return names, ""
     sent = next((str(value) for key, value in context.invocation_metadata() or () if key == "authorization"), "")
     token = sent.partition(" ")[2].strip()
     return names, hashlib.sha256(token.encode("utf-8", "surrogateescape")).hexdigest() if token else ""
+
+
+def sender_of(context: Any) -> Hashable:
+    """Who asks by its identity, or by its host where it has none: over however many connections it comes."""
+    identity = identity_of(context)
+    return identity if any(identity) else str(context.peer()).rpartition(":")[0]
 
 
 def caller_of(context: Any) -> str:

@@ -19,7 +19,13 @@ class ServiceSettings(Settings):
     host: str = Field("127.0.0.1", description="address to listen on; loopback unless told otherwise")
     port: Port = Field(50051, description="gRPC port; 0 takes a free one")
     metrics_port: Port = Field(9101, description="Prometheus port over HTTP; 0 takes a free one")
-    grace_s: NonNegativeFloat = Field(30.0, description="seconds that work in flight may take to finish on SIGTERM")
+    metrics_host: str | None = Field(
+        None,
+        description="address that the Prometheus port listens on; default --host. Nobody is asked who they are there",
+    )
+    grace_s: NonNegativeFloat = Field(
+        30.0, description="seconds that work in flight may take to finish on SIGTERM; the rest then ends as UNAVAILABLE"
+    )
     reflection: bool = Field(False, description="serve gRPC server reflection")
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = Field(
         "auto", description="precision of the weights; auto: float32 on a CPU, bfloat16 on a GPU"
@@ -50,8 +56,8 @@ class ServiceSettings(Settings):
     max_calls: PositiveInt = Field(8192, description="most calls of a listener at a time; more are refused")
     max_slow_requests: PositiveInt = Field(
         8,
-        description="most requests of a listener that may take longer than a moment to arrive; more are refused. Each "
-        "may come to --max-message-mib",
+        description="most requests of a listener that may take longer than a moment to arrive, of one caller half of "
+        "them; more are refused. Each may come to --max-message-mib",
     )
     request_timeout_s: PositiveFloat = Field(60.0, description="seconds that a request may take to arrive whole")
     reader_timeout_s: PositiveFloat = Field(

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Hashable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import grpc
 from google.protobuf.message import DecodeError
 
+from services.runtime import calls
 from services.runtime.errors import (
     DeadlineExceededError,
     InvalidArgumentError,
@@ -43,13 +45,13 @@ Refusal = Callable[[str, Any], ServiceError | None]
 
 
 class _Arrival:
-    """A message that is being read: whether it counts as slow, and whether it was refused for that."""
+    """A message that is being read: who sends it where it counts as slow, and why it was refused for that if it was."""
 
-    __slots__ = ("refused", "slow", "timer")
+    __slots__ = ("counted_for", "refused", "timer")
 
     def __init__(self) -> None:
-        self.slow = False
-        self.refused = False
+        self.counted_for: Hashable | None = None
+        self.refused = ""
         self.timer: asyncio.Handle | None = None
 
 
@@ -58,31 +60,38 @@ class Arrivals:
 
     Nobody knows how large a message is before all of it is here, and what arrives is held in memory. So the slow ones
     come to ``max_slow`` times the largest message that is accepted, the others to what the network carries in a moment.
+
+    Who has slow ones may have as many as it leaves free, alone half of them: so nobody shuts out whoever has none, as
+    in ``Admission``.
     """
 
     def __init__(self, *, max_slow: int, timeout_s: float) -> None:
         self.max_slow = max_slow
         self.timeout_s = timeout_s
-        self.slow = 0
+        self.slow_of: Counter[Hashable] = Counter()
 
-    async def read(self, message: Awaitable[Message], late: str) -> Message:
-        """The message, once it is here.
+    @property
+    def slow(self) -> int:
+        """Messages that take their time now."""
+        return self.slow_of.total()
+
+    async def read(self, message: Awaitable[Message], late: str, sender: Callable[[], Hashable]) -> Message:
+        """The message, once it is here. ``sender``: whose it is, asked where it takes its time.
 
         Raises:
-            OverloadedError: it takes its time, and so do as many others as may.
+            OverloadedError: it takes its time, and so do as many others, of all or of its sender, as may.
             DeadlineExceededError: it took longer than ``timeout_s``; says ``late`` of it.
         """
         loop = asyncio.get_running_loop()
         arrival = _Arrival()
         try:
             async with asyncio.timeout(self.timeout_s) as limit:
-                arrival.timer = loop.call_later(_MOMENT_S, self._judge, arrival, limit, 0)
+                arrival.timer = loop.call_later(_MOMENT_S, self._judge, arrival, sender, limit, 0)
                 return await message
         except TimeoutError as error:
             if arrival.refused:
                 raise OverloadedError(
-                    f"{self.max_slow} requests are arriving slowly, as this one does, and no more are taken "
-                    "(max_slow_requests); try again later",
+                    f"{arrival.refused} (max_slow_requests); try again later",
                     retry_after_ms=_RETRY_AFTER_MS,
                     refused_as="arriving",
                 ) from error
@@ -90,18 +99,28 @@ class Arrivals:
         finally:
             if arrival.timer is not None:
                 arrival.timer.cancel()
-            self.slow -= arrival.slow
+            if (one := arrival.counted_for) is not None:
+                self.slow_of[one] -= 1
+                if not self.slow_of[one]:
+                    del self.slow_of[one]
 
-    def _judge(self, arrival: _Arrival, limit: asyncio.Timeout, rounds: int) -> None:
+    def _judge(self, arrival: _Arrival, sender: Callable[[], Hashable], limit: asyncio.Timeout, rounds: int) -> None:
         """A moment has gone by: the message is slow from now on, or refused where there is no room for that."""
         loop = asyncio.get_running_loop()
-        if self.slow < self.max_slow:
-            arrival.slow = True
-            self.slow += 1
+        one = sender()
+        own, free = self.slow_of[one], self.max_slow - self.slow
+        if free and (not own or own + 1 < free):
+            arrival.counted_for = one
+            self.slow_of[one] += 1
         elif rounds < _ROUNDS:
-            arrival.timer = loop.call_soon(self._judge, arrival, limit, rounds + 1)
+            arrival.timer = loop.call_soon(self._judge, arrival, sender, limit, rounds + 1)
         else:
-            arrival.refused = True
+            arrival.refused = (
+                f"{own} requests of this caller are arriving slowly, as this one does, and the other {free} of "
+                f"{self.max_slow} are kept for others"
+                if free
+                else f"{self.max_slow} requests are arriving slowly, as this one does, and no more are taken"
+            )
             limit.reschedule(loop.time())
 
 
@@ -142,6 +161,7 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             reason = self.tokens.refusal(handler_call_details.invocation_metadata)  # type: ignore[attr-defined]
             if reason is not None:
                 return _refusing(UnauthenticatedError(reason, refused_as="credentials"))
+            calls.token_checked()
         if self.calls >= self.max_calls:
             return _refusing(
                 OverloadedError(
@@ -164,14 +184,15 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
             if handler.response_streaming:
 
                 async def both(requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
-                    async with contextlib.aclosing(handler.stream_stream(self._each(requests), context)) as replies:
+                    messages = self._each(requests, context)
+                    async with contextlib.aclosing(handler.stream_stream(messages, context)) as replies:
                         async for reply in replies:
                             yield reply
 
                 return grpc.stream_stream_rpc_method_handler(both, deserialise, serialise)
 
             async def stream(requests: AsyncIterator[Any], context: Any) -> Any:
-                return await handler.stream_unary(self._each(requests), context)
+                return await handler.stream_unary(self._each(requests, context), context)
 
             return grpc.stream_unary_rpc_method_handler(stream, deserialise, serialise)
         # As handlers of a stream of requests: gRPC would wait for a single one by itself, for ever.
@@ -199,12 +220,13 @@ class Gate(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
     def _release(self, _: Any) -> None:
         self.calls -= 1
 
-    async def _each(self, requests: AsyncIterator[Any]) -> AsyncIterator[Any]:
+    async def _each(self, requests: AsyncIterator[Any], context: Any) -> AsyncIterator[Any]:
         """The messages of a stream, none waited for longer than allowed: who goes silent holds up nobody."""
-        following = aiter(requests)
+        following, sender = aiter(requests), partial(calls.sender_of, context)
         while True:
             try:
-                request = await self.arrivals.read(anext(following), "the next message of the stream did not come")
+                late = "the next message of the stream did not come"
+                request = await self.arrivals.read(anext(following), late, sender)
             except StopAsyncIteration:
                 return
             yield request
@@ -266,7 +288,8 @@ class HealthGate:
 
 
 async def _only_request(context: Any, arrivals: Arrivals) -> Any:
-    request = await arrivals.read(context.read(), "the request did not arrive whole")
+    late = "the request did not arrive whole"
+    request = await arrivals.read(context.read(), late, partial(calls.sender_of, context))
     if request is grpc.aio.EOF:  # type: ignore[attr-defined]
         raise InvalidArgumentError("the call ended without a request, or with one larger than is accepted")
     return request

@@ -7,7 +7,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Any
+from typing import Any, Self
 
 import grpc
 import structlog
@@ -16,7 +16,7 @@ from structlog.contextvars import bind_contextvars
 from quartet import tracing
 from services.runtime import calls
 from services.runtime.calls import REQUEST_ID, CallRecord
-from services.runtime.errors import DeadlineExceededError, InternalError, ServiceError, refuse
+from services.runtime.errors import DeadlineExceededError, InternalError, ServiceError, UnavailableError, refuse
 from services.runtime.telemetry import ServiceMetrics
 
 log = structlog.get_logger()
@@ -44,6 +44,12 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         """
         self.metrics = metrics
         self.reader_timeout_s = reader_timeout_s
+        self._in_hand: set[_Call] = set()
+
+    def end_calls(self) -> None:
+        """Ends the calls in hand with UNAVAILABLE, for their clients to try again: who is cut off learns nothing."""
+        for call in list(self._in_hand):
+            call.end()
 
     async def intercept_service(
         self,
@@ -60,7 +66,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
             async def streaming(request: Any, context: Any) -> None:
                 async with (
-                    _Call(self.metrics, method, metadata, context),
+                    _Call(self.metrics, self._in_hand, method, metadata, context),
                     # Closed at once when the client leaves, not when the collector gets to it: slots wait to be freed.
                     contextlib.aclosing(behaviour(request, context)) as replies,
                 ):
@@ -73,7 +79,7 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
         behaviour = handler.stream_unary if handler.request_streaming else handler.unary_unary
 
         async def unary(request: Any, context: Any) -> Any:
-            async with _Call(self.metrics, method, metadata, context):
+            async with _Call(self.metrics, self._in_hand, method, metadata, context):
                 return await behaviour(request, context)
 
         make = grpc.stream_unary_rpc_method_handler if handler.request_streaming else None
@@ -96,18 +102,29 @@ class CallInterceptor(grpc.aio.ServerInterceptor):  # type: ignore[type-arg]
 
 
 class _Call:
-    """One call from arrival to status."""
+    """One call from arrival to status, and among those ``in_hand`` meanwhile."""
 
-    def __init__(self, metrics: ServiceMetrics, method: str, metadata: Any, context: Any) -> None:
+    def __init__(self, metrics: ServiceMetrics, in_hand: set[_Call], method: str, metadata: Any, context: Any) -> None:
         self.metrics = metrics
+        self.in_hand = in_hand
+        self.ended = False
         self.path = method
         self.method = method.rpartition("/")[2]
         self.metadata = metadata
         self.context = context
         self.start_s = 0.0
 
-    async def __aenter__(self) -> None:
+    def end(self) -> None:
+        """The service ends, and doesn't wait for this call any more."""
+        self.ended = True
+        self.task.cancel()
+
+    async def __aenter__(self) -> Self:
         self.start_s = time.monotonic()
+        task = asyncio.current_task()
+        assert task is not None
+        self.task = task
+        self.in_hand.add(self)
         self.metrics.calls_in_flight.inc()
         self.record = CallRecord(
             request_id=calls.read_request_id(self.metadata),
@@ -121,9 +138,14 @@ class _Call:
         if tracing.active():
             self._trace()
         self.context.set_trailing_metadata(((REQUEST_ID, self.record.request_id),))
+        return self
 
     async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
         seconds = time.monotonic() - self.start_s
+        self.in_hand.discard(self)
+        if self.ended and isinstance(error, asyncio.CancelledError):
+            self.task.uncancel()
+            error = UnavailableError("the service is ending and could not finish this call in time; try again")
         self.metrics.calls_in_flight.dec()
         self.metrics.call_seconds.labels(self.method).observe(seconds)
         code = grpc.StatusCode.OK

@@ -41,6 +41,8 @@ _MAX_UNSEEN_CALLS = 2**20
 # A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
 _KEEPALIVE_MS = 60_000
 _IDLE_MS = 900_000
+# In which calls that the end cuts short are told so.
+_FAREWELL_S = 1.0
 # A scraper sends its request at once.
 _HTTP_TIMEOUT_S = 10.0
 
@@ -49,8 +51,9 @@ _HTTP_TIMEOUT_S = 10.0
 class Listener:
     """One gRPC listener: where it binds, what it serves, and to whom.
 
-    ``add`` registers the servicers; ``services`` are their full names, for health and reflection; ``security`` is
-    that of the settings where it is None; ``refusal`` says why a call of a method is refused unread, if it is.
+    ``add`` registers the servicers; ``services`` are their full names, for health and reflection; ``security`` and
+    ``host`` are those of the settings where they are None; ``refusal`` says why a call of a method is refused unread,
+    if it is.
     """
 
     name: str
@@ -58,6 +61,7 @@ class Listener:
     services: tuple[str, ...]
     add: Callable[[grpc.aio.Server], None]
     security: ListenerSecurity | None = None
+    host: str | None = None
     refusal: Refusal | None = None
     server: grpc.aio.Server | None = field(default=None, init=False)
 
@@ -71,6 +75,7 @@ class ServiceRuntime:
         self.metrics = metrics
         self.health = Health()
         self.listeners: list[Listener] = []
+        self._calls = CallInterceptor(metrics, reader_timeout_s=settings.reader_timeout_s)
         self.at_drain: list[Callable[[], None]] = []
         """Called when the service begins to end, for work that would outlast the grace period to be given up."""
         self._stop = asyncio.Event()
@@ -119,7 +124,8 @@ class ServiceRuntime:
                 guard.keep_apart_from(guards[0])
         for listener, guard in zip(listeners, guards, strict=True):
             certificate = guard.certificate
-            _require_free(self.settings.host, listener)
+            host = listener.host or self.settings.host
+            _require_free(host, listener)
             gate = Gate(
                 tokens=guard.tokens,
                 max_calls=self.settings.max_calls,
@@ -127,14 +133,15 @@ class ServiceRuntime:
                 request_timeout_s=self.settings.request_timeout_s,
                 refusal=listener.refusal,
             )
-            calls = CallInterceptor(self.metrics, reader_timeout_s=self.settings.reader_timeout_s)
-            server = grpc.aio.server(interceptors=[calls, gate], options=_channel_options(self.settings, listener))
+            server = grpc.aio.server(
+                interceptors=[self._calls, gate], options=_channel_options(self.settings, listener)
+            )
             listener.add(server)
             health_pb2_grpc.add_HealthServicer_to_server(self.health, server)
             if self.settings.reflection and listener.services:
                 names = (*listener.services, "grpc.health.v1.Health", reflection.SERVICE_NAME)
                 reflection.enable_server_reflection(names, server)
-            address = f"{self.settings.host}:{listener.port}"
+            address = f"{host}:{listener.port}"
             try:
                 if certificate is None:
                     port = server.add_insecure_port(address)
@@ -144,12 +151,12 @@ class ServiceRuntime:
                 reason = "the port is taken or not allowed"
                 if certificate is not None:
                     reason += ", or gRPC does not take the kind of key in the certificate (RSA and ECDSA it does)"
-                raise _cannot_listen(self.settings.host, listener, reason) from error
-            listener.server, listener.port = server, port
+                raise _cannot_listen(host, listener, reason) from error
+            listener.server, listener.host, listener.port = server, host, port
             self.listeners.append(listener)
             if listener.services:
                 security = listener.security or self.settings.security
-                warn_of_exposure(self.settings.host, port, listener.name, security)
+                warn_of_exposure(host, port, listener.name, security)
             for service in listener.services:
                 self.health.set(service, NOT_SERVING)
             await server.start()
@@ -161,13 +168,12 @@ class ServiceRuntime:
         Raises:
             StartError: the port is taken.
         """
+        host, port = self.settings.metrics_host or self.settings.host, self.settings.metrics_port
         try:
-            server, _ = start_http_server(
-                self.settings.metrics_port, addr=self.settings.host, registry=self.metrics.registry
-            )
+            server, _ = start_http_server(port, addr=host.strip("[]"), registry=self.metrics.registry)
         except OSError as error:
             raise StartError(
-                f"cannot listen on {self.settings.host}:{self.settings.metrics_port} for metrics: {error.strerror}; "
+                f"cannot listen on {host}:{port} for metrics: {error.strerror}; "
                 "stop what holds it or choose another --metrics-port"
             ) from error
         server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
@@ -191,8 +197,8 @@ class ServiceRuntime:
         gc.collect()
         gc.freeze()
         self.set_serving(True)
-        ports = {listener.name: listener.port for listener in self.listeners}
-        log.info("ready", service=self.name, host=self.settings.host, ports=ports)
+        addresses = {listener.name: f"{listener.host}:{listener.port}" for listener in self.listeners}
+        log.info("ready", service=self.name, addresses=addresses)
         await self._stop.wait()
         log.info("draining", service=self.name, grace_s=self.settings.grace_s, failure=self._failure)
         for give_up in self.at_drain:
@@ -202,10 +208,17 @@ class ServiceRuntime:
         return 1 if self._failure else 0
 
     async def close(self, grace_s: float) -> None:
-        """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close."""
+        """NOT_SERVING, then work in flight finishes within ``grace_s``, then the listeners close.
+
+        What has not finished by then, waiting or with the model, ends as UNAVAILABLE: gRPC alone would close its
+        connection without a word of ours.
+        """
         listeners, self.listeners = self.listeners, []
         self.health.end()
-        await asyncio.gather(*(x.server.stop(grace_s) for x in listeners if x.server is not None))
+        stops = [asyncio.ensure_future(x.server.stop(grace_s + _FAREWELL_S)) for x in listeners if x.server is not None]
+        if stops and (await asyncio.wait(stops, timeout=grace_s))[1]:
+            self._calls.end_calls()
+        await asyncio.gather(*stops)
 
 
 def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tuple[str, int]]:

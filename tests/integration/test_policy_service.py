@@ -441,6 +441,10 @@ def test_a_taken_port_and_a_model_without_tokenizer_are_refused_at_once(engine, 
             )
             assert done.returncode == 2
             assert f"cannot listen on 127.0.0.1:{port}" in done.stderr
+    flags = ["--model", str(make_policy()), "--port", "0", "--admin-port", "0", "--admin-host", "192.0.2.1"]
+    done = subprocess.run([*command, *flags], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2
+    assert "cannot listen on 192.0.2.1:0 for weight updates and adapters (--admin-port): Cannot" in done.stderr
     for model, message in (
         (make_policy(with_tokenizer=False), "the folder has no tokenizer"),
         (tmp_path / "absent", "there is no such folder"),

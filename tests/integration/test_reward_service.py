@@ -223,5 +223,10 @@ def test_a_wrong_start_is_one_clear_line(service, reward_folder, make_reward_mod
     port = service.address.rpartition(":")[2]
     taken = refused("--model", str(reward_folder), "--port", port, "--metrics-port", "0", "--admin-port", "0")
     assert f"cannot listen on 127.0.0.1:{port}" in taken
+    ours = ("--model", str(reward_folder), *free)
+    elsewhere = "cannot listen on 192.0.2.1:0 for model swaps (--admin-port): Cannot assign requested address"
+    assert elsewhere in refused(*ours, "--admin-host", "192.0.2.1")
+    elsewhere = "cannot listen on 192.0.2.1:0 for metrics: Cannot assign requested address"
+    assert elsewhere in refused(*ours, "--metrics-host", "192.0.2.1")
     assert "--max-batch-tokens is '-5'" in refused("--model", "x", "--max-batch-tokens", "-5")
     assert "--grace-s is 'nan'" in refused("--model", "x", "--grace-s", "nan")

@@ -325,7 +325,7 @@ async def test_a_trickled_request_is_given_up_while_others_are_served(fort):
             # HPACK without Huffman coding: the trailer stands readable in the answer. 4 is DEADLINE_EXCEEDED.
             return read_until_end(connection, http2.frame(http2.DATA, 0, 1, b"x"), b"grpc-status\x014")
 
-    slow = [asyncio.create_task(asyncio.to_thread(trickle)) for _ in range(4)]
+    slow = [asyncio.create_task(asyncio.to_thread(trickle)) for _ in range(3)]
     async with fort.client() as client:
         while not all(task.done() for task in slow):
             assert len((await client.score([ITEM])).results) == 1

@@ -8,19 +8,20 @@ from typing import Any
 import grpc
 import pytest
 
+from services.runtime.gate import Gate
 from services.runtime.interceptors import CallInterceptor
 from services.runtime.telemetry import ServiceMetrics
 
-Serve = Callable[[ServiceMetrics, Callable[[grpc.aio.Server], Any]], Awaitable[grpc.aio.Channel]]
+Serve = Callable[..., Awaitable[grpc.aio.Channel]]
 
 
 @pytest.fixture
 async def serve() -> AsyncIterator[Serve]:
-    """await serve(metrics, add) serves what ``add`` adds to a server, and returns a channel to it."""
+    """await serve(metrics, add) serves what ``add`` adds, behind a gate if any, and returns a channel to it."""
     opened: list[tuple[grpc.aio.Server, grpc.aio.Channel]] = []
 
-    async def start(metrics: ServiceMetrics, add: Callable[[grpc.aio.Server], Any]) -> grpc.aio.Channel:
-        server = grpc.aio.server(interceptors=[CallInterceptor(metrics)])
+    async def start(metrics: ServiceMetrics, add: Callable[[grpc.aio.Server], Any], *gates: Gate) -> grpc.aio.Channel:
+        server = grpc.aio.server(interceptors=[CallInterceptor(metrics), *gates])
         add(server)
         port = server.add_insecure_port("127.0.0.1:0")
         await server.start()

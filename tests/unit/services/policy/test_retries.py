@@ -22,7 +22,9 @@ from services.policy.engine import EngineFailedError, Finish, Generated, Generat
 from services.policy.kept_requests import KeepLimits
 from services.policy.run import GenerationRun
 from services.policy.servicer import PolicyServicer
+from services.runtime.gate import Gate
 from services.runtime.interceptors import CallInterceptor
+from services.runtime.security import TokenCheck
 from tests.unit.services.policy.scripted_engine import generated, until
 from tests.unit.services.policy.served import MOST, hold, params
 
@@ -183,21 +185,38 @@ async def test_the_same_id_with_other_content_is_refused(house, changes):
     assert len(house.engine.tasks) == 6
 
 
-async def test_a_request_id_is_its_callers_alone_and_who_shows_nothing_shares_one_space(house):
+async def test_a_request_id_is_its_callers_alone_by_the_token_that_was_checked(house, serve, tmp_path):
+    (tmp_path / "tokens").write_text("of-alice\nof-bob\nof-carol\n")
+    gate = Gate(
+        tokens=TokenCheck(tmp_path / "tokens", "--token-file"), max_calls=32, max_slow_requests=8, request_timeout_s=20
+    )
+    channel = await serve(
+        house.servicer.metrics,
+        lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(house.servicer, server),
+        gate,
+    )
+    house.stub = policy_pb2_grpc.PolicyServiceStub(channel)
     asked = {"request_id": "one", **UNSEEDED}
     first = answers(await house.generate(PROMPTS, token="of-alice", **asked))
-    for token in ("of-bob", ""):
-        other = answers(await house.generate(PROMPTS, token=token, **asked))
-        assert {key: r.completion.token_ids for key, r in other.items()} != {
-            key: r.completion.token_ids for key, r in first.items()
-        }
-        # With other content it is his own request that refuses, and not hers.
-        error = await house.refusal(PROMPTS[:1], token=token, **asked)
-        assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
+    other = answers(await house.generate(PROMPTS, token="of-bob", **asked))
+    assert {key: r.completion.token_ids for key, r in other.items()} != {
+        key: r.completion.token_ids for key, r in first.items()
+    }
+    # With other content it is his own request that refuses, and not hers.
+    error = await house.refusal(PROMPTS[:1], token="of-bob", **asked)
+    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT
     assert len(await house.generate(PROMPTS[:1], token="of-carol", **asked)) == 1
     assert house.metric("rejoined_total") == 0
     assert answers(await house.generate(PROMPTS, token="of-alice", **asked)) == first
     assert house.metric("rejoined_total") == 1
+
+
+async def test_where_no_token_is_checked_all_callers_share_one_space_of_request_ids_whatever_they_send(house):
+    asked = {"request_id": "one", **UNSEEDED}
+    first = answers(await house.generate(PROMPTS, **asked))
+    for token in ("forged", "another"):
+        assert answers(await house.generate(PROMPTS, token=token, **asked)) == first
+    assert house.metric("rejoined_total") == 2
 
 
 async def test_an_id_too_long_and_indices_that_are_none_are_refused_by_name(house):

@@ -12,10 +12,12 @@ import pytest
 from quartet.client.errors import pushback_s, translate
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import derive_seed
-from quartet.policy.v1 import policy_pb2
+from quartet.policy.v1 import policy_pb2, policy_pb2_grpc
 from services.hosting.token_length import characters_per_token
 from services.policy.budget import Budget, BudgetLimits
+from services.policy.config import PolicySettings
 from services.policy.engine import EngineFailedError, Finish, Generated, GenerationTask
+from services.runtime.server import Listener, ServiceRuntime
 from tests.unit.services.policy.scripted_engine import at_once, generated, until
 from tests.unit.services.policy.served import MOST, House, hold, params
 
@@ -423,6 +425,30 @@ async def test_a_deadline_that_passes_frees_its_places_too(house):
     await until(lambda: house.engine.cancelled == 8)
     house.engine.gate.set()
     assert len(await house.generate([[5]], n=8)) == 8
+
+
+async def test_what_the_engine_has_not_finished_at_the_end_is_told_to_try_again_and_frees_everything(house):
+    free = "--model m --port 0 --admin-port 0 --metrics-port 0"
+    settings = PolicySettings.from_command_line(free.split())
+    runtime = ServiceRuntime(name="policy", settings=settings, metrics=house.servicer.metrics)
+    listener = Listener(
+        name="policy",
+        port=0,
+        services=("policy",),
+        add=lambda server: policy_pb2_grpc.add_PolicyServiceServicer_to_server(house.servicer, server),
+    )
+    await runtime.bind(listener)
+    hold(house, lambda task: task.prompt_ids == [6])
+    async with grpc.aio.insecure_channel(f"127.0.0.1:{listener.port}") as channel:
+        house.stub = policy_pb2_grpc.PolicyServiceStub(channel)
+        call = house.call([[5], [6]])
+        assert (await call.read()).prompt_index == 0
+        await runtime.close(grace_s=0.2)
+        with pytest.raises(grpc.aio.AioRpcError) as told:
+            await call.read()
+    assert told.value.code() is grpc.StatusCode.UNAVAILABLE
+    assert told.value.details() == "the service is ending and could not finish this call in time; try again"
+    assert [house.metric(name) for name in ("completions_in_hand", "tokens_in_hand", "held_bytes")] == [0] * 3
 
 
 async def test_an_engine_that_died_ends_the_service_and_frees_everything(house):

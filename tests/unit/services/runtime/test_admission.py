@@ -147,24 +147,49 @@ def test_a_caller_leaves_room_for_others_and_whoever_has_nothing_waiting_may_fil
 
 def test_who_holds_all_of_its_share_is_refused_unread_until_as_much_is_free_and_others_are_not():
     admission = make(tokens=900)
-    admission.enqueue(800)
-    assert admission.refusal(own_tokens=800) is None  # Nobody was refused: who is small may fit.
+    admission.enqueue(800, caller="a")
+    assert admission.refusal(caller="a", own_tokens=800) is None  # Nobody was refused: who is small may fit.
     with pytest.raises(OverloadedError):
-        admission.enqueue(50, own_tokens=800)
-    shut = admission.refusal(own_tokens=800)
+        admission.enqueue(50, caller="a", own_tokens=800)
+    shut = admission.refusal(caller="a", own_tokens=800)
     assert str(shut) == (
         "800 tokens of this caller are waiting, 50 more would leave only 50 of 900 to others; try again later"
     )
-    assert admission.refusal(own_tokens=0) is None
-    assert admission.refusal(own_tokens=100) is None  # 150 of its own and 50 free: 8 times 50 are 400.
-    with pytest.raises(OverloadedError):
-        admission.enqueue(50, own_tokens=800)
+    assert admission.refusal(caller="b", own_tokens=0) is None
+    assert admission.refusal(caller="b", own_tokens=100) is None
     admission.leave(49)
-    assert admission.refusal(own_tokens=751) is not None  # 801 of its own would be more than 8 times 99.
+    assert admission.refusal(caller="a", own_tokens=751) is not None  # 801 of its own would be more than 8 times 99.
     admission.leave(1)
-    assert admission.refusal(own_tokens=750) is None  # 800 and 100.
-    admission.enqueue(50, own_tokens=750)
-    assert refusals(admission) == {"caller_tokens": 4.0}
+    assert admission.refusal(caller="a", own_tokens=750) is None  # 800 and 100.
+    admission.enqueue(50, caller="a", own_tokens=750)
+    assert refusals(admission) == {"caller_tokens": 3.0}
+
+
+def test_who_was_refused_for_its_share_shuts_out_nobody_else_and_stays_refused_while_others_come():
+    admission = make(tokens=900)
+    admission.enqueue(500, caller="small")
+    admission.enqueue(300, caller="large")
+    with pytest.raises(OverloadedError, match="300 tokens of this caller are waiting, 70 more would leave only 30"):
+        admission.enqueue(70, caller="large", own_tokens=300)
+    # With 70 more it would have more than 8 times 30 as well. But it was refused nothing, and wants one.
+    assert admission.refusal(caller="small", own_tokens=500) is None
+    admission.enqueue(1, caller="small", own_tokens=500)
+    assert admission.refusal(caller="new", own_tokens=0) is None
+    assert admission.refusal(caller="large", own_tokens=300) is not None
+    assert admission.refusal(caller="large", own_tokens=0) is None  # All of its own is with the model.
+    assert not admission._wanted_of_share
+    assert refusals(admission) == {"caller_tokens": 2.0}
+
+
+def test_of_callers_that_were_refused_for_their_share_so_many_are_remembered(monkeypatch):
+    monkeypatch.setattr("services.runtime.admission._REMEMBERED", 2)
+    admission = make(tokens=900)
+    admission.enqueue(850)
+    for caller in ("a", "b", "a", "c"):
+        with pytest.raises(OverloadedError):
+            admission.enqueue(10, caller=caller, own_tokens=800)
+    refused = [caller for caller in "abc" if admission.refusal(caller=caller, own_tokens=800) is not None]
+    assert refused == ["a", "c"]
 
 
 def test_no_more_waits_than_the_model_does_in_the_set_time_by_its_measured_rate():

@@ -84,6 +84,55 @@ async def house() -> AsyncIterator[tuple[House, str]]:
     await server.stop(0)
 
 
+async def test_calls_that_the_end_cuts_short_are_told_to_try_again_also_where_the_client_does_not_read():
+    """While gRPC sends a reply the call is in its hands, and not ours to cancel: it ends when the client reads on."""
+    sent = 0
+
+    async def pour(request: bytes, context: Any) -> AsyncIterator[bytes]:
+        nonlocal sent
+        for _ in range(200):
+            yield bytes(2**20)
+            sent += 1
+
+    async def wait(request: bytes, context: Any) -> bytes:
+        await asyncio.Event().wait()
+        return b""
+
+    metrics = ServiceMetrics("test")
+    interceptor = CallInterceptor(metrics)
+    server = grpc.aio.server(interceptors=[interceptor])
+    handlers = {"pour": grpc.unary_stream_rpc_method_handler(pour), "wait": grpc.unary_unary_rpc_method_handler(wait)}
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler("test", handlers),))
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            replies = aiter(channel.unary_stream("/test/pour")(b""))
+            await anext(replies)
+            waiting = channel.unary_unary("/test/wait")(b"")
+            before = -1
+            while before != sent or len(interceptor._in_hand) < 2:  # Until there is no room for more.
+                before = sent
+                await asyncio.sleep(0.3)
+            assert sent < 100
+            interceptor.end_calls()
+            with pytest.raises(grpc.aio.AioRpcError) as told_waiting:
+                await waiting
+            with pytest.raises(grpc.aio.AioRpcError) as told_reading:
+                async for _ in replies:
+                    pass
+            for told in (told_waiting.value, told_reading.value):
+                assert told.code() is grpc.StatusCode.UNAVAILABLE
+                assert told.details() == "the service is ending and could not finish this call in time; try again"
+            assert sent == before  # Nothing after the one on its way.
+            assert not interceptor._in_hand
+    finally:
+        await server.stop(0)
+    for method in ("pour", "wait"):
+        labels = {"method": method, "code": "UNAVAILABLE"}
+        assert metrics.registry.get_sample_value("quartet_test_calls_total", labels) == 1
+
+
 @pytest.mark.parametrize(
     ("error", "typed", "code"),
     [

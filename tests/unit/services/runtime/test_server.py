@@ -20,17 +20,19 @@ import psutil
 import pytest
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
+from structlog.testing import capture_logs
 
 from quartet.client import CallPolicy, RewardClient, ScoreItem, UnavailableError
 from quartet.reward.v1 import reward_pb2, reward_pb2_grpc
 from services.reward.config import RewardSettings
 from services.runtime.probe import probe
-from services.runtime.server import ServiceRuntime
+from services.runtime.server import Listener, ServiceRuntime
 from services.runtime.telemetry import ServiceMetrics
 from tests import http2
 
 ITEM = ScoreItem(prompt="a", response="b")
 SERVICE = RewardClient.health_service
+ENDING = "the service is ending and could not finish this call in time; try again"
 
 
 @dataclass
@@ -59,17 +61,35 @@ def free_ports() -> tuple[int, int]:
         return one.getsockname()[1], other.getsockname()[1]
 
 
+def metrics_of(service: Process) -> str:
+    with urllib.request.urlopen(service.metrics, timeout=5) as reply:
+        return str(reply.read().decode())
+
+
+async def until(true: Callable[[], bool], timeout_s: float = 20.0) -> None:
+    end = time.monotonic() + timeout_s
+    while not await asyncio.to_thread(true):
+        assert time.monotonic() < end
+        await asyncio.sleep(0.02)
+
+
 @pytest.fixture
 def start() -> Iterator[Callable[..., Process]]:
-    """start("--flag", ..., load_s=0, call_s=0, port=, metrics_port=) starts slow_service.py."""
+    """start("--flag", ..., load_s=0, call_s=0, model_s=0, port=, metrics_port=) starts slow_service.py."""
     started: list[Process] = []
 
-    def launch(*flags: str, load_s: float = 0, call_s: float = 0, port: int = 0, metrics_port: int = 0) -> Process:
+    def launch(
+        *flags: str, load_s: float = 0, call_s: float = 0, model_s: float = 0, port: int = 0, metrics_port: int = 0
+    ) -> Process:
         free, free_metrics = free_ports()
         port, metrics_port = port or free, metrics_port or free_metrics
         command = [sys.executable, str(Path(__file__).with_name("slow_service.py")), "--model", "none"]
         command += ["--port", str(port), "--metrics-port", str(metrics_port), *flags]
-        environment = os.environ | {"SLOW_LOAD_S": str(load_s), "SLOW_CALL_S": str(call_s)}
+        environment = os.environ | {
+            "SLOW_LOAD_S": str(load_s),
+            "SLOW_CALL_S": str(call_s),
+            "SLOW_MODEL_S": str(model_s),
+        }
         process = subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
         started.append(Process(process, f"127.0.0.1:{port}", f"http://127.0.0.1:{metrics_port}/metrics"))
         return started[-1]
@@ -213,16 +233,44 @@ async def test_work_longer_than_the_grace_is_given_up(start):
         code, _ = await service.end()
         assert code == 0
         assert time.monotonic() - start_s < 6.0
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError) as told:
             await call
+        assert (told.value.code, told.value.message) == (grpc.StatusCode.UNAVAILABLE, ENDING)
+
+
+async def test_who_still_waits_when_the_grace_is_over_is_told_to_try_again_and_is_answered_by_the_next_service(start):
+    service = start("--grace-s", "0.5", model_s=600)
+    await service.wait_health("SERVING")
+    request = reward_pb2.ScoreRequest(items=[reward_pb2.ScoreItem(response_text="b")])
+    async with (
+        grpc.aio.insecure_channel(service.address) as channel,
+        RewardClient(service.address, policy=CallPolicy(patience_s=60.0)) as client,
+    ):
+        stub = reward_pb2_grpc.RewardServiceStub(channel)
+        calls = [stub.Score(request, timeout=60) for _ in range(5)]  # One is with the model, the others wait for it.
+        patient = asyncio.create_task(client.score([ITEM]))
+        in_hand = "quartet_slow_calls_in_flight 6.0"
+        await until(lambda: in_hand in metrics_of(service))
+        assert "quartet_slow_queue_items 5.0" in metrics_of(service)
+        service.process.terminate()
+        ended = await asyncio.gather(*calls, return_exceptions=True)
+        told = [(one.code(), one.details()) for one in ended if isinstance(one, grpc.aio.AioRpcError)]
+        assert told == [(grpc.StatusCode.UNAVAILABLE, ENDING)] * 5
+        code, said = await service.end()
+        assert code == 0
+        assert "Traceback" not in said
+        assert said.count('"event": "call_refused"') == said.count('"code": "UNAVAILABLE"') == 6
+        start(port=int(service.address.rpartition(":")[2]))
+        assert [result.score for result in (await patient).results] == [1.0]
 
 
 async def test_a_failure_ends_the_service_with_code_1_for_its_supervisor(start):
     service = start(call_s=30)
     await service.wait_health("SERVING")
     async with RewardClient(service.address, policy=CallPolicy(patience_s=0.0)) as client:
-        with pytest.raises(UnavailableError):
+        with pytest.raises(UnavailableError) as told:
             await client.score([ScoreItem(prompt="a", response="fail")])
+    assert (told.value.code, told.value.message) == (grpc.StatusCode.UNAVAILABLE, ENDING)
     code, said = await service.end()
     assert code == 1
     assert '"failure": "the engine died"' in said
@@ -266,6 +314,72 @@ async def test_an_address_open_to_a_network_is_served_with_a_warning(start):
     assert '"listener": "the slow service", "host": "0.0.0.0"' in warning
     assert '"level": "warning"' in warning
     assert "set --token-file or --tls-client-ca" in warning
+
+
+def listens(host: str, port: int) -> bool:
+    try:
+        socket.create_connection((host, port), timeout=5).close()
+    except ConnectionRefusedError:
+        return False
+    return True
+
+
+def listeners_of(settings: RewardSettings) -> tuple[Listener, Listener]:
+    data = Listener(name="data", port=settings.port, services=("data",), add=lambda server: None)
+    admin = Listener(
+        name="admin",
+        host=settings.admin_host,
+        port=settings.admin_port,
+        services=("admin",),
+        add=lambda server: None,
+        security=settings.admin_security,
+    )
+    return data, admin
+
+
+@pytest.mark.parametrize(
+    ("flags", "hosts"),
+    [
+        ("", {"data": 1, "admin": 1, "metrics": 1}),
+        ("--host 127.0.0.2", {"data": 2, "admin": 2, "metrics": 2}),
+        ("--host 127.0.0.2 --admin-host 127.0.0.1", {"data": 2, "admin": 1, "metrics": 2}),
+        ("--metrics-host 127.0.0.3 --admin-host 127.0.0.2", {"data": 1, "admin": 2, "metrics": 3}),
+    ],
+)
+async def test_each_listener_is_reached_at_its_own_host_alone(flags, hosts):
+    free = "--model m --port 0 --admin-port 0 --metrics-port 0"
+    settings = RewardSettings.from_command_line([*free.split(), *flags.split()])
+    runtime = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test"))
+    try:
+        await runtime.bind(*listeners_of(settings))
+        ports = {listener.name: listener.port for listener in runtime.listeners} | {"metrics": runtime.serve_metrics()}
+        found = {name: [n for n in (1, 2, 3) if listens(f"127.0.0.{n}", port)] for name, port in ports.items()}
+        assert found == {name: [number] for name, number in hosts.items()}
+    finally:
+        await runtime.close(0)
+
+
+@pytest.mark.parametrize(
+    ("flags", "warned"),
+    [
+        ("--host 0.0.0.0 --admin-host 127.0.0.1", {("data", "0.0.0.0", "--token-file")}),
+        ("--admin-host 0.0.0.0", {("admin", "0.0.0.0", "--admin-token-file")}),
+        ("--metrics-host 0.0.0.0", set()),  # Metrics have no credentials: README says so.
+        ("--host 0.0.0.0", {("data", "0.0.0.0", "--token-file"), ("admin", "0.0.0.0", "--admin-token-file")}),
+    ],
+)
+async def test_each_listener_is_warned_of_by_its_own_host(flags, warned):
+    free = "--model m --port 0 --admin-port 0 --metrics-port 0"
+    settings = RewardSettings.from_command_line([*free.split(), *flags.split()])
+    runtime = ServiceRuntime(name="test", settings=settings, metrics=ServiceMetrics("test"))
+    try:
+        with capture_logs() as logged:
+            await runtime.bind(*listeners_of(settings))
+    finally:
+        await runtime.close(0)
+    events = [event for event in logged if event["event"] == "listener_open_to_anyone"]
+    said = {(event["listener"], event["host"], event["advice"].split("set ")[1].split()[0]) for event in events}
+    assert said == warned
 
 
 async def test_thousands_of_calls_at_once_are_answered_or_told_to_come_back_and_none_is_cancelled(start):
