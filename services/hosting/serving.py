@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import math
+import os
+import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import jinja2
+import structlog
 from pydantic import Field
 
+from quartet import tracing
 from quartet.common.v1 import common_pb2
 from quartet.settings import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 from services.runtime import calls
@@ -23,6 +27,10 @@ from services.runtime.errors import FailedPreconditionError, InvalidArgumentErro
 from services.runtime.server import ServiceRuntime
 from services.runtime.telemetry import ServiceMetrics
 
+log = structlog.get_logger()
+
+# What threads have to end in, however much of the grace period was used.
+_LEAST_END_S = 1.0
 # Most items of a request, unless told otherwise.
 MAX_REQUEST_ITEMS = 16_384
 # Replies of fewer items take less time than to hand them to a thread and back may.
@@ -61,6 +69,11 @@ class ForwardSettings(ServiceSettings):
     max_wait_s: NonNegativeFloat = Field(
         2.0, description="seconds after which the oldest item waiting begins every second batch, out of turn"
     )
+    batch_timeout_s: NonNegativeFloat = Field(
+        300.0,
+        description="seconds after which a batch that is not done never will be: who waits is told, and the service "
+        "exits 1 to be started anew; 0: no limit",
+    )
     threads: NonNegativeInt = Field(0, description="processor threads of the model; 0: as many as torch chooses")
 
     def batch_limits(self, device: str, *, padded: bool) -> BatchLimits:
@@ -79,6 +92,7 @@ class ForwardSettings(ServiceSettings):
             max_held_bytes=self.max_held_mib * 2**20,
             max_queue_s=self.max_queue_s,
             max_wait_s=self.max_wait_s,
+            max_batch_s=self.batch_timeout_s or math.inf,
         )
 
 
@@ -193,6 +207,23 @@ def ending(runtime: ServiceRuntime) -> Callable[[str], None]:
             loop.call_soon_threadsafe(runtime.stop, reason)
 
     return end
+
+
+async def end_in_grace(runtime: ServiceRuntime, ending: Awaitable[None], code: int) -> int:
+    """Waits until ``ending`` has ended the threads of the service, for what is left of its grace period; then ``code``.
+
+    Exits with it at once where one does not end: no thread can be ended from outside, and Python, as it ends, waits for
+    some and crashes in others.
+    """
+    try:
+        async with asyncio.timeout(max(_LEAST_END_S, runtime.ends_s - time.monotonic())):
+            await ending
+    except TimeoutError:
+        log.error("thread_left_hanging", service=runtime.name, exit_code=code)
+        tracing.stop()
+        sys.stderr.flush()
+        os._exit(code)
+    return code
 
 
 class WorkClock:

@@ -83,8 +83,7 @@ async def serve(settings: ReferenceSettings) -> int:
         runtime.serve_metrics()
         hosted = servicer.hosted = await serving.in_own_thread(load, serving.ending(runtime))
         code = await runtime.run()
-    await asyncio.to_thread(hosted.batcher.close)
-    return code
+    return await serving.end_in_grace(runtime, asyncio.to_thread(hosted.batcher.close), code)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
+from collections.abc import Callable
 
 from quartet.reward.v1 import admin_pb2_grpc, reward_pb2_grpc
 from services.hosting import serving
@@ -11,7 +13,7 @@ from services.reward.admin_servicer import RewardAdminServicer
 from services.reward.checking import check
 from services.reward.config import RewardSettings
 from services.reward.loading import load
-from services.reward.python_scorer import load_python_scorer
+from services.reward.python_scorer import PythonScorer, load_python_scorer
 from services.reward.score_watch import ScoreWatch
 from services.reward.servicer import RewardServicer
 from services.runtime import allocator
@@ -56,17 +58,25 @@ async def serve(settings: RewardSettings) -> int:
         runtime.serve_metrics()
         end = serving.ending(runtime)
         # Once, however often the model is swapped: Python keeps a module that it has imported.
-        rule = await serving.in_own_thread(load_python_scorer, settings.scorer) if settings.scorer else None
+        rule = await serving.in_own_thread(_load_rule, settings, end) if settings.scorer else None
         servicer.host(await serving.in_own_thread(load, settings, rule, metrics, end))
         runtime.at_drain.append(admin.give_up)
         code = await runtime.run()
-    await admin.close()
-    if rule is not None:
-        await asyncio.to_thread(rule.close)
+
+    async def end_threads() -> None:
+        await admin.close()
+        if rule is not None:
+            await asyncio.to_thread(rule.close)
+
+    await serving.end_in_grace(runtime, end_threads(), code)
     if admin.loading:
         # Nothing waits for the model that is still being loaded; a thread that loads can't be told to stop.
         os._exit(code)
     return code
+
+
+def _load_rule(settings: RewardSettings, on_hang: Callable[[str], None]) -> PythonScorer:
+    return load_python_scorer(settings.scorer, timeout_s=settings.scorer_timeout_s or math.inf, on_hang=on_hang)
 
 
 if __name__ == "__main__":

@@ -46,6 +46,11 @@ class RewardSettings(AdminSettings, ForwardSettings):
     ensemble_lambda: NonNegativeFloat = Field(0.5, description="price of a unit of the members' variance")
     scorer: str = Field("", description="Python function that scores too, or alone: package.module:function")
     scorer_weight: Finite = Field(1.0, description="weight of what --scorer gives in the score")
+    scorer_timeout_s: NonNegativeFloat = Field(
+        60.0,
+        description="seconds that a call of --scorer may take; then its pairs fail, to be tried again. What is not "
+        "async can't be ended: the service exits 1 to be started anew. 0: no limit but --batch-timeout-s",
+    )
     golden_check: Literal["on", "off"] = Field(
         "on", description="refuse a model whose scores of the golden items kept with it are not those of its trainer"
     )
@@ -59,4 +64,9 @@ class RewardSettings(AdminSettings, ForwardSettings):
             raise ValueError("--model is required, or --scorer to score by a Python function alone")
         if self.scorer_weight != 1.0 and not self.scorer:
             raise ValueError(f"--scorer-weight is {self.scorer_weight}, but there is no --scorer")
+        if self.scorer and 0 < self.batch_timeout_s < 2 * self.scorer_timeout_s:
+            raise ValueError(
+                f"--scorer-timeout-s is {self.scorer_timeout_s:g}, must be at most half of --batch-timeout-s, which is "
+                f"{self.batch_timeout_s:g}: a call that fails late may be followed by another"
+            )
         return self

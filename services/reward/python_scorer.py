@@ -10,9 +10,12 @@ end token. It may be ``async``. Named scores (attributes) have weight 1 each, or
 
 It is imported once, and called in one thread of its own (and one event loop), one batch at a time, whatever models come
 and go beside it: connections that it opens when it is called stay usable. A batch that it fails is halved, and halved
-again, so that only the pair that it can't score fails; after 16 failed calls the rest of the batch fails, too. Senders
-are told the type of an exception and not its message, which may quote a pair of somebody else (``--log-level debug``
-logs it).
+again, so that only the pair that it can't score fails; after 16 failed calls, or ``--scorer-timeout-s``, the rest of
+the batch fails, too. Senders are told the type of an exception and not its message, which may quote a pair of somebody
+else (``--log-level debug`` logs it).
+
+A call may take ``--scorer-timeout-s``: then an ``async`` function is cancelled, and its pairs fail, to be tried again.
+One that is not, or that does not let itself be cancelled, occupies its thread for good: the service is started anew.
 """
 
 from __future__ import annotations
@@ -24,9 +27,11 @@ import inspect
 import math
 import os
 import sys
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from numbers import Real
 from pathlib import Path
@@ -35,6 +40,7 @@ from typing import Any
 import structlog
 
 from services.reward.combining import Head
+from services.runtime import tracebacks
 from services.runtime.batcher import ItemError
 from services.runtime.errors import StartError
 
@@ -43,6 +49,8 @@ log = structlog.get_logger()
 # Calls that may fail in one batch: one bad item of 256 fails 9. Beyond it the function itself is broken, or what it
 # asks is away, and each further call might take as long as its own timeout.
 _MOST_FAILED_CALLS = 16
+# For a coroutine to end that was cancelled.
+_CANCEL_S = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,16 +65,29 @@ class _WrongNumberError(Exception):
     """Its message is ours, and tells nothing of the items."""
 
 
+class _TimedOutError(Exception):
+    """The function has not returned in its time. The message is ours."""
+
+
 class PythonScorer:
     """Calls the function, and checks what it returns. The process has one, which outlives the models beside it."""
 
     def __init__(
-        self, spec: str, function: Callable[[list[tuple[Any, str]]], Any], *, source: Path | None = None
+        self,
+        spec: str,
+        function: Callable[[list[tuple[Any, str]]], Any],
+        *,
+        source: Path | None = None,
+        timeout_s: float = math.inf,
+        on_hang: Callable[[str], None] = lambda reason: None,
     ) -> None:
         """
         Args:
             spec: how the settings name it.
             source: file of its module, read here and not again: what runs is what was imported.
+            timeout_s: longest that a call may take.
+            on_hang: called once, with the reason, when a call has not ended then and can't be ended. Nothing is scored
+                any more.
 
         Raises:
             StartError: the weights that the function declares are not usable.
@@ -78,9 +99,15 @@ class PythonScorer:
         self.fingerprint = hashlib.sha256(content).hexdigest()
         """SHA-256 of the module that the function stands in, of its name where that has no file."""
         self._function = function
+        self._timeout_s = timeout_s
+        self._on_hang = on_hang
+        self._hangs = False
         self._runner: asyncio.Runner | None = None
-        # During a swap two models call it; and what it opens may be usable in the thread that opened it alone.
-        self._thread = ThreadPoolExecutor(1, "scorer")
+        # What it opens may be usable in the thread that opened it alone.
+        self._threads = ThreadPoolExecutor(1, "scorer")
+        self._thread: threading.Thread | None = None
+        # During a swap two models call it. The time of a call does not begin before its turn.
+        self._turn = threading.Lock()
 
     def require_other_names(self, taken: Iterable[str]) -> None:
         """
@@ -101,22 +128,27 @@ class PythonScorer:
         Args:
             taken: names that no attribute may have: those of the model's heads.
         """
-        return self._thread.submit(self._score, exchanges, taken).result()
+        with self._turn:
+            return self._score(exchanges, taken)
 
     def close(self) -> None:
-        """Ends the thread, and the event loop of an ``async`` function. Nothing may be scored any more."""
+        """Ends the thread, and the event loop of an ``async`` function. Nothing may be scored any more.
+
+        Returns when they have ended: never, where a call hangs.
+        """
         if self._runner is not None:
-            self._thread.submit(self._runner.close).result()
-        self._thread.shutdown()
+            self._threads.submit(self._runner.close).result()
+        self._threads.shutdown()
 
     def _score(self, exchanges: Sequence[Exchange], taken: Set[str]) -> list[Mapping[str, float] | ItemError]:
+        end_s = time.monotonic() + self._timeout_s
         answers: list[Any] = [None] * len(exchanges)
         # Breadth first: where the calls run out, all parts have come equally far.
         parts, failed_calls = deque([(0, len(exchanges))]), 0
         while parts:
             start, end = parts.popleft()
             try:
-                values = self._call(exchanges[start:end])
+                answers[start:end] = self._call_in_time(exchanges[start:end], taken)
             except BaseException as error:  # Also cancellation and sys.exit: one bad batch must not end a service.
                 log.error("scorer_failed", scorer=self.spec, items=end - start, exc_info=error)
                 # Stays the answer of whatever is not called again.
@@ -124,34 +156,63 @@ class PythonScorer:
                 failed_calls += 1
                 if failed_calls == _MOST_FAILED_CALLS or not isinstance(error, Exception):
                     break
+                if isinstance(error, _TimedOutError) or time.monotonic() > end_s:
+                    break
                 if end - start > 1:
                     middle = (start + end) // 2
                     parts += [(start, middle), (middle, end)]
-            else:
-                answers[start:end] = [self._checked(value, taken) for value in values]
         return answers
 
-    def _call(self, exchanges: Sequence[Exchange]) -> list[Any]:
+    def _call_in_time(
+        self, exchanges: Sequence[Exchange], taken: Set[str]
+    ) -> Sequence[Mapping[str, float] | ItemError]:
+        """
+        Raises:
+            _TimedOutError: it takes longer than it may. Or whatever the function raises.
+        """
+        late = f"it has not returned within {self._timeout_s:g} s (scorer_timeout_s)"
+        if self._hangs:
+            raise _TimedOutError(late)
+        called = self._threads.submit(self._call, exchanges, taken)
+        wait([called], None if self._timeout_s == math.inf else self._timeout_s + _CANCEL_S)
+        if called.done():
+            return called.result()
+        self._hangs = True
+        assert self._thread is not None
+        log.error("scorer_hangs", scorer=self.spec, items=len(exchanges), stack=tracebacks.stack_of(self._thread))
+        self._on_hang(f"the scorer {self.spec} hangs: {late}")
+        raise _TimedOutError(late)
+
+    def _call(self, exchanges: Sequence[Exchange], taken: Set[str]) -> list[Mapping[str, float] | ItemError]:
+        self._thread = threading.current_thread()
         values = self._function([(exchange.prompt, exchange.response) for exchange in exchanges])
         if inspect.isawaitable(values):
             values = self._await(values)
         values = list(values)
         if len(values) != len(exchanges):
             raise _WrongNumberError(f"it returned {len(values)} scores for {len(exchanges)} pairs")
-        return values
+        return [self._checked(value, taken) for value in values]
 
     def _failure(self, error: BaseException) -> ItemError:
         # An exception's message may quote the item of another sender.
-        told = str(error) if isinstance(error, _WrongNumberError) else type(error).__name__
+        told = str(error) if isinstance(error, _WrongNumberError | _TimedOutError) else type(error).__name__
         return ItemError(f"the scorer {self.spec} failed: {told}", retryable=True)
 
     def _await(self, values: Any) -> Any:
-        async def wait() -> Any:
-            return await values
+        async def in_time() -> Any:
+            try:
+                async with asyncio.timeout(None if self._timeout_s == math.inf else self._timeout_s) as limit:
+                    return await values
+            except TimeoutError as error:
+                if not limit.expired():
+                    raise  # Its own.
+                raise _TimedOutError(
+                    f"it has not returned within {self._timeout_s:g} s (scorer_timeout_s) and was cancelled"
+                ) from error
 
         # One loop for all batches, so that connections which the function keeps stay usable.
         self._runner = self._runner or asyncio.Runner()
-        return self._runner.run(wait())
+        return self._runner.run(in_time())
 
     def _checked(self, value: object, taken: Set[str]) -> Mapping[str, float] | ItemError:
         try:
@@ -193,8 +254,12 @@ class PythonScorer:
         return ItemError(f"the scorer {self.spec} {problem}", retryable=False)
 
 
-def load_python_scorer(spec: str) -> PythonScorer:
+def load_python_scorer(
+    spec: str, *, timeout_s: float = math.inf, on_hang: Callable[[str], None] = lambda reason: None
+) -> PythonScorer:
     """The function ``package.module:function``, found as Python finds modules, then in the working directory.
+
+    ``timeout_s`` and ``on_hang``: see ``PythonScorer``.
 
     Raises:
         StartError: there is no such module or function, it is no function, or the weights it declares are no weights.
@@ -215,7 +280,7 @@ def load_python_scorer(spec: str) -> PythonScorer:
     if not callable(found):
         raise StartError(f"--scorer is {spec!r}: it is a {type(found).__name__}, must be a function")
     file = getattr(module, "__file__", None)
-    return PythonScorer(spec, found, source=Path(file) if file else None)
+    return PythonScorer(spec, found, source=Path(file) if file else None, timeout_s=timeout_s, on_hang=on_hang)
 
 
 def _declared(spec: str, weights: object) -> tuple[Head, ...]:

@@ -5,7 +5,8 @@ fair between callers and fills batches with neighbours in length (``waiting``), 
 demands, and joined again in order. What was cancelled or expired is dropped before it reaches the model.
 
 The thread and the event loop meet under one lock, which either holds only to change the line. The thread never waits
-for the loop beyond that: what a batch has finished goes to the loop in one callback.
+for the loop beyond that: what a batch has finished goes to the loop in one callback. A second thread looks whether a
+batch takes longer than any may: the model hangs then, and what hangs can't be ended, only left behind.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any, Generic, TypeVar
 import structlog
 
 from quartet import tracing
-from services.runtime import batch_spans, calls
+from services.runtime import batch_spans, calls, tracebacks
 from services.runtime.admission import Admission, Hold
 from services.runtime.errors import DeadlineExceededError, OverloadedError, ServiceError, UnavailableError
 from services.runtime.telemetry import QueueState, ServiceMetrics
@@ -33,6 +34,8 @@ log = structlog.get_logger()
 # How soon it is seen that a model which is being replaced has answered its last request: nobody waits for it.
 _DRAIN_POLL_S = 0.05
 _MOST_LOGGED_IDS = 32
+# How often it is looked whether a batch takes too long.
+_WATCH_EVERY_S = 1.0
 # So many batches on end that fail, none of them left whole in between, are no bad items: the model is broken for good,
 # as after an error of the GPU that every later call repeats.
 MOST_FAILURES = 16
@@ -54,7 +57,8 @@ class BatchLimits:
     """Budgets. Tokens count padding (items x longest) in a batch that is ``padded``, and never in the queue.
 
     ``max_held_bytes``: of all requests from arrival to answer. ``max_queue_s``: most seconds of the model's work that
-    may wait. ``max_wait_s``: age from which the oldest item begins every second batch.
+    may wait. ``max_wait_s``: age from which the oldest item begins every second batch. ``max_batch_s``: a batch that
+    takes longer will never be done.
     """
 
     max_batch_tokens: int
@@ -63,6 +67,7 @@ class BatchLimits:
     max_held_bytes: int = 256 * 2**20
     max_queue_s: float = math.inf
     max_wait_s: float = 2.0
+    max_batch_s: float = math.inf
     padded: bool = True
 
 
@@ -89,9 +94,9 @@ class Batcher(Generic[Item, Result]):
     ``process`` takes a list of items and returns a result or an ItemError for each, in order. If it raises, every item
     of the batch is answered with a retryable ItemError and the cause is logged: one bad batch must not end a service.
 
-    ``on_death`` is called from the thread, once and with the reason, when the model will answer no more: something else
-    than an Exception has ended the thread, or MOST_FAILURES batches on end have failed. Who goes on regardless refuses
-    or fails whatever comes.
+    ``on_death`` is called, from a thread and with the reason, when the model will answer no more: something else than
+    an Exception has ended its thread, a batch takes longer than ``max_batch_s``, or MOST_FAILURES batches on end have
+    failed. Who goes on regardless refuses or fails whatever comes.
     """
 
     def __init__(
@@ -122,9 +127,13 @@ class Batcher(Generic[Item, Result]):
         self._unanswered: set[_Request[Item, Result]] = set()
         self._changed = threading.Condition()
         self._closed = False
+        self._begun_s: float | None = None  # When the batch in hand was.
+        self._ended = threading.Event()
         metrics.queues.watch(self)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         self._thread.start()
+        if limits.max_batch_s < math.inf:
+            threading.Thread(target=self._watch, args=(limits.max_batch_s,), name="model watch", daemon=True).start()
 
     def refusal(self, caller: Hashable) -> OverloadedError | None:
         """Why a call of ``caller`` is refused before its request is read; see ``Admission.refusal``."""
@@ -208,12 +217,25 @@ class Batcher(Generic[Item, Result]):
                     self._unanswered.discard(request)
 
     def close(self) -> None:
-        """Refuses new work, answers what waits, and ends the thread."""
+        """Refuses new work, answers what waits, and ends the thread. Returns when it has: never, if the model hangs."""
         with self._changed:
             self._closed = True
             self._changed.notify()
         self._thread.join()
         self._metrics.queues.forget(self)
+
+    def give_up(self, reason: str, *, counted_as: str = "closing") -> None:
+        """Refuses new work, and answers all that has no answer yet with UNAVAILABLE and ``reason``, from any thread.
+
+        Does not wait for the batch in hand, of which nobody gets a result any more.
+        """
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+            left = list(self._unanswered)
+        self._metrics.refused.labels(counted_as).inc(len(left))
+        error = UnavailableError(reason)
+        self._settle([(request, error) for request in left])
 
     async def drained(self) -> None:
         """Returns when no request is held and none waits. Whoever lets no new one in may then close."""
@@ -228,6 +250,7 @@ class Batcher(Generic[Item, Result]):
             items=self._line.items,
             held_bytes=self.admission.held_bytes,
             oldest_s=self._oldest_age_s(),
+            batch_s=self._batch_age_s(),
         )
 
     def _run(self) -> None:
@@ -240,13 +263,21 @@ class Batcher(Generic[Item, Result]):
                         self._on_death(f"{MOST_FAILURES} model batches on end have failed")
         except BaseException as error:
             # Whatever ends the thread, nobody is left waiting for it.
-            with self._changed:
-                self._closed = True
-                left = list(self._unanswered)
-            log.error("model_thread_ended", calls=len(left), exc_info=error)
-            stopped = UnavailableError("the model has stopped; try again later")
-            self._settle([(request, stopped) for request in left])
+            log.error("model_thread_ended", calls=len(self._unanswered), exc_info=error)
+            self.give_up("the model has stopped; try again later", counted_as="died")
             self._on_death(f"the model's thread was ended by {type(error).__name__}")
+        finally:
+            self._ended.set()
+
+    def _watch(self, most_s: float) -> None:
+        """In a thread of its own, until the model's has ended: a batch that takes longer than this is its last."""
+        while not self._ended.wait(min(_WATCH_EVERY_S, most_s / 4)):
+            if self._batch_age_s() > most_s:
+                reason = f"the model hangs: a batch has taken more than {most_s:g} s (batch_timeout_s)"
+                log.error("model_hangs", calls=len(self._unanswered), stack=tracebacks.stack_of(self._thread))
+                self.give_up(f"{reason}; the service is restarted, try again later", counted_as="died")
+                self._on_death(reason)
+                return
 
     def _next_batch(self) -> list[Entry[_Request[Item, Result]]] | None:
         """Waits for work and takes it from the line; None at the end. Empty when all of it had expired."""
@@ -275,7 +306,7 @@ class Batcher(Generic[Item, Result]):
         tokens = sum(entry.tokens for entry in batch)
         padded = max(entry.tokens for entry in batch) * len(batch) if self._padded else tokens
         span = batch_spans.begin_batch(batch, padded_tokens=padded)
-        start_s = time.monotonic()
+        start_s = self._begun_s = time.monotonic()
         results: Sequence[Result | ItemError]
         try:
             results = self._process([entry.call.payload.items[entry.index] for entry in batch])
@@ -289,6 +320,7 @@ class Batcher(Generic[Item, Result]):
         else:
             self._failures = 0
             self.admission.served(tokens, time.monotonic() - start_s)
+        self._begun_s = None
         batch_spans.end_batch(batch, span)
         self._metrics.batch_seconds.observe(time.monotonic() - start_s)
         self._metrics.batch_items.observe(len(batch))
@@ -324,6 +356,10 @@ class Batcher(Generic[Item, Result]):
         with self._changed:
             oldest_s = self._line.oldest_s()
         return 0.0 if oldest_s is None else time.monotonic() - oldest_s
+
+    def _batch_age_s(self) -> float:
+        begun_s = self._begun_s
+        return 0.0 if begun_s is None else time.monotonic() - begun_s
 
 
 def _request_ids(batch: Iterable[Entry[_Request[Any, Any]]]) -> list[str]:

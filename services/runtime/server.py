@@ -13,6 +13,7 @@ import os
 import signal
 import socket
 import sys
+import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -78,6 +79,8 @@ class ServiceRuntime:
         self._calls = CallInterceptor(metrics, reader_timeout_s=settings.reader_timeout_s)
         self.at_drain: list[Callable[[], None]] = []
         """Called when the service begins to end, for work that would outlast the grace period to be given up."""
+        self.ends_s = 0.0
+        """When the grace period is over, by the monotonic clock; known from when the service begins to end."""
         self._stop = asyncio.Event()
         self._failure: str | None = None
         self._ready = False
@@ -200,10 +203,12 @@ class ServiceRuntime:
         addresses = {listener.name: f"{listener.host}:{listener.port}" for listener in self.listeners}
         log.info("ready", service=self.name, addresses=addresses)
         await self._stop.wait()
-        log.info("draining", service=self.name, grace_s=self.settings.grace_s, failure=self._failure)
+        grace_s = 0.0 if self._failure else self.settings.grace_s
+        self.ends_s = time.monotonic() + grace_s
+        log.info("draining", service=self.name, grace_s=grace_s, failure=self._failure)
         for give_up in self.at_drain:
             give_up()
-        await self.close(grace_s=0.0 if self._failure else self.settings.grace_s)
+        await self.close(grace_s=grace_s)
         log.info("stopped", service=self.name)
         return 1 if self._failure else 0
 

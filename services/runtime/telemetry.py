@@ -29,12 +29,14 @@ TOKEN_BUCKETS = (16, 64, 256, 1024, 4096, 16384, 65536, 262144)
 
 @dataclass(frozen=True, kw_only=True)
 class QueueState:
-    """What waits for one model: tokens, items, the age of the oldest; and the bytes of requests in hand."""
+    """What waits for one model: tokens, items, the age of the oldest; the bytes of requests in hand; and how long the
+    model has worked on its batch, 0 without one."""
 
     tokens: int
     items: int
     held_bytes: int
     oldest_s: float
+    batch_s: float = 0.0
 
 
 class Queue(Protocol):
@@ -50,7 +52,7 @@ class QueueGauges:
     Asked when somebody looks: nothing to keep up to date, and true also while a batch takes long.
     """
 
-    def __init__(self, prefix: str, registry: CollectorRegistry, *, holds_bytes: bool) -> None:
+    def __init__(self, prefix: str, registry: CollectorRegistry, *, batches: bool) -> None:
         # Replaced as a whole, so that a scrape in its thread sees a tuple that nobody changes.
         self._queues: tuple[Queue, ...] = ()
 
@@ -59,8 +61,13 @@ class QueueGauges:
 
         gauge("queue_tokens", "Tokens waiting for the model", lambda: sum(x.queue.tokens for x in self._queues))
         gauge("queue_items", "Items waiting for the model", lambda: sum(x.queue.items for x in self._queues))
-        if holds_bytes:
+        if batches:
             gauge("held_bytes", "Bytes of requests in hand", lambda: sum(x.queue.held_bytes for x in self._queues))
+            gauge(
+                "batch_age_seconds",
+                "Time that the model has worked on the batch in hand",
+                lambda: max((x.queue.batch_s for x in self._queues), default=0.0),
+            )
         gauge(
             "queue_oldest_seconds",
             "Age of the oldest waiting item",
@@ -103,7 +110,7 @@ class ServiceMetrics:
         self.items = Counter(f"{prefix}_items_total", "Items answered by status", ["status"], registry=self.registry)
         self.tokens = Counter(f"{prefix}_tokens_total", "Tokens by kind", ["kind"], registry=self.registry)
         self.weights_version = Gauge(f"{prefix}_weights_version", "Version of the weights", registry=self.registry)
-        self.queues = QueueGauges(prefix, self.registry, holds_bytes=batches)
+        self.queues = QueueGauges(prefix, self.registry, batches=batches)
         self.refused = Counter(
             f"{prefix}_refused_total",
             "Calls refused or dropped before the model was done with them, by reason",

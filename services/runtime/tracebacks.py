@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+import threading
 import traceback
 
 from services.runtime.errors import ServiceError, StartError
@@ -25,6 +27,12 @@ def render(error: BaseException, *, messages: bool = False) -> str:
         parts.append(f"Traceback (most recent call last):\n{stack}{_last_line(link, messages)}")
         link = link.__cause__ if link.__cause__ is not None or link.__suppress_context__ else link.__context__
     return "\n\nwhich led to:\n\n".join(reversed(parts))
+
+
+def stack_of(thread: threading.Thread) -> str:
+    """Where ``thread`` is now, without the values of variables; empty where it has ended."""
+    frame = sys._current_frames().get(thread.ident or 0)
+    return "" if frame is None else "".join(traceback.format_stack(frame))
 
 
 def _last_line(error: BaseException, messages: bool) -> str:

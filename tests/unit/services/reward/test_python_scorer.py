@@ -166,6 +166,49 @@ def test_it_is_not_asked_for_ever_where_all_fails():
     assert len(calls) == 32
 
 
+def test_one_that_never_returns_fails_its_pairs_once_and_for_all_and_says_so(logs):
+    stuck, told = threading.Event(), []
+
+    def rule(pairs: list[tuple[Any, str]]) -> list[float]:
+        stuck.wait(60)
+        return [1.0] * len(pairs)
+
+    hanging = PythonScorer(SPEC, rule, timeout_s=0.2, on_hang=told.append)
+    late = "it has not returned within 0.2 s (scorer_timeout_s)"
+    failed = [ItemError(f"the scorer {SPEC} failed: {late}", retryable=True)] * len(PAIRS)
+    assert hanging.score(PAIRS) == failed
+    assert told == [f"the scorer {SPEC} hangs: {late}"]
+    assert hanging.score(PAIRS) == failed  # At once: its thread is not to be had any more.
+    assert len(told) == 1
+    (hang,) = [entry for entry in logs if entry["event"] == "scorer_hangs"]
+    assert "stuck.wait" in hang["stack"]
+    stuck.set()
+    hanging.close()
+
+
+def test_an_async_one_that_takes_too_long_is_cancelled_and_scores_the_next_batch():
+    told, cancelled = [], []
+    slow = True
+
+    async def rule(pairs: list[tuple[Any, str]]) -> list[float]:
+        if slow:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:
+                cancelled.append(len(pairs))
+                raise
+        return [1.0] * len(pairs)
+
+    scorer = PythonScorer(SPEC, rule, timeout_s=0.2, on_hang=told.append)
+    reason = "it has not returned within 0.2 s (scorer_timeout_s) and was cancelled"
+    assert scorer.score(PAIRS) == [ItemError(f"the scorer {SPEC} failed: {reason}", retryable=True)] * len(PAIRS)
+    assert cancelled == [len(PAIRS)]
+    slow = False
+    assert scorer.score(PAIRS) == [{"score": 1.0}] * len(PAIRS)
+    assert told == []
+    scorer.close()
+
+
 def test_where_the_calls_run_out_what_was_scored_stays_scored():
     def rule(pairs: list[tuple[Any, str]]) -> list[float]:
         if any(int(response) >= 128 for _, response in pairs):

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import random
+import re
 import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 from hypothesis import given, settings
@@ -350,6 +351,43 @@ async def test_a_model_that_fails_batch_after_batch_is_dead_and_one_that_does_no
         assert await batcher.submit(["a"], [1]) == failed
     await asyncio.to_thread(batcher.close)
     assert told == [f"{MOST_FAILURES} model batches on end have failed"]
+
+
+async def test_a_batch_that_never_ends_is_the_last_and_nobody_waits_for_it():
+    told: list[str] = []
+    begun, stuck = threading.Event(), threading.Event()
+
+    def process(items: list[tuple[str, int]]) -> list[str]:
+        begun.set()
+        stuck.wait(60)
+        return [text for text, _ in items]
+
+    hung = replace(limits(), max_batch_s=0.4)
+    batcher = Batcher(process, limits=hung, metrics=ServiceMetrics("test"), on_death=told.append)
+    in_hand = asyncio.ensure_future(batcher.submit([("in hand", 1)], [1]))
+    await asyncio.to_thread(begun.wait)
+    waiting = asyncio.ensure_future(batcher.submit([("waiting", 1)], [1]))
+    reason = "the model hangs: a batch has taken more than 0.4 s (batch_timeout_s)"
+    for call in (in_hand, waiting):
+        with pytest.raises(UnavailableError, match=re.escape(f"{reason}; the service is restarted, try again later")):
+            await asyncio.wait_for(call, 20)
+    with pytest.raises(UnavailableError):
+        await batcher.submit([("late", 1)], [1])
+    assert told == [reason]
+    stuck.set()  # An answer that comes after all hurts nobody.
+    await asyncio.to_thread(batcher.close)
+    assert (batcher.queue.tokens, batcher.queue.items, batcher.admission.holds) == (0, 0, 0)
+    assert told == [reason]
+
+
+async def test_batches_within_their_time_are_no_hang_however_many_there_are():
+    told: list[str] = []
+    process = lambda items: [time.sleep(0.1) or text for text, _ in items]  # noqa: E731
+    quick = replace(limits(items=1), max_batch_s=20.0)
+    batcher = Batcher(process, limits=quick, metrics=ServiceMetrics("test"), on_death=told.append)
+    assert await batcher.submit([(str(i), 1) for i in range(5)], [1] * 5) == list("01234")
+    await asyncio.to_thread(batcher.close)
+    assert told == []
 
 
 async def test_a_batcher_that_is_closed_has_not_died():
