@@ -4,8 +4,10 @@ The texts are those of the folder that QUARTET_DATA names (sentiment_imdb_cad_tr
 sentiment_data.py. A small model learns to write passages of reviews, half of which praise; DPO, and PPO by a reward
 model, learn from the same preferences to praise. The judge, a bag of words, knows other reviews alone.
 
-1. One table: every model on the same held-out prompts, with the same seeds; changes are paired by prompt.
-2. What the monitors said of PPO with KL off, by step, and of PPO.
+1. How often judge and reward model find the positive one of held-out twins, also by which of the two is longer: what
+   likes short answers is right where the positive one is short, and PPO by it makes answers short.
+2. One table: every model on the same held-out prompts, with the same seeds; changes are paired by prompt.
+3. What the monitors said of PPO with KL off, by step, and of PPO.
 
 Each stage is a quartet command (sentiment_models.py) with its folder below runs/sentiment; what is there is not done
 again, and what was broken off goes on. All responses are kept in bench/out/sentiment.jsonl.
@@ -24,18 +26,21 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from bench import sentiment_judge
 from bench.outcome import OUTPUT, Verdict, conclude
-from bench.sentiment_data import write_files
+from bench.sentiment_data import longer_by, write_files
 from bench.sentiment_models import (
     DATA,
     MODELS,
     PPO,
     PPO_WITHOUT_KL,
+    REWARD,
     ROOT,
-    SECONDS,
     WORK,
     evaluation_of,
+    stage_seconds,
     train_models,
 )
 from deploy.demo import title
@@ -74,11 +79,10 @@ def report() -> None:
     """Tables, verdicts and files, from what the runs have left."""
     found = {name: Evaluation.read(evaluation_of(name)) for name in MODELS}
     keep_responses(found)
-    judged = judge_accuracy()
-    reward = json.loads((WORK / "reward" / "evaluation.json").read_text(encoding="utf-8"))
+    judged, reward = judge_accuracy(), reward_accuracy()
     print("\naccuracy on held-out reviews")
-    for what, interval in {**judged, "reward model, edited passages, of two": of_json(reward["accuracy"])}.items():
-        print(f"  {what:<44}{interval}")
+    for what, interval in {**judged, **reward}.items():
+        print(f"  {what:<52}{interval}")
     sft = found["SFT"]
     print(
         f"\n{sft.n} responses to {sft.prompts} held-out prompts; intervals 95 %, over prompts; changes from SFT paired"
@@ -96,7 +100,7 @@ def report() -> None:
     print(f"in all {sum(seconds.values()) / 60:.1f} minutes")
     figures = {
         "judge": {what: interval.as_json() for what, interval in judged.items()},
-        "reward_model": reward["accuracy"],
+        "reward_model": {what: interval.as_json() for what, interval in reward.items()},
         "models": {
             name: {
                 **evaluation.figures(),
@@ -108,14 +112,14 @@ def report() -> None:
         "alarms": {name: [{"step": step, "text": text} for step, text in texts] for name, texts in said.items()},
         "seconds": seconds,
     }
-    conclude("sentiment", verdicts(found, judged, said), figures)
+    conclude("sentiment", verdicts(found, {**judged, **reward}, said), figures)
 
 
 def verdicts(
-    found: Mapping[str, Evaluation], judged: Mapping[str, Interval], said: Mapping[str, Sequence[tuple[int, str]]]
+    found: Mapping[str, Evaluation], right: Mapping[str, Interval], said: Mapping[str, Sequence[tuple[int, str]]]
 ) -> list[Verdict]:
     """What the study was to show."""
-    made = [Verdict(interval.low > 0.5, f"{what}: {interval} is above .5") for what, interval in judged.items()]
+    made = [Verdict(interval.low > 0.5, f"{what}: {interval} is above .5") for what, interval in right.items()]
     for name in ("DPO", PPO):
         change = paired(found["SFT"], found[name], by_judge)
         made.append(Verdict(change.low > 0, f"the judge finds {name} more positive than SFT by {change}"))
@@ -124,7 +128,7 @@ def verdicts(
     return made
 
 
-# The judge -----------------------------------------------------------------------------------------------------------
+# Judge and reward model -----------------------------------------------------------------------------------------------
 
 
 def judge_accuracy() -> dict[str, Interval]:
@@ -146,10 +150,41 @@ def judge_accuracy() -> dict[str, Interval]:
         "judge, edited passages": wilson_interval_of_groups(
             [*(share(p - 0.5) for p in chosen), *(share(0.5 - p) for p in rejected)], [*groups, *groups]
         ),
-        "judge, edited passages, of two": wilson_interval_of_groups(
-            [share(c - r) for c, r in zip(chosen, rejected, strict=True)], groups
-        ),
+        **of_two("judge", pairs, [c - r for c, r in zip(chosen, rejected, strict=True)]),
     }
+
+
+def reward_accuracy() -> dict[str, Interval]:
+    """Of the held-out twins, as it was trained, of all and by which of the two is longer."""
+    from trainer.comparisons import load_comparisons
+    from trainer.config import RewardSettings
+    from trainer.encoding import Encoder
+    from trainer.models import load_reward_model, load_tokenizer
+    from trainer.reward_trainer import RewardTrainer
+
+    settings = RewardSettings.model_validate_json((WORK / "reward" / "settings.json").read_text(encoding="utf-8"))
+    tokenizer = load_tokenizer(REWARD)
+    trainer = RewardTrainer(load_reward_model(REWARD, tokenizer), tokenizer, settings)
+    encoder = Encoder(tokenizer, max_tokens=settings.max_tokens or 0, truncation=settings.truncation)
+    scores = trainer.all_scores(encoder.comparisons(load_comparisons(settings.eval_data)))
+    return of_two("reward model", read_rows("held_out_preferences"), [float(own[0, 0] - own[1, 0]) for own in scores])
+
+
+def of_two(who: str, pairs: Sequence[Mapping[str, Any]], differences: Sequence[float]) -> dict[str, Interval]:
+    """How often the positive one of two twins is found: of all ``pairs``, and by which of the two has more words.
+
+    Args:
+        who: finds it.
+        pairs: the twins.
+        differences: by how much more it makes of the positive one.
+    """
+    found = {}
+    for where, signs in {"": (-1, 0, 1), ", the shorter": (-1,), ", as long": (0,), ", the longer": (1,)}.items():
+        own = [place for place, pair in enumerate(pairs) if np.sign(longer_by(dict(pair))) in signs]
+        found[f"{who}, edited passages, of two{where}"] = wilson_interval_of_groups(
+            [share(differences[place]) for place in own], [pairs[place]["batch_id"] for place in own]
+        )
+    return found
 
 
 def share(difference: float) -> float:
@@ -222,10 +257,6 @@ def around(value: float | None, half: float | None, decimals: int = 3) -> str:
     return f"{fixed(value, decimals)} [{fixed(low, decimals)}, {fixed(high, decimals)}]"
 
 
-def of_json(interval: Mapping[str, Any]) -> Interval:
-    return Interval(value=interval["value"], low=interval["low"], high=interval["high"], count=round(interval["count"]))
-
-
 # The monitors --------------------------------------------------------------------------------------------------------
 
 
@@ -284,15 +315,6 @@ def keep_responses(found: Mapping[str, Evaluation]) -> None:
         for name, evaluation in found.items():
             for sample in evaluation.samples:
                 file.write(json.dumps({"model": name, **asdict(sample)}, ensure_ascii=False) + "\n")
-
-
-def stage_seconds() -> dict[str, float]:
-    """Of each stage, all the times that it was begun together."""
-    spent: dict[str, float] = {}
-    for line in SECONDS.read_text(encoding="utf-8").splitlines():
-        row = json.loads(line)
-        spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
-    return spent
 
 
 if __name__ == "__main__":

@@ -2,7 +2,9 @@
 
 Twins are cut, at the ends of sentences that they have in common, into passages of one to three sentences. Those that
 were edited are preferences (the positive one chosen), all of them are texts for SFT. Where both twins begin with the
-same eight words these are a prompt: it leaves open what the review will say. Twins are in one part alone, whole:
+same eight words these are a prompt: it leaves open what the review will say. People praise in fewer words than they
+blame in: of the preferences that are trained on some are left out, so that length says nothing of which is which
+(``balanced``); held-out ones stay as they are. Twins are in one part alone, whole:
 
     train      SFT, preferences of the reward model and of DPO, prompts of PPO
     judge      what the judge learns from, and nothing else
@@ -25,6 +27,8 @@ PROMPT_WORDS = 8
 LEAST_WORDS, MOST_WORDS = 20, 48
 """Of a passage: shorter ones are joined with the next, longer ones left out."""
 _LEAST_LAST_WORDS = 12
+_BAND_WORDS = 8
+"""Answers whose lengths are within so many words are about as long."""
 _HELD_OUT_SHARE, _JUDGE_SHARE = 0.18, 0.26
 _ENDS_SENTENCE = re.compile(r"[.!?][\"')\]]*$")
 
@@ -107,6 +111,27 @@ def preference(positive: Words, negative: Words) -> Row | None:
     return {"prompt": " ".join(positive[:prompt]), "chosen": chosen, "rejected": rejected}
 
 
+def longer_by(pair: Row) -> int:
+    """Words by which the positive answer of a preference is longer."""
+    return len(pair["chosen"].split()) - len(pair["rejected"].split())
+
+
+def balanced(pairs: Sequence[Row], seed: int) -> list[Row]:
+    """``pairs``, in their order, without those, drawn by ``seed``, of which there are too many: of the rest, the
+    positive answer is longer by so many words as often as it is shorter by them, among answers about as long."""
+    strata: dict[tuple[int, int], dict[bool, list[int]]] = defaultdict(lambda: {True: [], False: []})
+    for place, pair in enumerate(pairs):
+        longer, words = longer_by(pair), len(pair["chosen"].split()) + len(pair["rejected"].split())
+        if longer:
+            strata[abs(longer), words // (2 * _BAND_WORDS)][longer > 0].append(place)
+    draw = random.Random(seed)
+    left_out: set[int] = set()
+    for sides in strata.values():
+        fewer, more = sorted(sides.values(), key=len)
+        left_out.update(draw.sample(more, len(more) - len(fewer)))
+    return [pair for place, pair in enumerate(pairs) if place not in left_out]
+
+
 def texts(parts: Iterable[tuple[Words, Words]]) -> list[Words]:
     """Each passage once where nothing was edited in it, else both of its forms."""
     return [words for pair in parts for words in (pair if list(pair[0]) != list(pair[1]) else pair[:1])]
@@ -135,7 +160,7 @@ def make_files(twins: Sequence[Twins], seed: int) -> dict[str, list[Row]]:
         open_ = [row["prompt"] for row in pairs if len(row["prompt"].split()) == PROMPT_WORDS]
         prompts = [prompt for prompt in dict.fromkeys(open_) if prompt not in begun]
         begun |= {demonstration(passage)["prompt"] for passage in words}
-        files[f"{prefix}preferences"] = pairs
+        files[f"{prefix}preferences"] = balanced(pairs, seed) if part == "train" else pairs
         files[f"{prefix}prompts"] = [{"prompt": prompt} for prompt in prompts]
         files[f"{prefix}demonstrations"] = [demonstration(passage) for passage in words]
         if part == "train":  # From nothing, a model learns from the first words, too.

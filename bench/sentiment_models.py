@@ -11,10 +11,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import math
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from bench import sentiment_judge
@@ -33,15 +34,21 @@ MODELS = {"SFT": "sft", "DPO": "dpo", PPO: "ppo", PPO_WITHOUT_KL: "ppo-kl-off"}
 """Folder of each model's run, by what it is called."""
 
 KL_BETA = {PPO: "0.1", PPO_WITHOUT_KL: "0"}
+USUAL_S = {
+    "init": 20.0, "SFT": 300.0, "reward model": 120.0, "DPO": 330.0, PPO: 240.0, PPO_WITHOUT_KL: 240.0,
+    "evaluation": 180.0,
+}  # fmt: skip
+"""Of each stage on two slow cores; how long the rest takes is told from that and from what the stages before took."""
 _COMMON = ("--max-tokens", "96", "--truncation", "right", "--track", "none")
+# Steps and rows are what 25 minutes on two slow cores allow.
 # 2.7 M parameters; heads of 64, which vLLM takes.
 _SHAPE = ("--vocab-size", "4096", "--hidden-size", "192", "--layers", "4", "--heads", "3", "--max-positions", "128")
 _PPO = (
-    "--steps", "24", "--prompts-per-step", "48", "--epochs", "2", "--minibatches", "2", "--learning-rate", "3e-4",
-    "--critic-learning-rate", "1e-3", "--save-every", "12", "--eval-every", "6", "--no-keep-best",
-    "--max-eval-prompts", "96", "--eval-samples", "2",
+    "--steps", "20", "--prompts-per-step", "48", "--epochs", "2", "--minibatches", "2", "--learning-rate", "3e-4",
+    "--critic-learning-rate", "1e-3", "--save-every", "5", "--eval-every", "5", "--no-keep-best",
+    "--max-eval-prompts", "64", "--eval-samples", "2",
 )  # fmt: skip
-_EVALUATION = ("--max-eval-prompts", "256", "--eval-samples", "2", "--max-monitor-demonstrations", "1000")
+_EVALUATION = ("--max-eval-prompts", "192", "--eval-samples", "2", "--max-monitor-demonstrations", "500")
 
 
 def train_models() -> None:
@@ -72,8 +79,8 @@ def train_sft() -> None:
     title("SFT on passages of reviews that praise and of their twins that don't")
     stage(
         WORK / "sft", "sft", "--model", str(WORK / "init"), "--data", rows("texts"), "--eval-data",
-        rows("held_out_demonstrations"), "--batch-size", "16", "--learning-rate", "2e-3", "--save-every", "200",
-        *_COMMON,
+        rows("held_out_demonstrations"), "--batch-size", "16", "--max-steps", "400", "--learning-rate", "2e-3",
+        "--save-every", "100", *_COMMON,
     )  # fmt: skip
 
 
@@ -161,13 +168,33 @@ def judging() -> Iterator[str]:
 
 @contextlib.contextmanager
 def timed(name: str) -> Iterator[None]:
-    """Keeps the seconds of a stage, as often as it is begun."""
+    """Keeps the seconds of a stage, as often as it is begun, and says at its end how long the others will take."""
     start_s = time.monotonic()
     try:
         yield
     finally:
         with SECONDS.open("a", encoding="utf-8") as file:
             file.write(json.dumps({"stage": name, "seconds": round(time.monotonic() - start_s, 1)}) + "\n")
+    if (left_s := seconds_left(name, stage_seconds())) > 0:
+        print(f"{name}: done; the study takes about {math.ceil(left_s / 60)} min more", flush=True)
+
+
+def seconds_left(done: str, spent: Mapping[str, float]) -> float:
+    """Of the stages after ``done``, if they are as much slower or faster than usual as those up to it were."""
+    stages = list(USUAL_S)
+    before, after = stages[: stages.index(done) + 1], stages[stages.index(done) + 1 :]
+    ran = [stage for stage in before if spent.get(stage)]
+    pace = sum(spent[stage] for stage in ran) / sum(USUAL_S[stage] for stage in ran) if ran else 1.0
+    return pace * sum(max(0.0, USUAL_S[stage] - spent.get(stage, 0.0) / pace) for stage in after)
+
+
+def stage_seconds() -> dict[str, float]:
+    """Of each stage, all the times that it was begun together."""
+    spent: dict[str, float] = {}
+    for line in SECONDS.read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        spent[row["stage"]] = spent.get(row["stage"], 0.0) + row["seconds"]
+    return spent
 
 
 # Evaluation ----------------------------------------------------------------------------------------------------------

@@ -6,7 +6,7 @@
   slow them here, and batches in the same order. DPO is measured as it is by default, with the reference's forward pass
   in every step, and with the reference computed before, as ours is.
 - naive: transformers' forward pass over the padded batch, full logits, log_softmax, gather, torch's AdamW.
-- padded, packed: the trainer with --packing off and on.
+- padded, packed, compiled: the trainer with --packing off, with it on, and with --compile besides.
 
 The same Llama of 29 M parameters, weights in float32, products in float32 or (autocast) bfloat16, batches of 8 rows of
 at most 512 tokens, as they come. Tokens are those of prompts and answers, of each answer with its prompt; padding does
@@ -134,7 +134,21 @@ def sides_of(stage: str) -> list[str]:
     if not has_trl(TRL):
         print("TRL is not installed and left out: `make bench-trainer` installs it")
         peers = []
-    return [*peers, "naive", "padded", "packed"]
+    return [*peers, "naive", "padded", "packed", *(["compiled"] if _can_compile() else [])]
+
+
+def _can_compile() -> bool:
+    import torch
+
+    from trainer.compiling import require_compiler
+    from trainer.errors import ModelError
+
+    try:
+        require_compiler(torch.device("cpu"))
+    except ModelError as error:
+        print(f"compiled is left out: {error}")
+        return False
+    return True
 
 
 def count_tokens(stage: str, pairs: Sequence[Pair]) -> int:
@@ -181,7 +195,7 @@ def verdicts(results: dict[str, list[Side]]) -> Iterator[Verdict]:
                 if peer == "packed":
                     continue
                 ratio, text = seconds(by_name[peer]) / ours, f"{name}: tokens/s / {peer}'s"
-                if peer == "naive":
+                if peer in ("naive", "compiled"):
                     yield Verdict(True, f"{text}: {ratio:.2f}")
                 else:
                     target = PADDED_TARGET if peer == "padded" else TRL_TARGET
@@ -327,7 +341,7 @@ def _naive(stage: str, precision: str, folder: Path) -> Work:
     return work
 
 
-def _ours(stage: str, precision: str, folder: Path, packing: str) -> Work:
+def _ours(stage: str, precision: str, folder: Path, side: str) -> Work:
     import numpy as np
 
     from trainer.answers import Answers
@@ -339,10 +353,11 @@ def _ours(stage: str, precision: str, folder: Path, packing: str) -> Work:
     from trainer.optimisation import apply_gradients, make_adamw
     from trainer.references import ModelReference
     from trainer.reward_trainer import RewardTrainer
+    from trainer.scaling import settle
     from trainer.sft import SftTrainer
 
     common: dict[str, Any] = {"model": "m", "data": ("d",), "output": folder, "precision": precision}
-    common["packing"] = packing
+    common |= {"packing": "off" if side == "padded" else "on", "compile": side == "compiled"}
     tokenizer = load_tokenizer(folder / "policy")
 
     def encode(pair: Pair) -> EncodedPreference:
@@ -383,6 +398,7 @@ def _ours(stage: str, precision: str, folder: Path, packing: str) -> Work:
                 with_reference(batch, reference.sums([a for pair in batch for a in (pair.chosen, pair.rejected)]))
                 for batch in batches
             ]
+    settle(model, trainer.settings, trainer.settings.precision)
     model.train()
     optimiser = make_adamw(model, learning_rate=1e-6)
 
@@ -436,7 +452,7 @@ def serve(side: str, stage: str, precision: str, folder: Path) -> None:
     elif side == "naive":
         work = _naive(stage, precision, folder)
     else:
-        work = _ours(stage, precision, folder, "on" if side == "packed" else "off")
+        work = _ours(stage, precision, folder, side)
     serve_turns(work)
 
 

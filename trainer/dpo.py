@@ -44,8 +44,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.saving import save_model
-from trainer.scaling import prepare
-from trainer.sharding import shard
+from trainer.scaling import prepare, settle
 from trainer.statistics import Interval, wilson_interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "chosen_logprob_mean", "rejected_logprob_mean", "tokens_per_s")
@@ -77,7 +76,7 @@ def main(settings: DpoSettings) -> None:
     with open_reference(settings, answers, tokenizer) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         trainer = DpoTrainer(policy, tokenizer, settings, reference)
-        shard(policy, settings.precision)
+        settle(policy, settings, settings.precision)
         asked_of, names = ([], []) if settings.reference_live else (train, where)
         known = known_sums(
             settings.output,

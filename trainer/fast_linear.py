@@ -14,7 +14,6 @@ Shapes: N tokens, I inputs, O outputs.
 from __future__ import annotations
 
 import platform
-from functools import lru_cache
 from typing import Any, cast
 
 import torch
@@ -24,37 +23,40 @@ from torch import Tensor, nn
 _MIN_ROWS = 64
 
 
-@lru_cache(maxsize=1)
+# Found out once, for torch.compile can't ask the machine.
+_AVAILABLE = (
+    platform.machine().lower() in ("x86_64", "amd64")
+    and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
+    and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+)
+_FASTER = _AVAILABLE and "AVX512" in torch.backends.cpu.get_cpu_capability()
+_MULTIPLIES_BFLOAT16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if _AVAILABLE else True
+
+
 def available() -> bool:
     """Whether this processor and build of torch have oneDNN's products."""
-    return (
-        platform.machine().lower() in ("x86_64", "amd64")
-        and bool(torch.backends.mkldnn.is_available())  # type: ignore[no-untyped-call]
-        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
-    )
+    return _AVAILABLE
 
 
-@lru_cache(maxsize=1)
 def faster() -> bool:
     """Whether oneDNN's float32 products are likely the faster ones here."""
-    return available() and "AVX512" in torch.backends.cpu.get_cpu_capability()
+    return _FASTER
 
 
 def helps(x_NI: Tensor) -> bool:
     """Whether ``product`` may be used with ``x_NI`` now, and is likely the faster one."""
     return (
-        x_NI.device.type == "cpu"
+        faster()
+        and x_NI.device.type == "cpu"
         and x_NI.dtype == torch.float32
         and len(x_NI) >= _MIN_ROWS
         and not torch.is_autocast_enabled("cpu")
-        and faster()
     )
 
 
-@lru_cache(maxsize=1)
 def multiplies_bfloat16() -> bool:
     """Whether this processor has products of bfloat16, and oneDNN takes them."""
-    return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) if available() else True
+    return _MULTIPLIES_BFLOAT16
 
 
 def needs_float32(x: Tensor) -> bool:
@@ -67,6 +69,8 @@ def needs_float32(x: Tensor) -> bool:
 
 def product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None = None) -> Tensor:
     """(N, O) ``x @ weight.T + bias`` by oneDNN, outside autograd; float32 on a processor."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _opaque_product(x_NI, weight_OI, bias_O))
     y_NO: Tensor = torch.ops.mkldnn._linear_pointwise(x_NI, weight_OI, bias_O, "none", [], "")
     return y_NO
 
@@ -124,7 +128,7 @@ class _RoundedProduct(torch.autograd.Function):
         ctx.x_dtype = x_NI.dtype
         x_NI = x_NI.to(torch.bfloat16)
         ctx.save_for_backward(x_NI, weight_OI)
-        y_NO = _float32_product(x_NI, _rounded(weight_OI))
+        y_NO = _rounded_product(x_NI, weight_OI)
         return (y_NO if bias_O is None else y_NO.add_(_rounded(bias_O))).to(torch.bfloat16)
 
     @staticmethod
@@ -133,8 +137,8 @@ class _RoundedProduct(torch.autograd.Function):
         x_NI, weight_OI = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
         return (
-            _float32_product(grad_NO, _rounded(weight_OI).t()).to(ctx.x_dtype) if needs_x else None,
-            _float32_product(grad_NO.t(), x_NI.t()) if needs_weight else None,
+            _rounded_product(grad_NO, weight_OI.t()).to(ctx.x_dtype) if needs_x else None,
+            _rounded_product(grad_NO.t(), x_NI.t()) if needs_weight else None,
             grad_NO.sum(dim=0, dtype=torch.float32) if needs_bias else None,
         )
 
@@ -143,6 +147,32 @@ def _rounded(x: Tensor) -> Tensor:
     return x.to(torch.bfloat16).float()
 
 
-def _float32_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+def _rounded_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    """(N, O) float32 products of both as they are in bfloat16."""
+    if torch.compiler.is_compiling():
+        return cast(Tensor, _opaque_rounded_product(x_NI, weight_OI))
     with torch.autocast("cpu", enabled=False):
-        return nn.functional.linear(x_NI.float(), weight_OI.float())
+        return nn.functional.linear(_rounded(x_NI), _rounded(weight_OI))
+
+
+# For torch.compile, which has no code of its own for oneDNN's products and leaves roundings out.
+
+
+@torch.library.custom_op("quartet::product", mutates_args=())
+def _opaque_product(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return product(x_NI, weight_OI, bias_O)
+
+
+@torch.library.custom_op("quartet::rounded_product", mutates_args=())
+def _opaque_rounded_product(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    return _rounded_product(x_NI, weight_OI)
+
+
+@_opaque_product.register_fake
+def _(x_NI: Tensor, weight_OI: Tensor, bias_O: Tensor | None) -> Tensor:
+    return x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0])
+
+
+@_opaque_rounded_product.register_fake
+def _(x_NI: Tensor, weight_OI: Tensor) -> Tensor:
+    return x_NI.new_empty(x_NI.shape[0], weight_OI.shape[0], dtype=torch.float32)

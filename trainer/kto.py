@@ -53,8 +53,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.saving import save_model
-from trainer.scaling import prepare
-from trainer.sharding import shard
+from trainer.scaling import prepare, settle
 from trainer.statistics import wilson_interval
 
 WATCHED = ("loss", "label_accuracy", "reference_point", "good_reward_mean", "bad_reward_mean", "tokens_per_s")
@@ -105,7 +104,7 @@ def main(settings: KtoSettings) -> None:
     )
     warn_of_balance(good, len(train) - good, settings)
     answers = Answers(policy, tokenizer, settings.precision, settings.packing)
-    shard(policy, settings.precision)
+    settle(policy, settings, settings.precision)
     lengths = [len(row.answer) for row in train]
     # The batches of all steps, each with its answers to other prompts.
     others = {

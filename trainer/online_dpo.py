@@ -37,6 +37,7 @@ from trainer.ppo import means, train
 from trainer.ppo_run import PPORun, Trained
 from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout, Sample
+from trainer.scaling import settle
 from trainer.shaping import penalised, score_metrics
 from trainer.sharding import finite_everywhere
 
@@ -94,6 +95,7 @@ class OnlineDpoLearner:
         self.policy = run.policy.to(run.device)
         self.normalisation = run.normalisation
         self.dpo = DpoTrainer(self.policy, run.tokenizer, settings, None, settings.temperature)
+        settle(self.policy, settings, settings.precision)
         self.ties = Ties()
         self.optimiser = make_adamw(
             self.policy,

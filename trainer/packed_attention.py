@@ -43,9 +43,10 @@ class Piece:
     """Index of the piece that they attend to."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(kw_only=True, eq=False)
 class Row:
-    """How a row of N tokens is made up."""
+    """How a row of N tokens is made up. Not to be changed; of frozen ones torch.compile looks at every part, and
+    compiles for each anew."""
 
     pieces: tuple[Piece, ...]
     asked_M: Tensor
@@ -84,6 +85,7 @@ def _mask(*arguments: Any, local_size: int | None = None, config: Any = None, **
     return None if local_size is None else Window(local_size)
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]
 def _attention(
     module: nn.Module,
     query: Tensor,

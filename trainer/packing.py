@@ -25,6 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from trainer.batching import micro_batches
+from trainer.compiling import is_compiled
 from trainer.config import Packing
 from trainer.encoding import Ids
 from trainer.errors import ModelError
@@ -58,7 +59,8 @@ def pack(model: Any, choice: Packing, precision: Precision) -> bool:
         ModelError: packing is ``on``, and what the model computes packed is not what it computes alone.
     """
     body = model.base_model
-    if choice == "off" or is_packed(body) or is_sharded(model):  # A split model was tried when it was whole.
+    # A split model was tried when it was whole, a compiled one when it was not.
+    if choice == "off" or is_packed(body) or is_sharded(model) or is_compiled(model):
         return is_packed(body)
     if reason := _turn_on(body, precision):
         told = f"{type(body).__name__} can't be packed: {reason}"

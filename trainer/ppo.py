@@ -42,8 +42,9 @@ from trainer.publishing import Weights
 from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout
 from trainer.saving import export_tensors
+from trainer.scaling import settle
 from trainer.shaping import Evaluated, Shaping, Targets
-from trainer.sharding import finite_everywhere, shard
+from trainer.sharding import finite_everywhere
 from trainer.tracking import run_tracker
 
 WATCHED = (
@@ -154,7 +155,7 @@ class Learner:
         self.logprobs = TokenLogprobs(self.policy)
         for model in (self.policy, self.critic):
             if model is not None:
-                shard(model, settings.precision)
+                settle(model, settings, settings.precision)
         self.shaping = Shaping(settings, run.normalisation)
         self.rates = {"policy": settings.learning_rate}
         self.modules: dict[str, nn.Module] = {"policy": self.policy}

@@ -51,8 +51,8 @@ from trainer.runs import (
     write_json,
 )
 from trainer.saving import save_model
-from trainer.scaling import prepare
-from trainer.sharding import is_sharded, shard
+from trainer.scaling import prepare, settle
+from trainer.sharding import is_sharded
 from trainer.statistics import Interval
 
 WATCHED = ("loss", "accuracy", "margin_mean", "tokens_per_s", "learning_rate")
@@ -166,7 +166,7 @@ class Run:
         )
         self.digest = comparisons_digest(self.train_rows, self.temperature_rows, self.held_out)
         self.trainer = RewardTrainer(self.model, self.tokenizer, settings)
-        shard(self.model, settings.precision)
+        settle(self.model, settings, settings.precision)
 
     @led
     def is_finished(self) -> bool:

@@ -31,8 +31,7 @@ from trainer.runs import (
     write_json,
 )
 from trainer.saving import save_model
-from trainer.scaling import prepare
-from trainer.sharding import shard
+from trainer.scaling import prepare, settle
 
 WATCHED = ("loss", "perplexity", "tokens_per_s", "learning_rate")
 
@@ -56,7 +55,7 @@ def main(settings: SftSettings) -> None:
     data = rows_digest(train, held_out)
     origin = stage_origin("sft", settings, data)
     trainer = SftTrainer(policy, tokenizer, settings)
-    shard(policy, settings.precision)
+    settle(policy, settings, settings.precision)
     write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
     sys.stdout.write(
         f"SFT of {policy.num_parameters():,} parameters on {sum(len(row.learned) for row in train):,} answers in "

@@ -22,6 +22,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.optim import Optimizer
 
 from trainer import distributed
+from trainer.compiling import decoder_layers
 from trainer.optimisation import Precision, in_bfloat16
 
 T = TypeVar("T")
@@ -50,8 +51,7 @@ def shard(model: nn.Module, precision: Precision) -> None:
     policy = MixedPrecisionPolicy(
         param_dtype=half, reduce_dtype=torch.float32 if half else None, cast_forward_inputs=False
     )
-    kinds = {kind for part in model.modules() for kind in (getattr(part, "_no_split_modules", None) or ())}
-    for layer in [part for part in model.modules() if type(part).__name__ in kinds]:
+    for layer in decoder_layers(model):
         fully_shard(layer, mesh=mesh, mp_policy=policy)
     # Told to split again after a forward pass: between steps weights are parts, whoever looks at them.
     fully_shard(model, mesh=mesh, reshard_after_forward=True)

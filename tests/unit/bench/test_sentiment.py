@@ -17,6 +17,8 @@ from bench.sentiment_data import (
     MOST_WORDS,
     PROMPT_WORDS,
     Twins,
+    balanced,
+    longer_by,
     make_files,
     passages,
     preference,
@@ -25,6 +27,7 @@ from bench.sentiment_data import (
     texts,
     write_files,
 )
+from bench.sentiment_models import USUAL_S, seconds_left
 from trainer.evaluate import EvaluatedSample, Evaluation
 from trainer.monitor_settings import AlarmSettings
 from trainer.monitoring import PolicyMonitor
@@ -119,6 +122,44 @@ def test_passages_that_were_not_edited_are_learned_once():
     assert texts([(["a"], ["a"]), (["b"], ["c"])]) == [["a"], ["b"], ["c"]]
 
 
+def length_counts(pairs: list[dict[str, Any]]) -> dict[tuple[int, int], list[int]]:
+    """By difference in words and by length, in bands of 8: pairs whose positive answer is the shorter, the longer."""
+    found: dict[tuple[int, int], list[int]] = {}
+    for pair in pairs:
+        chosen, rejected = (len(pair[side].split()) for side in ("chosen", "rejected"))
+        if chosen != rejected:
+            band = (chosen + rejected) // 16
+            found.setdefault((abs(chosen - rejected), band), [0, 0])[chosen > rejected] += 1
+    return found
+
+
+def test_preferences_are_balanced_by_length_by_leaving_out_no_more_than_it_takes():
+    draw = random.Random(0)
+    pairs = []
+    for number in range(400):
+        rejected = draw.randint(5, 40)
+        chosen = max(1, rejected + draw.choice([-5, -2, -1, -1, -1, 0, 0, 1, 1, 2]))
+        pairs.append({"prompt": str(number), "chosen": " a" * chosen, "rejected": " b" * rejected})
+    kept = balanced(pairs, seed=0)
+    before, after = length_counts(pairs), length_counts(kept)
+    assert sum(a != b for a, b in before.values()) > 5
+    assert after == {key: [min(both)] * 2 for key, both in before.items() if min(both)}
+    assert [pair for pair in pairs if pair in kept] == kept
+    ties = [pair for pair in pairs if longer_by(pair) == 0]
+    assert len(ties) > 50
+    assert all(pair in kept for pair in ties)
+    assert balanced(pairs, seed=0) == kept != balanced(pairs, seed=1)
+
+
+def test_what_is_trained_on_is_balanced_and_what_is_held_out_is_not_touched():
+    twins = made_up(200)
+    files = make_files(twins, seed=3)
+    assert all(shorter == longer for shorter, longer in length_counts(files["preferences"]).values())
+    held_out = split(twins, seed=3)["held_out"]
+    made = [row for each in held_out for pair in passages(each) if (row := preference(*pair)) is not None]
+    assert [{k: v for k, v in row.items() if k != "batch_id"} for row in files["held_out_preferences"]] == made
+
+
 def test_parts_are_disjoint_and_the_judge_shares_no_review_with_anything():
     twins = made_up()
     parts = split(twins, seed=3)
@@ -199,6 +240,28 @@ def test_the_judge_scores_prompt_and_response_together_as_the_service_asks_it(tm
     assert 0 < bad < 0.2 < 0.8 < good < 1
     assert split_good > 0.8
     assert isinstance(good, float)
+
+
+def test_accuracy_of_two_is_told_by_which_of_them_is_longer():
+    lengths = [(3, 5), (4, 5), (5, 5), (6, 6), (5, 4), (7, 4), (9, 4)]
+    pairs = [
+        {"chosen": " a" * chosen, "rejected": " b" * rejected, "batch_id": str(place)}
+        for place, (chosen, rejected) in enumerate(lengths)
+    ]
+    found = sentiment.of_two("judge", pairs, [0.2, 0.1, 0.0, 0.3, -0.1, 0.1, -0.2])
+    told = {what.removeprefix("judge, edited passages, of two"): (i.value, i.count) for what, i in found.items()}
+    expected = {"": 4.5 / 7, ", the shorter": 1.0, ", as long": 0.75, ", the longer": 1 / 3}
+    assert {what: value for what, (value, _) in told.items()} == pytest.approx(expected)
+
+
+def test_the_time_left_goes_by_what_the_stages_before_took():
+    assert list(USUAL_S) == ["init", "SFT", "reward model", "DPO", "PPO", "PPO, KL off", "evaluation"]
+    half = {"init": 10.0, "SFT": 150.0, "reward model": 60.0, "DPO": 165.0}
+    assert seconds_left("DPO", half) == pytest.approx((240 + 240 + 180) / 2)
+    # A stage that was broken off has a part of its time behind it, but none below 0.
+    assert seconds_left("DPO", half | {"PPO": 20.0}) == pytest.approx((240 + 240 + 180) / 2 - 20)
+    assert seconds_left("DPO", half | {"PPO": 900.0}) == pytest.approx((240 + 180) / 2)
+    assert seconds_left("evaluation", half) == 0.0
 
 
 def test_changes_are_paired_by_response_and_their_intervals_are_of_prompts():
