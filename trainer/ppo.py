@@ -341,7 +341,7 @@ class Learner:
             "policy/clip_fraction": float(actor.clip_fraction),
             "policy/approx_kl": float(actor.approx_kl),
         }
-        if settings.kl_in == "loss":
+        if settings.kl_placement == "loss":
             paid = kl_loss(
                 settings.kl_used,
                 logprobs_BT,
