@@ -107,7 +107,9 @@ class RewardSettings(TrainingSettings):
         "none: one head for all rows",
     )
     annotators: Literal["mean", "majority"] = Field(
-        "mean", description="of several annotators' labels: their mean, a soft label, or what most of them say"
+        "mean",
+        description="of several annotators' labels: their mean, a soft label, or what most of them say (first, second "
+        "or tie); where two of these are said as often, it is a tie",
     )
     ranking_loss: Literal["pairwise", "plackett-luce"] = Field(
         "pairwise", description="of ranked lists: mean over all pairs (InstructGPT), or the likelihood of the order"
@@ -122,7 +124,9 @@ class RewardSettings(TrainingSettings):
     weight_clip: PositiveFloat | None = Field(None, description="every weight is kept within this of 0")
     members: PositiveInt = Field(1, description="models of an ensemble, trained one after the other, served as one")
     member_fraction: ShareOfRows = Field(
-        1.0, description="share of the prompts that a member trains on; below 1 each prompt is unseen by some members"
+        1.0,
+        description="share of the prompts that a member trains on; the others are left out evenly: up to 1 - 1/members "
+        "each prompt is unseen by some member",
     )
     noise_from: Path | None = Field(
         None, description="run of an ensemble whose disagreement says which labels to doubt; see --noise-..."
@@ -137,8 +141,9 @@ class RewardSettings(TrainingSettings):
     )
     calibrate_on: str = Field(
         "chosen",
-        description="where mean and std of the scores come from: chosen (best answers of the training rows), "
-        "a file or hub name of demonstrations, or none",
+        description="where mean and std of the scores come from: chosen (best answers of the held-out rows, of fewer "
+        "than 400 those of the training rows), a file or hub name of demonstrations, or none; of more than 4,096 as "
+        "many are drawn",
     )
     temperature_fraction: HeldOutFraction = Field(
         0.1, description="share of the training rows set apart to fit the temperature of probabilities on; 0: none"

@@ -30,7 +30,7 @@ from trainer.data import load_demonstrations, split_held_out
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import CheckpointError, CollapsedError
 from trainer.models import load_policy, load_reward_model, load_tokenizer
-from trainer.reward_evaluation import baselines, pair_figures, refuse_collapsed
+from trainer.reward_evaluation import baselines, pair_figures
 from trainer.reward_model import main as train_reward
 from trainer.reward_trainer import RewardTrainer
 from trainer.runs import rows_digest
@@ -252,7 +252,6 @@ def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_pa
     with pytest.raises(CollapsedError, match="the reward model has collapsed"):
         train_reward(reward_settings(make_policy(seed=6), rows, tmp_path / "run", weight_clip=1e-6, baselines=False))
     assert not (tmp_path / "run" / "model").exists()
-    refuse_collapsed({"eval_loss": 0.5, "eval_score_std": 1.0})
 
 
 def test_pair_figures_are_those_of_independent_libraries():
