@@ -69,15 +69,32 @@ class TrainingSettings(ScaleSettings, TrackSettings):
     )
     seed: Seed = Field(0, description="of the split, the order of rows, dropout and new weights")
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations on held-out rows; 0: at the end alone")
-    save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: when stopped alone")
+    keep_best: bool = Field(
+        False,
+        description="with --eval-every: OUTPUT/model is the model of the evaluation with the lowest loss and not the "
+        "last one; its checkpoint stays beside the newest ones",
+    )
+    save_every: NonNegativeInt | None = Field(
+        None, description="steps between checkpoints; 0: when stopped alone; default: a tenth of the run"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
     resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT")
 
     @property
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
-        free = {*FREE, *TrackSettings.model_fields, "output", "eval_every", "save_every", "keep_checkpoints", "resume"}
+        free = {*FREE, *TrackSettings.model_fields, "output", "save_every", "keep_checkpoints", "resume"}
+        if not self.keep_best:
+            free.add("eval_every")
         return self.model_dump(mode="json", exclude=free)
+
+    @model_validator(mode="after")
+    def _best_is_of_evaluations(self) -> Self:
+        if self.keep_best and not self.eval_every:
+            raise ValueError("--keep-best is set and --eval-every 0: it is the best of evaluations, so say how often")
+        if self.keep_best and not self.eval_data and not self.held_out_fraction:
+            raise ValueError("--keep-best is set and nothing is held out: give --eval-data or a --held-out-fraction")
+        return self
 
 
 class SftSettings(TrainingSettings):
