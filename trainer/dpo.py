@@ -45,7 +45,7 @@ from trainer.runs import (
 )
 from trainer.saving import save_model
 from trainer.scaling import prepare
-from trainer.sharding import shard
+from trainer.sharding import GradientSync, in_turn, shard
 from trainer.statistics import Interval, share_of_groups
 
 WATCHED = ("loss", "accuracy", "margin_mean", "chosen_logprob_mean", "rejected_logprob_mean", "tokens_per_s")
@@ -222,6 +222,8 @@ class DpoLike(Protocol):
     @property
     def micro_batch_tokens(self) -> int: ...
     @property
+    def gradient_sync(self) -> GradientSync: ...
+    @property
     def packing(self) -> Packing: ...
     @property
     def precision(self) -> Precision: ...
@@ -258,7 +260,7 @@ class DpoTrainer:
         sums: dict[str, float] = {}
         if settings.reference_live and self.reference is not None:
             pairs = with_reference(pairs, self.reference.sums(_answers_of(pairs)))
-        for part, weight in self._parts(pairs):
+        for part, weight in in_turn(self._parts(pairs), settings.gradient_sync, self.answers.policy):
             seen = self._see([pairs[index] for index in part])
             loss = self._loss(seen) * len(part) / len(pairs)
             if settings.sft_weight:

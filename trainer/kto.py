@@ -54,7 +54,7 @@ from trainer.runs import (
 )
 from trainer.saving import save_model
 from trainer.scaling import prepare
-from trainer.sharding import shard
+from trainer.sharding import in_turn, shard
 from trainer.statistics import share_of_groups
 
 WATCHED = ("loss", "label_accuracy", "reference_point", "good_reward_mean", "bad_reward_mean", "tokens_per_s")
@@ -303,7 +303,8 @@ class KtoTrainer:
         point = self.reference_point(others)
         found: dict[int, float] = {}
         loss = 0.0
-        for part, weight in self.answers.parts([row.answer for row in rows], settings.micro_batch_tokens):
+        parts = self.answers.parts([row.answer for row in rows], settings.micro_batch_tokens)
+        for part, weight in in_turn(parts, settings.gradient_sync, self.answers.policy):
             gain_N = self._gains([rows[index] for index in part])
             share = kto_loss(
                 gain_N,

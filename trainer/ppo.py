@@ -43,7 +43,7 @@ from trainer.reward_services import means_by_name
 from trainer.rollout import Rollout
 from trainer.saving import export_tensors
 from trainer.shaping import Evaluated, Shaping, Targets
-from trainer.sharding import finite_everywhere, shard
+from trainer.sharding import finite_everywhere, in_turn, shard
 from trainer.tracking import run_tracker
 
 WATCHED = (
@@ -264,7 +264,8 @@ class Learner:
             tokens = float(experience.mask_NT[rows_of_minibatch].sum())
             lengths = [experience.lengths[row] for row in rows_of_minibatch]
             sums: dict[str, float] = {}
-            for part, weight in own_micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
+            parts = own_micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed)
+            for part, weight in in_turn(parts, self.settings.gradient_sync, self.policy, self.critic):
                 rows = [rows_of_minibatch[index] for index in part]
                 figures, ratio = self.accumulate(experience, targets, rows, tokens, weight)
                 for name, value in figures.items():

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from quartet.settings import NonNegativeInt, PositiveFloat, Settings, UnitFloat
 
 # What of these changes nothing in the result.
-FREE = frozenset({"activation_checkpointing", "dry_run"})
+FREE = frozenset({"activation_checkpointing", "dry_run", "gradient_sync"})
 
 
 class ScaleSettings(Settings):
@@ -33,6 +33,11 @@ class ScaleSettings(Settings):
     )
     activation_checkpointing: bool = Field(
         False, description="keep one activation a layer and compute the others anew when the gradient wants them"
+    )
+    gradient_sync: Literal["micro-batch", "step"] = Field(
+        "micro-batch",
+        description="of several processes: when gradients are brought together. step: after the last micro-batch "
+        "alone, which sends less and takes the memory of a whole gradient in every process",
     )
     dry_run: bool = Field(
         False,

@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import WORDS
+from trainer import references
 from trainer.answers import Answers
 from trainer.config import DpoSettings
 from trainer.data import load_preferences
@@ -224,6 +225,29 @@ def test_a_reference_is_asked_once_and_its_answers_are_kept_with_the_run(make_po
     assert reference.asked == 2 * len(rows)
     (tmp_path / REFERENCE_FILE).write_text("{")  # Whatever became of the file.
     assert known_sums(tmp_path, "digest", reference, rows).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize(("several", "asked"), [(True, [512, 512, 176]), (False, [1200])])
+def test_of_several_processes_the_first_asks_the_service_in_parts_between_which_all_meet(several, asked, monkeypatch):
+    met: list[tuple[int, int, int]] = []
+
+    class Service:
+        identity = "a service"
+
+        def sums(self, rows: Any, told: int, of: int) -> Any:
+            met.append((len(rows), told, of))
+            return np.array([float(row.ids[0]) for row in rows])
+
+    monkeypatch.setattr(references, "active", lambda: several)
+    reference = references.LedReference(lambda: Service())  # type: ignore[arg-type,return-value]
+    draw = random.Random(0)
+    rows = [
+        EncodedResponse(ids=np.full(draw.randint(2, 40), place, dtype=np.int32), prompt_tokens=1, truncated=False)
+        for place in range(1200)
+    ]
+    assert reference.sums(rows).tolist() == list(range(1200))
+    assert met == [(count, sum(asked[:place]), 1200) for place, count in enumerate(asked)]
+    assert reference.sums([]).tolist() == []
 
 
 @pytest.mark.parametrize(
