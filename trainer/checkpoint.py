@@ -75,7 +75,7 @@ def save_checkpoint(
     tensors: Mapping[str, Tensor] | None = None,
     keep: int = 2,
 ) -> Path:
-    """Writes ``folder``/checkpoint-STEP and removes all but the ``keep`` newest.
+    """Writes ``folder``/checkpoint-STEP and removes all but the ``keep`` newest and those that these call their best.
 
     Args:
         folder: where the run's checkpoints stand.
@@ -83,7 +83,7 @@ def save_checkpoint(
         modules: by name; parameters (tied ones once) and persistent buffers are kept. Of parameters that want no
             gradient, such as those beneath an adapter, the fingerprint alone.
         optimisers: by name.
-        state: JSON values.
+        state: JSON values; ``best``, where it has one, names by its ``step`` the checkpoint that stays with this one.
         tensors: further tensors, such as rollouts in flight.
         keep: at least 1.
 
@@ -139,9 +139,18 @@ def _write(
             sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
             described = {**content, "files": sizes}
             (partial / _STATE).write_text(json.dumps(described, indent=2, allow_nan=False) + "\n")
-        for old in [path for _, path in _whole(folder)][: -max(1, keep)]:
-            remove_folder(old)
+        found = _whole(folder)
+        newest = found[-max(1, keep) :]
+        stay = {step for step, _ in newest} | {_best_step(newer) for _, newer in newest}
+        for step, old in found:
+            if step not in stay:
+                remove_folder(old)
     return path
+
+
+def _best_step(path: Path) -> int | None:
+    best = read_state(path).state.get("best")
+    return best["step"] if best else None
 
 
 def latest_checkpoint(folder: Path) -> Path | None:

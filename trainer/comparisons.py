@@ -24,6 +24,7 @@ import functools
 import itertools
 import json
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -257,10 +258,14 @@ def _votes(value: object, where: str) -> list[float]:
 
 
 def _aggregate(votes: Sequence[float], how: Aggregation) -> float:
-    mean = math.fsum(votes) / len(votes)
-    if how == "mean" or mean == 0.5:
-        return mean
-    return float(mean > 0.5)
+    """The mean, or what more annotators say than anything else: first (1), second (0) or tie (.5); else a tie.
+
+    A probability says the one that it favours, .5 a tie.
+    """
+    if how == "mean":
+        return math.fsum(votes) / len(votes)
+    (said, most), *others = Counter(0.5 if vote == 0.5 else float(vote > 0.5) for vote in votes).most_common(2)
+    return 0.5 if others and others[0][1] == most else said
 
 
 def _margin(fields: Fields, where: str) -> float | None:

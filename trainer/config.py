@@ -69,15 +69,32 @@ class TrainingSettings(ScaleSettings, TrackSettings):
     )
     seed: Seed = Field(0, description="of the split, the order of rows, dropout and new weights")
     eval_every: NonNegativeInt = Field(0, description="steps between evaluations on held-out rows; 0: at the end alone")
-    save_every: NonNegativeInt = Field(0, description="steps between checkpoints; 0: when stopped alone")
+    keep_best: bool = Field(
+        False,
+        description="with --eval-every: OUTPUT/model is the model of the evaluation with the lowest loss and not the "
+        "last one; its checkpoint stays beside the newest ones",
+    )
+    save_every: NonNegativeInt | None = Field(
+        None, description="steps between checkpoints; 0: when stopped alone; default: a tenth of the run"
+    )
     keep_checkpoints: PositiveInt = Field(2, description="how many of the newest checkpoints stay")
     resume: bool = Field(False, description="go on from the newest checkpoint in OUTPUT")
 
     @property
     def decisive(self) -> dict[str, object]:
         """The settings that decide the result: a resumed run must have the same."""
-        free = {*FREE, *TrackSettings.model_fields, "output", "eval_every", "save_every", "keep_checkpoints", "resume"}
+        free = {*FREE, *TrackSettings.model_fields, "output", "save_every", "keep_checkpoints", "resume"}
+        if not self.keep_best:
+            free.add("eval_every")
         return self.model_dump(mode="json", exclude=free)
+
+    @model_validator(mode="after")
+    def _best_is_of_evaluations(self) -> Self:
+        if self.keep_best and not self.eval_every:
+            raise ValueError("--keep-best is set and --eval-every 0: it is the best of evaluations, so say how often")
+        if self.keep_best and not self.eval_data and not self.held_out_fraction:
+            raise ValueError("--keep-best is set and nothing is held out: give --eval-data or a --held-out-fraction")
+        return self
 
 
 class SftSettings(TrainingSettings):
@@ -107,7 +124,9 @@ class RewardSettings(TrainingSettings):
         "none: one head for all rows",
     )
     annotators: Literal["mean", "majority"] = Field(
-        "mean", description="of several annotators' labels: their mean, a soft label, or what most of them say"
+        "mean",
+        description="of several annotators' labels: their mean, a soft label, or what most of them say (first, second "
+        "or tie); where two of these are said as often, it is a tie",
     )
     ranking_loss: Literal["pairwise", "plackett-luce"] = Field(
         "pairwise", description="of ranked lists: mean over all pairs (InstructGPT), or the likelihood of the order"
@@ -122,7 +141,9 @@ class RewardSettings(TrainingSettings):
     weight_clip: PositiveFloat | None = Field(None, description="every weight is kept within this of 0")
     members: PositiveInt = Field(1, description="models of an ensemble, trained one after the other, served as one")
     member_fraction: ShareOfRows = Field(
-        1.0, description="share of the prompts that a member trains on; below 1 each prompt is unseen by some members"
+        1.0,
+        description="share of the prompts that a member trains on; the others are left out evenly: up to 1 - 1/members "
+        "each prompt is unseen by some member",
     )
     noise_from: Path | None = Field(
         None, description="run of an ensemble whose disagreement says which labels to doubt; see --noise-..."
@@ -137,8 +158,9 @@ class RewardSettings(TrainingSettings):
     )
     calibrate_on: str = Field(
         "chosen",
-        description="where mean and std of the scores come from: chosen (best answers of the training rows), "
-        "a file or hub name of demonstrations, or none",
+        description="where mean and std of the scores come from: chosen (best answers of the held-out rows, of fewer "
+        "than 400 those of the training rows), a file or hub name of demonstrations, or none; of more than 4,096 as "
+        "many are drawn",
     )
     temperature_fraction: HeldOutFraction = Field(
         0.1, description="share of the training rows set apart to fit the temperature of probabilities on; 0: none"

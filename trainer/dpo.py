@@ -22,7 +22,7 @@ from quartet.model_folder import find_model
 from trainer.answers import Answers, answer_tokens
 from trainer.config import DpoSettings, Packing, ReferencedSettings
 from trainer.data import load_preferences
-from trainer.distributed import led, own_parts, total
+from trainer.distributed import collected, led, own_parts, total
 from trainer.divergence import finite
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
@@ -45,7 +45,8 @@ from trainer.runs import (
 )
 from trainer.saving import save_model
 from trainer.scaling import prepare, settle
-from trainer.statistics import Interval, wilson_interval
+from trainer.sharding import GradientSync, in_turn
+from trainer.statistics import Interval, share_of_groups
 
 WATCHED = ("loss", "accuracy", "margin_mean", "chosen_logprob_mean", "rejected_logprob_mean", "tokens_per_s")
 
@@ -89,9 +90,12 @@ def main(settings: DpoSettings) -> None:
         train_pairs = with_reference(train, None if settings.reference_live else known[:cut_at])
         held_out_pairs = with_reference(held_out, known[cut_at:])
 
+        right: list[float] = []  # Of each held-out pair, at the newest evaluation.
+
         def evaluate() -> dict[str, float]:
+            figures, right[:] = trainer.judge(held_out_pairs)
             return finite(
-                trainer.evaluate(held_out_pairs),
+                figures,
                 lambda place: trainer.evaluate([held_out_pairs[place]])["eval_loss"],
                 held_out_where,
                 settings.output,
@@ -110,7 +114,7 @@ def main(settings: DpoSettings) -> None:
         )
         fitted = fit(settings, stage, checkpoint)
     after = fitted.evaluation
-    accuracy = wilson_interval(after["eval_accuracy"] * len(held_out), len(held_out)) if held_out else None
+    accuracy = share_of_groups(right, [row.group_key for row in held_out_rows]) if held_out else None
     write_json(
         settings.output / EVALUATION_FILE,
         {
@@ -187,9 +191,9 @@ class _Seen:
     chosen: AnswerLogprobs
     rejected: AnswerLogprobs
 
-    def figures(self, beta: float) -> dict[str, Tensor]:
-        """(B,) each, by name, detached."""
-        chosen_B, rejected_B = self.chosen.gain_B.detach(), self.rejected.gain_B.detach()
+    def figures(self, beta: float, kind: DpoLoss) -> dict[str, Tensor]:
+        """(B,) each, by name, detached; rewards and what follows from them are of the gains that the loss compares."""
+        chosen_B, rejected_B = self.chosen.gain_in(kind).detach(), self.rejected.gain_in(kind).detach()
         gap_B = chosen_B - rejected_B
         return {
             # A tie counts half.
@@ -218,6 +222,8 @@ class DpoLike(Protocol):
     @property
     def micro_batch_tokens(self) -> int: ...
     @property
+    def gradient_sync(self) -> GradientSync: ...
+    @property
     def packing(self) -> Packing: ...
     @property
     def precision(self) -> Precision: ...
@@ -243,6 +249,7 @@ class DpoTrainer:
             temperature: divides the logits of the policy, as it did of the reference.
         """
         self.settings = settings
+        self.kind = DpoLoss(settings.loss)
         self.answers = Answers(policy, tokenizer, settings.precision, settings.packing, temperature)
         self.reference = reference
 
@@ -253,36 +260,47 @@ class DpoTrainer:
         sums: dict[str, float] = {}
         if settings.reference_live and self.reference is not None:
             pairs = with_reference(pairs, self.reference.sums(_answers_of(pairs)))
-        for part, weight in self._parts(pairs):
+        for part, weight in in_turn(self._parts(pairs), settings.gradient_sync, self.answers.policy):
             seen = self._see([pairs[index] for index in part])
             loss = self._loss(seen) * len(part) / len(pairs)
             if settings.sft_weight:
                 loss = loss - settings.sft_weight * seen.chosen.policy_B.sum() / tokens
             loss = weight * loss
             loss.backward()  # type: ignore[no-untyped-call]
-            for name, values_B in seen.figures(settings.beta).items():
+            for name, values_B in seen.figures(settings.beta, self.kind).items():
                 sums[name] = sums.get(name, 0.0) + weight * float(values_B.sum())
             sums["loss"] = sums.get("loss", 0.0) + float(loss.detach()) * len(pairs)
         return {name: value / len(pairs) for name, value in total(sums).items()} | {
             "tokens": sum(len(pair.chosen) + len(pair.rejected) for pair in pairs)
         }
 
-    @torch.no_grad()
     def evaluate(self, pairs: Sequence[Pair]) -> dict[str, float]:
-        """The same figures of held-out pairs, named ``eval_...``, and mean lengths; empty without any."""
+        """``judge``'s figures alone."""
+        return self.judge(pairs)[0]
+
+    @torch.no_grad()
+    def judge(self, pairs: Sequence[Pair]) -> tuple[dict[str, float], list[float]]:
+        """The same figures of held-out pairs, named ``eval_...``, and mean lengths; empty without any.
+
+        Beside them of each pair 1 where it is ranked as annotated, .5 of a tie, else 0.
+        """
         if not pairs:
-            return {}
+            return {}, []
         self.answers.policy.eval()
         sums: dict[str, float] = {}
+        right: dict[int, float] = {}
         for part, weight in self._parts(pairs):
             seen = self._see([pairs[index] for index in part])
-            for name, values_B in seen.figures(self.settings.beta).items():
+            found = seen.figures(self.settings.beta, self.kind)
+            for name, values_B in found.items():
                 sums[name] = sums.get(name, 0.0) + weight * float(values_B.sum())
             sums["loss"] = sums.get("loss", 0.0) + weight * float(self._loss(seen)) * len(part)
+            right |= dict(zip(part, found["accuracy"].tolist(), strict=True)) if weight else {}
+        right = collected(right)
         figures = {f"eval_{name}": value / len(pairs) for name, value in total(sums).items()}
         for name in ("chosen", "rejected"):
             figures[f"eval_{name}_length_mean"] = float(np.mean([answer_tokens(getattr(pair, name)) for pair in pairs]))
-        return figures
+        return figures, [right[index] for index in range(len(pairs))]
 
     def _parts(self, pairs: Sequence[Pair]) -> list[tuple[list[int], float]]:
         def cut(mine: list[int]) -> list[list[int]]:
@@ -297,7 +315,7 @@ class DpoTrainer:
             seen.chosen,
             seen.rejected,
             beta=settings.beta,
-            kind=DpoLoss(settings.loss),
+            kind=self.kind,
             label_smoothing=settings.label_smoothing,
         )
 

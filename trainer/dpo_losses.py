@@ -47,6 +47,10 @@ class AnswerLogprobs:
         """(B,) log pi - log pi_ref; only the policy's part receives a gradient."""
         return self.policy_B - self.reference_B.detach()
 
+    def gain_in(self, kind: DpoLoss) -> Tensor:
+        """(B,) the gain that ``kind`` compares: summed over tokens, or of ipo-mean averaged."""
+        return self.gain_B / self.tokens_B if kind is DpoLoss.IPO_MEAN else self.gain_B
+
 
 def dpo_loss(
     chosen: AnswerLogprobs,
@@ -82,10 +86,7 @@ def dpo_loss(
         )
     if label_smoothing:
         raise ValueError(f"label_smoothing is {label_smoothing}: {kind} has none, sigmoid and robust have")
-    chosen_B, rejected_B = chosen.gain_B, rejected.gain_B
-    if kind is DpoLoss.IPO_MEAN:
-        chosen_B, rejected_B = chosen_B / chosen.tokens_B, rejected_B / rejected.tokens_B
-    return (chosen_B - rejected_B - 1.0 / (2.0 * beta)).square().mean()
+    return (chosen.gain_in(kind) - rejected.gain_in(kind) - 1.0 / (2.0 * beta)).square().mean()
 
 
 def kto_loss(

@@ -357,7 +357,9 @@ def _of_weights_at_large(model: Any, exported: int, device: torch.device) -> lis
 
 def _on_disk(settings: Planned, checkpoint: int, exported: int, trained: int) -> list[tuple[str, int]]:
     """While the newest checkpoint is written there is one more than are kept."""
-    count = settings.keep_checkpoints + 1 if settings.save_every else 1
+    count = 1 if settings.save_every == 0 else settings.keep_checkpoints + 1
+    if settings.keep_best and not isinstance(settings, RunSettings):
+        count = max(count, 2) + 1
     disk = [(f"{count} of {shown(checkpoint)}: checkpoints", count * checkpoint), ("the model", exported)]
     return [*disk, ("its adapter", trained)] if settings.lora_rank else disk
 

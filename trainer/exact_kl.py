@@ -6,6 +6,7 @@ Shapes: B sequences, S tokens of prompt and response, N tokens that are looked a
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -82,7 +83,10 @@ def distributions(
                     _logits_at(model, ids_BS, mask_BS, states_BS, chunk, plain_head, way)
                     for model, plain_head, way in zip(models, plain, ways, strict=False)
                 ]
-                looked = as_forward(policy, _look, tables, temperature)
+                look = functools.partial(_look, tables, temperature)
+                for model in dict.fromkeys(models):  # Weights of both are whole where the tables are made.
+                    look = functools.partial(as_forward, model, look)
+                looked = look()
             for owner, (nats, own) in zip(owners_N, looked if weight else (), strict=False):
                 kl, entropy = found.get(part[owner], (0.0, 0.0))
                 found[part[owner]] = kl + nats, entropy + own

@@ -54,7 +54,8 @@ from trainer.runs import (
 )
 from trainer.saving import save_model
 from trainer.scaling import prepare, settle
-from trainer.statistics import wilson_interval
+from trainer.sharding import in_turn
+from trainer.statistics import share_of_groups
 
 WATCHED = ("loss", "label_accuracy", "reference_point", "good_reward_mean", "bad_reward_mean", "tokens_per_s")
 
@@ -128,9 +129,12 @@ def main(settings: KtoSettings) -> None:
             others = {batch: with_reference(own, known) for batch, own in others.items()}
         trainer = KtoTrainer(answers, settings, reference)
 
+        right: list[float] = []  # Of each held-out row, at the newest evaluation.
+
         def evaluate() -> dict[str, float]:
+            figures, right[:] = trainer.judge(held_out, held_out_others)
             return finite(
-                trainer.evaluate(held_out, held_out_others),
+                figures,
                 lambda place: trainer.evaluate([held_out[place]], [])["eval_loss"],
                 [row.where for row in held_out_rows],
                 settings.output,
@@ -159,7 +163,7 @@ def main(settings: KtoSettings) -> None:
         "after": after,
     }
     if held_out:
-        accuracy = wilson_interval(after["eval_label_accuracy"] * len(held_out), len(held_out))
+        accuracy = share_of_groups(right, [row.group_key for row in held_out_rows])
         evaluation["label_accuracy"] = accuracy.as_json()
         sys.stdout.write(
             f"held-out answers on the side of the reference point that they were judged to be: {accuracy}\n"
@@ -262,15 +266,23 @@ class KtoTrainer:
             sums = iter(self.reference.sums(asked).tolist())
             rows, others = with_reference(rows, sums), with_reference(others, sums)
         tokens = sum(len(item.answer) for item in (*rows, *others))
-        return self._look(rows, others, learn=True) | {"tokens": tokens}
+        return self._look(rows, others, learn=True)[0] | {"tokens": tokens}
+
+    def evaluate(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> dict[str, float]:
+        """``judge``'s figures alone."""
+        return self.judge(rows, others)[0]
 
     @torch.no_grad()
-    def evaluate(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> dict[str, float]:
-        """The same figures of held-out rows, named ``eval_...``; empty without any."""
+    def judge(self, rows: Sequence[Judged], others: Sequence[Weighed]) -> tuple[dict[str, float], list[float]]:
+        """The same figures of held-out rows, named ``eval_...``; empty without any.
+
+        Beside them of each row 1 where it is on the side that it was judged to be on, .5 at the point, else 0.
+        """
         if not rows:
-            return {}
+            return {}, []
         self.answers.policy.eval()
-        return {f"eval_{name}": value for name, value in self._look(rows, others, learn=False).items()}
+        figures, right = self._look(rows, others, learn=False)
+        return {f"eval_{name}": value for name, value in figures.items()}, right.tolist()
 
     def reference_point(self, others: Sequence[Weighed]) -> float:
         """Nats: the mean gain of answers to other prompts, without dropout, and at least 0, as it is without any."""
@@ -283,12 +295,16 @@ class KtoTrainer:
         # Unlike max, it lets NaN be seen.
         return float(np.maximum(0.0, np.mean(sums - np.array([item.reference for item in others]))))
 
-    def _look(self, rows: Sequence[Judged], others: Sequence[Weighed], *, learn: bool) -> dict[str, float]:
+    def _look(
+        self, rows: Sequence[Judged], others: Sequence[Weighed], *, learn: bool
+    ) -> tuple[dict[str, float], npt.NDArray[Any]]:
+        """Figures, and how far each row is right."""
         settings = self.settings
         point = self.reference_point(others)
         found: dict[int, float] = {}
         loss = 0.0
-        for part, weight in self.answers.parts([row.answer for row in rows], settings.micro_batch_tokens):
+        parts = self.answers.parts([row.answer for row in rows], settings.micro_batch_tokens)
+        for part, weight in in_turn(parts, settings.gradient_sync, self.answers.policy):
             gain_N = self._gains([rows[index] for index in part])
             share = kto_loss(
                 gain_N,
@@ -304,21 +320,20 @@ class KtoTrainer:
             loss += float(share.detach())
         found, loss = collected(found), total({"loss": loss})["loss"]
         gains = np.array([found[index] for index in range(len(rows))])
-        return {"loss": loss, "reference_point": point, "reference_answers": len(others)} | self._figures(
-            rows, gains, point
-        )
+        # At the point an answer is on neither side, and counts half.
+        right = np.where(gains == point, 0.5, (gains > point) == np.array([row.desirable for row in rows]))
+        figures = {"loss": loss, "reference_point": point, "reference_answers": len(others)}
+        return figures | {"label_accuracy": float(right.mean())} | self._figures(rows, gains), right
 
     def _gains(self, rows: Sequence[Judged]) -> Tensor:
         """(N,) log pi - log pi_ref; only the policy's part receives a gradient."""
         sums_N = self.answers.sums([row.answer for row in rows])
         return sums_N - sums_N.new_tensor([row.reference for row in rows])
 
-    def _figures(self, rows: Sequence[Judged], gains: npt.NDArray[Any], point: float) -> dict[str, float]:
+    def _figures(self, rows: Sequence[Judged], gains: npt.NDArray[Any]) -> dict[str, float]:
         """Those of good and of bad answers, as far as there are such."""
         good = np.array([row.desirable for row in rows])
-        # At the point an answer is on neither side, and counts half.
-        right = np.where(gains == point, 0.5, (gains > point) == good)
-        figures = {"label_accuracy": float(right.mean())}
+        figures = {}
         logprobs = gains + np.array([row.reference for row in rows])
         for name, kind in (("good", good), ("bad", ~good)):
             if kind.any():

@@ -52,5 +52,5 @@ class MonitorSettings(JudgeSettings, AlarmSettings):
     exact_kl: bool = Field(
         True,
         description="measure KL over the whole vocabulary where the reference is --model: it is loaded once more, for "
-        "the time of each evaluation",
+        "the time of each evaluation, and split among processes as the policy is",
     )

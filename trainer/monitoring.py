@@ -20,10 +20,11 @@ from trainer.encoding import EncodedResponse, Encoder
 from trainer.evaluate import Evaluation, PolicyFigures
 from trainer.exact_kl import Distributions, distributions, evaluating
 from trainer.lora import adapter_of
-from trainer.models import load_policy, padding_id
+from trainer.models import TokenLogprobs, load_policy, padding_id
 from trainer.monitor_alarms import Crossing, checked, crossings
 from trainer.ppo_config import RunSettings
 from trainer.rollout import Sample
+from trainer.sharding import is_sharded, shard
 from trainer.statistics import Interval, mean_interval_of_groups
 
 # One file an evaluation between the first and the last, by its step.
@@ -107,7 +108,11 @@ class PolicyMonitor:
         elif self._reference is not None:
             # Here for the time of this evaluation alone: training has the memory for itself.
             with torch.random.fork_rng(devices=[]):
-                reference = load_policy(self._reference, self._tokenizer).to(self._policy.device)
+                reference = load_policy(self._reference, self._tokenizer)
+            TokenLogprobs(reference)  # Tries its head out, which is done before a model is split.
+            shard(reference, self._settings.precision, self._policy.device)
+            if not is_sharded(reference):
+                reference = reference.to(self._policy.device)
         return distributions(
             self._policy,
             reference,

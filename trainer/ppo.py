@@ -44,7 +44,7 @@ from trainer.rollout import Rollout
 from trainer.saving import export_tensors
 from trainer.scaling import settle
 from trainer.shaping import Evaluated, Shaping, Targets
-from trainer.sharding import finite_everywhere
+from trainer.sharding import finite_everywhere, in_turn
 from trainer.tracking import run_tracker
 
 WATCHED = (
@@ -265,7 +265,8 @@ class Learner:
             tokens = float(experience.mask_NT[rows_of_minibatch].sum())
             lengths = [experience.lengths[row] for row in rows_of_minibatch]
             sums: dict[str, float] = {}
-            for part, weight in own_micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed):
+            parts = own_micro_batches(lengths, self.settings.micro_batch_tokens, packed=self.packed)
+            for part, weight in in_turn(parts, self.settings.gradient_sync, self.policy, self.critic):
                 rows = [rows_of_minibatch[index] for index in part]
                 figures, ratio = self.accumulate(experience, targets, rows, tokens, weight)
                 for name, value in figures.items():
@@ -342,7 +343,7 @@ class Learner:
             "policy/clip_fraction": float(actor.clip_fraction),
             "policy/approx_kl": float(actor.approx_kl),
         }
-        if settings.kl_in == "loss":
+        if settings.kl_placement == "loss":
             paid = kl_loss(
                 settings.kl_used,
                 logprobs_BT,

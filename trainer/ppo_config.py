@@ -337,15 +337,16 @@ class PPOSettings(RunSettings):
         2.0, description="largest importance weight: of decoupled, and of KL in the loss"
     )
 
-    kl_in: Literal["reward", "loss"] = Field(
-        "reward",
+    kl_in: Literal["auto", "reward", "loss"] = Field(
+        "auto",
         description="where KL to the reference is paid: in the reward of each token, or in the loss beside it, where a "
-        "token pays for its own KL and not for that of what it leads to",
+        "token pays for its own KL and not for that of what it leads to. auto: in the loss of grpo, else in the reward",
     )
     kl_estimator: Literal["auto", "k1", "k2", "k3"] = Field(
         "auto",
         description="k1 in the reward; in the loss k2, whose gradient is that of KL(policy, reference), or GRPO's k3, "
-        "which follows KL(reference, policy); other pairings are refused. auto: k1 or k2",
+        "which follows KL(reference, policy); other pairings are refused. auto: k1 in the reward, in the loss k3 of "
+        "grpo, else k2",
     )
     kl: Literal["fixed", "adaptive"] = Field("fixed", description="whether the price of KL follows a target")
     kl_beta: NonNegativeFloat = Field(0.05, description="price of a nat of KL, in reward; the first one of adaptive")
@@ -357,11 +358,20 @@ class PPOSettings(RunSettings):
     score_clip: PositiveFloat | None = Field(None, description="scores are kept within this of 0; MOSS's PPO-max: 10")
 
     @property
+    def kl_placement(self) -> Literal["reward", "loss"]:
+        """Where KL is paid; of GRPO as Shao et al. 2024, "DeepSeekMath", eq. 3, has it."""
+        if self.kl_in != "auto":
+            return self.kl_in
+        return "loss" if self.advantage == "grpo" else "reward"
+
+    @property
     def kl_used(self) -> KlEstimator:
         """The estimator of the KL that is paid for."""
-        if self.kl_estimator == "auto":
-            return KlEstimator.K1 if self.kl_in == "reward" else KlEstimator.K2
-        return KlEstimator(self.kl_estimator)
+        if self.kl_estimator != "auto":
+            return KlEstimator(self.kl_estimator)
+        if self.kl_placement == "reward":
+            return KlEstimator.K1
+        return KlEstimator.K3 if self.advantage == "grpo" else KlEstimator.K2
 
     @property
     def has_critic(self) -> bool:
@@ -381,9 +391,17 @@ class PPOSettings(RunSettings):
     @model_validator(mode="after")
     def _estimates_fit_together(self) -> Self:
         try:
-            check_kl_placement(self.kl_used, self.kl_in)
+            check_kl_placement(self.kl_used, self.kl_placement)
         except ValueError as error:
-            raise ValueError(f"--kl-estimator is {self.kl_estimator} and --kl-in {self.kl_in}: {error}") from None
+            raise ValueError(
+                f"--kl-estimator is {self.kl_estimator} and --kl-in {self.kl_placement}: {error}"
+            ) from None
+        if self.advantage == "grpo" and self.group_std and self.kl_placement == "reward" and self.kl_beta:
+            raise ValueError(
+                "--kl-in is reward and --advantage grpo: divided by the deviation of a group whose scores are alike, "
+                "the KL alone would be advantages of full size, whatever --kl-beta; choose --kl-in loss, as GRPO has "
+                "it, or --no-group-std"
+            )
         if self.compares_samples and self.samples_per_prompt < 2:
             raise ValueError(
                 f"--samples-per-prompt is {self.samples_per_prompt}: --advantage {self.advantage} compares the samples "

@@ -22,7 +22,7 @@ from quartet.client import CallPolicy, ReferenceClient, Security
 from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.answers import Answers
-from trainer.distributed import led
+from trainer.distributed import active, led
 from trainer.divergence import diverged
 from trainer.encoding import EncodedResponse
 from trainer.errors import CheckpointError, ServicesError
@@ -33,6 +33,8 @@ REFERENCE_FILE = "reference.json"
 # Of one call: large enough that the service batches by length, small enough for every service's limits.
 _CALL_TOKENS, _CALL_ITEMS = 32_768, 64
 _CALLS_AT_ONCE = 4
+# Calls one after the other before processes meet: by the default deadline 20 minutes, within the hour that they wait.
+_ROUNDS = 2
 _PROGRESS_EVERY_S = 10.0
 
 Sums = npt.NDArray[np.float64]
@@ -87,25 +89,30 @@ class ServiceReference:
             raise
         self.identity = f"{info.served_by.model_id} (weights {info.served_by.weights_fingerprint})"
 
-    def sums(self, rows: Sequence[EncodedResponse]) -> Sums:
+    def sums(self, rows: Sequence[EncodedResponse], told: int = 0, of: int | None = None) -> Sums:
         """
+        Args:
+            rows: answers.
+            told: how many answers were asked about before these, for the lines that say how far it is.
+            of: how many there are together; None: these are all.
+
         Raises:
             QuartetError: the service stayed away or refused a call.
             ServicesError: it failed at an answer, or took longer than a call may.
         """
         with deadline_explained(self._call_deadline_s):
-            return self._loop.run(self._sums(rows))
+            return self._loop.run(self._sums(rows, told, len(rows) if of is None else of))
 
     def close(self) -> None:
         """Closes the connections."""
         self._loop.run(self._client.close())
         self._loop.close()
 
-    async def _sums(self, rows: Sequence[EncodedResponse]) -> Sums:
+    async def _sums(self, rows: Sequence[EncodedResponse], told: int, of: int) -> Sums:
         found = np.zeros(len(rows))
         parts = _calls([len(row) for row in rows])
         free = asyncio.Semaphore(_CALLS_AT_ONCE)
-        done, told_s = 0, time.monotonic()
+        done, told_s = told, time.monotonic()
 
         async def ask(part: Sequence[int]) -> None:
             nonlocal done, told_s
@@ -122,7 +129,7 @@ class ServiceReference:
             done += len(part)
             if time.monotonic() > told_s + _PROGRESS_EVERY_S:
                 told_s = time.monotonic()
-                sys.stdout.write(f"reference log-probabilities: {done:,} of {len(rows):,} answers\n")
+                sys.stdout.write(f"reference log-probabilities: {done:,} of {of:,} answers\n")
                 sys.stdout.flush()
 
         try:
@@ -150,14 +157,26 @@ class LedReference:
         self._service = connect()
         return self._service.identity
 
-    @led
     def sums(self, rows: Sequence[EncodedResponse]) -> Sums:
-        """
+        """Asked in parts: after each the processes meet, or the others would give up the first, which asks for hours.
+
         Raises:
             QuartetError, ServicesError: as ``ServiceReference.sums``.
         """
+        found = np.zeros(len(rows))
+        calls = _calls([len(row) for row in rows])
+        size = _CALLS_AT_ONCE * _ROUNDS if active() else max(1, len(calls))
+        done = 0
+        for first in range(0, len(calls), size):
+            part = [index for call in calls[first : first + size] for index in call]
+            found[part] = self._ask([rows[index] for index in part], done, len(rows))
+            done += len(part)
+        return found
+
+    @led
+    def _ask(self, rows: Sequence[EncodedResponse], told: int, of: int) -> Sums:
         assert self._service is not None
-        return self._service.sums(rows)
+        return self._service.sums(rows, told, of)
 
     def close(self) -> None:
         """Closes the connections."""

@@ -20,6 +20,7 @@ from trainer.calibration import Array, brier, expected_calibration_error, log_lo
 from trainer.comparisons import Comparison
 from trainer.config import RewardSettings
 from trainer.encoding import EncodedComparison
+from trainer.errors import DataError
 from trainer.label_noise import Disagreement, pair_key
 from trainer.reward_evaluation import accuracy, calibration, describe, judged_pairs
 from trainer.runs import write_json
@@ -51,19 +52,32 @@ def member_settings(settings: RewardSettings, number: int) -> RewardSettings:
     )
 
 
-def seen_by(group: str, settings: RewardSettings) -> set[int]:
-    """The members that train on the rows of ``group``: all, or as many of each as ``member_fraction`` says."""
-    members = range(settings.members)
-    if settings.member_fraction == 1.0:
-        return set(members)
-    # Below 1, each prompt is unseen by at least one and seen by at least one.
-    count = min(settings.members - 1, max(1, round(settings.member_fraction * settings.members)))
-    return set(random.Random(derive_seed("subset", settings.seed, group)).sample(members, count))
+def unseen_by(rows: Sequence[Comparison], settings: RewardSettings) -> list[set[str]]:
+    """Of each member the prompts (groups) that it does not train on: all but ``member_fraction`` of them, or one off.
+
+    The prompts lie in a circle, in an order that is drawn, and each member leaves out those that stand together from a
+    point of its own on, the points being equally far from each other. So every prompt is left out by as many members
+    as any other, give or take one.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    groups = sorted({row.group_key for row in rows})
+    random.Random(derive_seed("subset", settings.seed)).shuffle(groups)
+    count = len(groups)
+    seen = round(settings.member_fraction * count)
+    if not seen:
+        raise DataError(
+            f"--member-fraction is {settings.member_fraction:g}: of {count} prompts to train on that is none; raise it"
+        )
+    starts = [number * count // settings.members for number in range(settings.members)]
+    return [{groups[(start + place) % count] for place in range(count - seen)} for start in starts]
 
 
 def rows_of_member(rows: Sequence[Comparison], settings: RewardSettings, number: int) -> list[Comparison]:
     """Those that member ``number`` trains on."""
-    return [row for row in rows if number in seen_by(row.group_key, settings)]
+    unseen = unseen_by(rows, settings)[number]
+    return [row for row in rows if row.group_key not in unseen]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,9 +134,10 @@ def disagreements(
     )
     found = []
     number = 0
+    trained = len(rows) - unseen_rows
+    left_out = unseen_by(rows[:trained], settings)
     for index, row in enumerate(rows):
-        seen = set() if index >= len(rows) - unseen_rows else seen_by(row.group_key, settings)
-        unseen = [m for m in range(len(members)) if m not in seen]
+        unseen = [m for m in range(len(members)) if index >= trained or row.group_key in left_out[m]]
         asked = unseen or list(range(len(members)))
         for judgement in row.judgements:
             values_M = scaled_MN[asked, number]

@@ -22,8 +22,8 @@ from trainer.encoding import EncodedComparison
 from trainer.errors import CollapsedError
 from trainer.statistics import Interval, mean_interval, wilson_interval_of_groups
 
-# A model that tells nothing apart: its loss is that of a coin and its scores are all alike.
-_COLLAPSED_LOSS, _COLLAPSED_STD = 1e-3, 1e-3
+# A model that tells nothing apart: answers to one prompt score the same within this, and its loss is that of a coin.
+_COLLAPSED_DIFFERENCE = 1e-3
 _LENGTH_BINS = 5
 
 
@@ -138,17 +138,30 @@ def pair_figures(first_N: Array, second_N: Array, label_N: Array | None = None) 
     }
 
 
-def refuse_collapsed(evaluation: Mapping[str, float]) -> None:
-    """
+def refuse_collapsed(pairs: JudgedPairs, heads: Sequence[str] = ()) -> None:
+    """Asks every head by itself, and of differences within pairs: scores may differ between prompts and tell nothing.
+
+    Args:
+        pairs: held-out ones.
+        heads: names; none for one without a name.
+
     Raises:
-        CollapsedError: the model tells nothing apart, whatever its accuracy.
+        CollapsedError: the model, or a head of it, tells nothing apart, whatever its accuracy.
     """
-    loss, spread = evaluation["eval_loss"], evaluation["eval_score_std"]
-    if abs(loss - math.log(2)) < _COLLAPSED_LOSS and spread < _COLLAPSED_STD:
-        raise CollapsedError(
-            f"the reward model has collapsed: its scores have a standard deviation of {spread:.1e} and its held-out "
-            f"loss is {loss:.4f}, a coin's (ln 2); it is not saved. Lower --learning-rate, or check the data"
-        )
+    for place, name in enumerate(heads or [""]):
+        own = pairs.where(pairs.heads_N == place)
+        if not len(own):
+            continue
+        difference = math.sqrt(float(np.square(own.difference_N).mean()))
+        if difference < _COLLAPSED_DIFFERENCE:
+            loss = float(label_loss(sigmoid(own.difference_N), own.label_N).mean())
+            spread = float(np.concatenate([own.first_N, own.second_N]).std(ddof=1))
+            raise CollapsedError(
+                f"the reward model has collapsed{f' in its head {name!r}' if name else ''}: the scores of the two "
+                f"answers of a held-out pair differ by {difference:.1e} (root mean square; between prompts their "
+                f"standard deviation is {spread:.1e}), and its loss is {loss:.4f}, a coin's (ln 2); it is not saved. "
+                "Lower --learning-rate, or check the data"
+            )
 
 
 def by_length(difference_N: Array, pairs: JudgedPairs) -> list[dict[str, Any]]:

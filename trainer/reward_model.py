@@ -5,11 +5,12 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import random
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from quartet.fingerprint import derive_seed
 from quartet.model_folder import METADATA_FILE, find_model, read_metadata
@@ -55,9 +56,13 @@ from trainer.scaling import prepare, settle
 from trainer.sharding import is_sharded
 from trainer.statistics import Interval
 
+T = TypeVar("T")
+
 WATCHED = ("loss", "accuracy", "margin_mean", "tokens_per_s", "learning_rate")
-# At most so many samples the mean and standard deviation are taken from: 1 % of a standard deviation.
+# At most so many samples the mean and standard deviation are taken from, which are then right to 2 % of the latter.
 _CALIBRATION_SAMPLES = 4096
+# So many held-out rows are enough for that (to 5 %); of fewer the training rows are taken, which the model has learned.
+_CALIBRATION_HELD_OUT = 400
 # Of at most so many held-out rows all scores are kept with the model, for the service to see drift by.
 _BASELINE_ROWS = 500
 
@@ -194,7 +199,7 @@ class Run:
             checkpoint: of ``open_output``.
         """
         settings, trainer = self.settings, self.trainer
-        samples = calibration_samples(settings, self.encoder, self.train_rows)
+        samples, calibrated_on = calibration_samples(settings, self.encoder, self.train_rows, self.held_out)
         origin = stage_origin("reward", settings, self.digest)
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         cut = sum(any(answer.truncated for answer in row.answers) for row in self.train_rows)
@@ -227,16 +232,17 @@ class Run:
         )
         fitted = fit(settings, stage, checkpoint)
         evaluation = fitted.evaluation
-        refuse_collapsed(evaluation)
         held_out_scores = trainer.all_scores(self.held_out)
+        refuse_collapsed(self._held_out_pairs(held_out_scores), list(self.heads))
         normalisation = trainer.calibrate(samples)
+        baseline = drawn(held_out_scores, _BASELINE_ROWS, derive_seed("baseline", settings.seed))
         metadata: dict[str, Any] = {
             "kind": "reward",
             "append_eos": True,
             "max_tokens": self.limit,
             "truncation": settings.truncation,
             # Raw scores, to seven digits: what float32 holds.
-            "baseline": {"scores": [float(f"{x:.7g}") for x in trainer.combined(held_out_scores[:_BASELINE_ROWS])]},
+            "baseline": {"scores": [float(f"{x:.7g}") for x in trainer.combined(baseline)]},
         }
         if self.heads:
             metadata["heads"] = [{"name": name, "weight": weight} for name, weight in self.heads.items()]
@@ -255,7 +261,7 @@ class Run:
                 "held_out_pairs": sum(len(row.judgements) for row in self.held_out),
                 **evaluation,
                 **described,
-                "normalisation": normalisation,
+                "normalisation": normalisation and {**normalisation, "of": calibrated_on},
                 "data": self.digest,
                 **({"noise": self.rows.noise} if self.rows.noise else {}),
             },
@@ -283,14 +289,17 @@ class Run:
         model = load_reward_model(base, self.tokenizer, new_head_seed=self.settings.seed, heads=len(self.heads) or 1)
         return model.to(choose_device())
 
+    def _held_out_pairs(self, held_out_scores: Sequence[Any]) -> JudgedPairs:
+        groups = [row.group_key for row in self.rows.held_out]
+        return judged_pairs(self.held_out, groups, held_out_scores, list(self.heads))
+
     def describe(self, held_out_scores: Sequence[Any]) -> tuple[dict[str, Any], Temperature | None]:
         """What the model says of held-out pairs, printed and for evaluation.json; and its temperature.
 
         A model of several heads has a temperature of each, which are told and not served: what is served is one score.
         """
-        groups = [row.group_key for row in self.rows.held_out]
         names = list(self.heads)
-        pairs = judged_pairs(self.held_out, groups, held_out_scores, names)
+        pairs = self._held_out_pairs(held_out_scores)
         spare = [""] * len(self.temperature_rows)
         fitted_on = judged_pairs(self.temperature_rows, spare, self.trainer.all_scores(self.temperature_rows), names)
         if len(names) < 2:
@@ -374,17 +383,33 @@ def require_same_heads(folder: Path, heads: dict[str, float]) -> None:
 
 
 def calibration_samples(
-    settings: RewardSettings, encoder: Encoder, train: Sequence[EncodedComparison]
-) -> Sequence[EncodedResponse]:
-    """The samples whose scores normalisation brings to mean 0 and standard deviation 1."""
+    settings: RewardSettings,
+    encoder: Encoder,
+    train: Sequence[EncodedComparison],
+    held_out: Sequence[EncodedComparison],
+) -> tuple[Sequence[EncodedResponse], str]:
+    """The samples whose scores normalisation brings to mean 0 and standard deviation 1, and what they are, in words.
+
+    Where there are more than are needed, they are drawn: rows of a file may be in any order.
+    """
     if settings.calibrate_on == "none":
-        return []
+        return [], ""
+    seed = derive_seed("calibration", settings.seed)
     if settings.calibrate_on == "chosen":
-        return [row.answers[row.judgements[0].first] for row in train[:_CALIBRATION_SAMPLES]]
-    samples = encoder.demonstrations(load_demonstrations((settings.calibrate_on,)))[:_CALIBRATION_SAMPLES]
+        rows, of = (held_out, "held-out") if len(held_out) >= _CALIBRATION_HELD_OUT else (train, "training")
+        some = drawn(rows, _CALIBRATION_SAMPLES, seed)
+        return [row.answers[row.judgements[0].first] for row in some], f"best answers of {of} rows"
+    samples = drawn(encoder.demonstrations(load_demonstrations((settings.calibrate_on,))), _CALIBRATION_SAMPLES, seed)
     if len(samples) < 2:
         raise DataError(f"--calibrate-on {settings.calibrate_on}: a standard deviation needs at least 2 rows")
-    return samples
+    return samples, f"demonstrations of {settings.calibrate_on}"
+
+
+def drawn(items: Sequence[T], count: int, seed: int) -> list[T]:
+    """At most ``count`` of ``items``, by ``seed``, in their order."""
+    if len(items) <= count:
+        return list(items)
+    return [items[place] for place in sorted(random.Random(seed).sample(range(len(items)), count))]
 
 
 def _refuse_partial_orders(rows: Sequence[Comparison]) -> None:

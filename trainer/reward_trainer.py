@@ -26,6 +26,7 @@ from trainer.models import padding_id, score_heads
 from trainer.optimisation import autocast, clip_weights
 from trainer.packing import group_micro_batches, pack
 from trainer.reward_evaluation import judged_pairs, pair_figures
+from trainer.sharding import in_turn
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +55,7 @@ class RewardTrainer:
     def accumulate(self, rows: Sequence[EncodedComparison]) -> dict[str, float]:
         """Adds the gradient of the mean loss over ``rows``, however they are cut."""
         loss_sum = right = decided = margin = 0.0
-        for part, weight in self._parts(rows):
+        for part, weight in in_turn(self._parts(rows), self.settings.gradient_sync, self.model):
             some = [rows[index] for index in part]
             scores_NH = self.answer_scores([answer for row in some for answer in row.answers])
             loss = weight * self.loss(some, scores_NH) / len(rows)

@@ -9,7 +9,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +44,8 @@ from trainer.tracking import METRICS_FILE, run_tracker
 SETTINGS_FILE = "settings.json"
 EVALUATION_FILE = "evaluation.json"
 MODEL_FOLDER = "model"
+# Checkpoints of a run that says nothing of them: who is killed loses a tenth of it.
+_CHECKPOINTS = 10
 
 
 @led
@@ -208,8 +210,16 @@ class Stage:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Best:
+    """The step of the evaluation with the lowest loss so far, and that loss."""
+
+    step: int
+    loss: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class Fitted:
-    """What came of ``fit``: the steps done, and the figures of the trained model on held-out rows."""
+    """What came of ``fit``: the step of the model that the stage now has, and its figures on held-out rows."""
 
     step: int
     evaluation: dict[str, float]
@@ -245,13 +255,17 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         weight_decay=settings.weight_decay,
     )
     torch.manual_seed(settings.seed)
+    save_every = math.ceil(steps / _CHECKPOINTS) if settings.save_every is None else settings.save_every
     done = 0
+    best: Best | None = None
     if checkpoint is not None and (path := latest_checkpoint(settings.output)) is not None:
         load_checkpoint(path, modules={"model": stage.model}, optimisers={"adamw": optimiser})
         done = checkpoint.step
+        if (kept := checkpoint.state.get("best")) is not None:
+            best = Best(**kept)
 
     def save() -> Path:
-        state = {"settings": settings.decisive, "data": stage.data}
+        state = {"settings": settings.decisive, "data": stage.data, "best": best and asdict(best)}
         return save_checkpoint(
             settings.output,
             step=done,
@@ -291,15 +305,24 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
             }
             if settings.eval_every and done % settings.eval_every == 0 and done < steps:
                 metrics |= stage.evaluate()
+                if settings.keep_best and (best is None or metrics["eval_loss"] < best.loss):
+                    best = Best(step=done, loss=metrics["eval_loss"])
             tracker.log(done, metrics)
             if anywhere(stop.requested) and done < steps:
                 raise stop.stopped(step=done, total_steps=steps, checkpoint=save())
-            if settings.save_every and done % settings.save_every == 0:
+            if (save_every and done % save_every == 0) or (best is not None and best.step == done):
                 save()
         if (odd := odd_weight(stage.model)) is not None:
             raise diverged(f"after step {done} the weight {odd} is not finite", None, 0, settings.output)
         evaluation = stage.evaluate()
         tracker.also(done, evaluation)
+        if best is not None and best.loss <= evaluation["eval_loss"]:
+            sys.stdout.write(
+                f"the model is that of step {best.step}, whose held-out loss is the lowest, {best.loss:.4f}; "
+                f"after step {done} it is {evaluation['eval_loss']:.4f}\n"
+            )
+            load_checkpoint(checkpoint_path(settings.output, best.step), modules={"model": stage.model}, optimisers={})
+            done, evaluation = best.step, stage.evaluate()
     return Fitted(step=done, evaluation=evaluation)
 
 

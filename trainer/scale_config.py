@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import Field
 
 from quartet.settings import NonNegativeInt, PositiveFloat, Settings, UnitFloat
 
 # What of these changes nothing in the result.
-FREE = frozenset({"activation_checkpointing", "compile", "dry_run"})
+FREE = frozenset({"activation_checkpointing", "compile", "dry_run", "gradient_sync"})
 
 
 class ScaleSettings(Settings):
@@ -40,6 +40,11 @@ class ScaleSettings(Settings):
         "then steps take about two thirds to three quarters of the processor's time (29 M parameters, two cores with "
         "AVX2); not measured on a GPU. Needs a C++ compiler, on a GPU triton. The result differs by rounding, and with "
         "dropout by what is dropped",
+    )
+    gradient_sync: Literal["micro-batch", "step"] = Field(
+        "micro-batch",
+        description="of several processes: when gradients are brought together. step: after the last micro-batch "
+        "alone, which sends less and takes the memory of a whole gradient in every process",
     )
     dry_run: bool = Field(
         False,

@@ -32,6 +32,7 @@ from trainer.runs import (
 )
 from trainer.saving import save_model
 from trainer.scaling import prepare, settle
+from trainer.sharding import in_turn
 
 WATCHED = ("loss", "perplexity", "tokens_per_s", "learning_rate")
 
@@ -109,7 +110,8 @@ class SftTrainer:
         """Adds the gradient of the mean cross entropy over all response tokens of ``rows``, however they are cut."""
         tokens = sum(answer_tokens(row) for row in rows)
         found = 0.0
-        for part, weight in self.answers.parts(rows, self.settings.micro_batch_tokens):
+        parts = self.answers.parts(rows, self.settings.micro_batch_tokens)
+        for part, weight in in_turn(parts, self.settings.gradient_sync, self.policy):
             loss = -weight * self.answers.sums([rows[index] for index in part]).sum() / tokens
             loss.backward()  # type: ignore[no-untyped-call]
             found += float(loss.detach())

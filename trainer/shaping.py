@@ -81,7 +81,7 @@ class Shaping:
             old_logprobs_NT,
             experience.ref_logprobs_NT,
             mask_NT,
-            beta if settings.kl_in == "reward" else 0.0,
+            beta if settings.kl_placement == "reward" else 0.0,
         )
         if settings.whiten_rewards:
             rewards_NT = whiten(rewards_NT, mask_NT, shift_mean=False)
@@ -125,7 +125,7 @@ class Shaping:
                 old_values_NT=before.values_NT,
                 advantages_NT=advantages_NT,
                 returns_NT=returns_NT,
-                kl_price=beta if settings.kl_in == "loss" else 0.0,
+                kl_price=beta if settings.kl_placement == "loss" else 0.0,
             ),
             metrics,
         )

@@ -11,8 +11,8 @@ Data Parallel".
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,12 @@ from trainer.optimisation import Precision, in_bfloat16
 
 T = TypeVar("T")
 
+GradientSync = Literal["micro-batch", "step"]
+
 _FORWARD = "quartet_forward"
 
 
-def shard(model: nn.Module, precision: Precision) -> None:
+def shard(model: nn.Module, precision: Precision, device: torch.device | None = None) -> None:
     """Splits ``model`` among the processes, in place: first each decoder layer, then what is left as one.
 
     To be called on the device of training, when nothing about the model has to be tried out any more, and before its
@@ -39,10 +41,11 @@ def shard(model: nn.Module, precision: Precision) -> None:
     Args:
         model: as it is trained, the same in all processes.
         precision: of its forward passes.
+        device: where its parts go, layer by layer, where it is elsewhere: a whole one may find no room there.
     """
     if not distributed.active() or is_sharded(model):
         return
-    device = next(model.parameters()).device
+    device = next(model.parameters()).device if device is None else device
     mesh = init_device_mesh(device.type, (distributed.count(),))
     # On a processor the usual norm takes no bfloat16 weights beside float32 activations.
     whole_norms = device.type == "cpu" and any(isinstance(part, nn.LayerNorm) for part in model.modules())
@@ -82,6 +85,18 @@ def as_forward(model: nn.Module, function: Callable[..., T], *arguments: Any) ->
         return function(*arguments)
     result: T = getattr(model, _FORWARD)(function, *arguments)
     return result
+
+
+def in_turn(parts: Sequence[T], gradient_sync: GradientSync, *models: nn.Module | None) -> Iterator[T]:
+    """The micro-batches of a step, each for a forward and a backward pass of ``models``.
+
+    By ``gradient_sync`` the gradients of split models are brought together after each, or after the last alone.
+    """
+    for place, part in enumerate(parts):
+        for model in models:
+            if isinstance(model, FSDPModule):
+                model.set_requires_gradient_sync(gradient_sync == "micro-batch" or place == len(parts) - 1)
+        yield part
 
 
 def finite_everywhere(*tensors: Tensor) -> bool:

@@ -111,6 +111,17 @@ def wilson_interval_of_groups(values_N: Floats, groups_N: Sequence[Hashable]) ->
     return replace(_wilson(share, effective), count=count)
 
 
+def share_of_groups(values_N: Floats, groups_N: Sequence[Hashable]) -> Interval:
+    """``wilson_interval_of_groups``, also of a single value: of one there are no groups to tell apart.
+
+    Raises:
+        ValueError: as it, and without any value.
+    """
+    if len(values_N) == 1:
+        return wilson_interval(float(values_N[0]), 1)
+    return wilson_interval_of_groups(values_N, groups_N)
+
+
 def bootstrap_of_groups(
     statistic: Callable[[npt.NDArray[np.float64]], float],
     groups_N: Sequence[Hashable],

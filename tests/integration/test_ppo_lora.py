@@ -220,7 +220,7 @@ def test_a_killed_run_goes_on_to_the_same_bits_and_takes_out_what_it_left_behind
 def test_services_that_an_adapter_does_not_belong_to_are_refused_by_name(
     policy, judges, start_service, make_policy, folders, prompts, tmp_path
 ):
-    """trl#495: an SFT model that was an adapter, with the base beneath it as the reference."""
+    """Historical: trl#495, an SFT model that was an adapter, with the base beneath it as the reference."""
     model, _ = folders
     reward, _ = judges
     other = make_policy(seed=7, scale=0.5)

@@ -54,6 +54,7 @@ def _ragged(seed: int, lengths: list[int]) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def test_advantages_and_returns_of_the_reference_vector() -> None:
+    """Row 9."""
     advantages_BT, returns_BT = gae(REWARDS, VALUES, MASK, gamma=1.0, lam=0.95)
     torch.testing.assert_close(advantages_BT, ADVANTAGES, atol=1e-6, rtol=0)
     torch.testing.assert_close(returns_BT, RETURNS, atol=1e-6, rtol=0)
@@ -88,7 +89,7 @@ def test_undiscounted_returns_at_lambda_one_are_the_rewards_to_go(seed: int, len
 
 @pytest.mark.parametrize("padding", [1e6, math.nan, math.inf])
 def test_values_on_padding_reach_no_advantage(padding: float) -> None:
-    """Historical: verl#50, values unmasked before GAE; the first pad's value stood for the terminal state's."""
+    """Row 9. Historical: verl#50, values unmasked before GAE; the first pad's value stood for the terminal state's."""
     values_BT = VALUES.masked_fill(~MASK, padding)
     rewards_BT = REWARDS.masked_fill(~MASK, padding)
     for clean, dirty in zip(gae(REWARDS, VALUES, MASK), gae(rewards_BT, values_BT, MASK), strict=True):
@@ -96,6 +97,7 @@ def test_values_on_padding_reach_no_advantage(padding: float) -> None:
 
 
 def test_returns_do_not_depend_on_how_advantages_are_whitened_later() -> None:
+    """Row 9."""
     advantages_BT, returns_BT = gae(REWARDS, VALUES, MASK)
     whiten(advantages_BT, MASK)
     torch.testing.assert_close(returns_BT, (advantages_BT + VALUES) * MASK, atol=1e-12, rtol=0)
@@ -188,7 +190,7 @@ def test_whitened_advantages_of_the_reference_vector() -> None:
 
 
 def test_whitening_keeps_padding_out_of_mean_and_variance() -> None:
-    """Historical: SkyRL#1305, the advantage mean taken over padding."""
+    """Row 10. Historical: SkyRL#1305, the advantage mean taken over padding."""
     for padding in (0.0, 1e6, math.nan):
         dirty_BT = ADVANTAGES.masked_fill(~MASK, padding)
         assert torch.equal(whiten(dirty_BT, MASK), whiten(ADVANTAGES, MASK))
@@ -212,6 +214,7 @@ def test_whitening_spans_the_batch_so_that_a_row_keeps_its_signal() -> None:
 
 
 def test_whitening_rewards_keeps_their_mean() -> None:
+    """Row 10."""
     whitened_BT = whiten(REWARDS, MASK, shift_mean=False)
     assert masked_mean(whitened_BT, MASK).item() == pytest.approx(masked_mean(REWARDS, MASK).item(), abs=1e-12)
     assert masked_var(whitened_BT, MASK).item() == pytest.approx(1, abs=1e-6)
@@ -233,6 +236,7 @@ def test_equal_advantages_whiten_to_zero_and_not_to_nan() -> None:
 
 
 def test_fewer_than_eight_tokens_are_refused() -> None:
+    """Row 10."""
     mask_BT = MASK.clone()
     mask_BT[0, 4] = False
     with pytest.raises(ValueError, match="at least 8 valid tokens, there are 7"):

@@ -22,12 +22,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from tests.conftest import WORDS, free_port, train_tokenizer
-from tests.gradients import can_compile, gradients
+from tests.gradients import can_compile, gradients, made_up_rollout
 from tests.processes import Group, train
-from trainer import distributed
+from trainer import distributed, monitoring
+from trainer.evaluate import PolicyFigures
+from trainer.exact_kl import Distributions, distributions
+from trainer.models import TokenLogprobs, load_policy, load_tokenizer
+from trainer.ppo_config import PPOSettings
+from trainer.sharding import shard
 from trainer.tracking import read_metrics
 
 STAGES = ("sft", "reward", "dpo", "ppo")
@@ -61,6 +67,8 @@ def cases(folder: Path, tied: Path, gpt2: Path) -> dict[str, tuple[str, Path, in
             options = {"packing": packing, "activation_checkpointing": checkpointing}
             found[f"{stage} packing {packing}, checkpointing {checkpointing}"] = (stage, folder, 7, options)
     plain = {"packing": "on", "activation_checkpointing": False}
+    for stage in ("sft", "reward", "dpo", "ppo"):
+        found[f"{stage} brought together once a step"] = (stage, folder, 7, {**plain, "gradient_sync": "step"})
     for stage in ("sft", "dpo"):
         found[f"{stage} with one row, of which one process has none"] = (stage, folder, 1, plain)
     found["sft with tied embeddings"] = ("sft", tied, 7, plain)
@@ -80,8 +88,36 @@ def in_processes(folder: Path, tied: Path, gpt2: Path, data: str, to: Path) -> N
         found = {}
         for name, (stage, model, rows, options) in cases(folder, tied, gpt2).items():
             found[name] = gradients(stage, model, data, rows, **options)
+        watched = looked_at(folder, folder.parent / "other-nowhere")
         if distributed.is_first():
-            torch.save(found, to)
+            torch.save((found, watched), to)
+
+
+def looked_at(folder: Path, nowhere: Path) -> tuple[PolicyFigures, float]:
+    """What the monitor says of a policy that is far from its reference, and the share of the latter in this process."""
+    settings = PPOSettings(
+        model=str(folder), prompts=("p",), output=nowhere, precision="float32", micro_batch_tokens=70
+    )
+    tokenizer = load_tokenizer(folder)
+    policy = load_policy(folder, tokenizer)
+    with torch.no_grad():
+        for parameter in policy.parameters():
+            parameter.mul_(1.2)
+    TokenLogprobs(policy)
+    shard(policy, "float32")
+    shares = []
+
+    def seen(policy: Any, reference: Any, *args: Any, **kwargs: Any) -> Distributions:
+        local = (p.to_local() if isinstance(p, DTensor) else p for p in reference.parameters())
+        shares.append(sum(p.numel() for p in local) / sum(p.numel() for p in reference.parameters()))
+        return distributions(policy, reference, *args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(monitoring, "distributions", seen)
+        monitor = monitoring.PolicyMonitor(
+            settings, policy, tokenizer, max_tokens=64, reference=folder, before=nowhere / "before", resumed_step=0
+        )
+        return monitor.observe(made_up_rollout(7).samples), shares[0]
 
 
 @pytest.fixture(scope="module")
@@ -97,8 +133,19 @@ def models(make_policy: Callable[..., Path], tmp_path_factory: pytest.TempPathFa
 def of_two(models: tuple[Path, ...], data: str, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("of_two")
     Group(2, folder / "logs", in_processes, *models, data, folder / "gradients.pt").finish(480)
-    found: dict[str, Any] = torch.load(folder / "gradients.pt", weights_only=False)
-    return found
+    found: dict[str, Any]
+    found, watched = torch.load(folder / "gradients.pt", weights_only=False)
+    return found | {"watched": watched}
+
+
+def test_the_reference_of_the_exact_kl_is_split_among_processes_and_says_the_same(models, of_two, tmp_path):
+    ours, share = of_two["watched"]
+    theirs, whole = looked_at(models[0], tmp_path)
+    assert whole == 1.0
+    assert 0.49 < share < 0.52
+    assert min(theirs.kl) > 0.01
+    assert ours.kl == pytest.approx(theirs.kl, rel=1e-4)
+    assert ours.entropy == pytest.approx(theirs.entropy, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", list(cases(Path(), Path(), Path())))

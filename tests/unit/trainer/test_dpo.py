@@ -14,6 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import WORDS
+from trainer import references
 from trainer.answers import Answers
 from trainer.config import DpoSettings
 from trainer.data import load_preferences
@@ -85,6 +86,7 @@ def test_gradients_are_those_of_the_mean_loss_over_pairs_however_they_are_cut(lo
         return -torch.nn.functional.logsigmoid(x)
 
     expected = torch.zeros((), dtype=torch.float64)
+    differences, rewards = [], []
     chosen_tokens = sum(len(pair.chosen) - pair.chosen.prompt_tokens for pair in pairs)
     for pair in pairs:
         chosen, rejected = logprob(pair.chosen), logprob(pair.rejected)
@@ -93,6 +95,8 @@ def test_gradients_are_those_of_the_mean_loss_over_pairs_however_they_are_cut(lo
             lengths = [len(answer) - answer.prompt_tokens for answer in (pair.chosen, pair.rejected)]
             gains = [gain / length for gain, length in zip(gains, lengths, strict=True)]
         h = gains[0] - gains[1]
+        differences.append(h.item())
+        rewards.append([beta * gain.item() for gain in gains])
         one = {
             "sigmoid": nll(beta * h),
             "robust": ((1 - e) * nll(beta * h) - e * nll(-beta * h)) / (1 - 2 * e),
@@ -116,6 +120,11 @@ def test_gradients_are_those_of_the_mean_loss_over_pairs_however_they_are_cut(lo
         )
         figures = DpoTrainer(policy, tokenizer, settings, reference).accumulate(pairs)
         assert figures["loss"] == pytest.approx(expected.item(), rel=1e-5)
+        # What is told is what the loss compares: of ipo-mean, averages.
+        assert figures["margin_mean"] == pytest.approx(beta * np.mean(differences), abs=1e-5)
+        assert figures["accuracy"] == np.mean(np.array(differences) > 0)
+        told = [figures["chosen_reward_mean"], figures["rejected_reward_mean"]]
+        assert told == pytest.approx(np.mean(rewards, axis=0), abs=1e-5)
         for ours, theirs in zip(policy.parameters(), naive.parameters(), strict=True):
             assert float((ours.grad.double() - theirs.grad).abs().max()) < 1e-4 * scale
 
@@ -165,6 +174,39 @@ def test_a_policy_learns_the_preferences_and_says_what_became_of_both_answers(
     assert "held-out pairs ranked as annotated by the policy's implicit reward" in capsys.readouterr().out
 
 
+def test_the_interval_of_held_out_accuracy_counts_prompts_and_not_pairs(make_policy, preferences, tmp_path):
+    """Each held-out pair stands there four times: nothing more is known than of one."""
+    held_out = tmp_path / "held_out.jsonl"
+    rows = [json.loads(line) for line in Path(preferences).read_text().splitlines()[:20]]
+    # Some of them the other way round, so that not all are right.
+    rows[:8] = [row | {"chosen": row["rejected"], "rejected": row["chosen"]} for row in rows[:8]]
+    held_out.write_text("".join(4 * (json.dumps(row) + "\n") for row in rows))
+    folder = make_policy(seed=4)
+    train_dpo(
+        settings_of(
+            folder, preferences, tmp_path / "run", eval_data=(str(held_out),), max_steps=1, learning_rate=1e-5, seed=3
+        )
+    )
+    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())["accuracy"]
+    share, count = accuracy["value"], 80
+    # Kish: independent variance over that between clusters of four equal values, both with Bessel's correction.
+    assert 0 < share < 1
+    effective = count * ((count / (count - 1) * count) / (20 / 19 * 20 * 16))
+    z = 1.959963984540054
+    half = z / (1 + z**2 / effective) * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
+    assert accuracy["count"] == count
+    assert (accuracy["high"] - accuracy["low"]) / 2 == pytest.approx(half, abs=1e-9)
+
+
+def test_a_single_held_out_pair_has_an_interval_of_its_own(make_policy, preferences, tmp_path):
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text(Path(preferences).read_text().splitlines(keepends=True)[0])
+    train_dpo(settings_of(make_policy(seed=4), preferences, tmp_path / "run", eval_data=(str(held_out),), max_steps=1))
+    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())["accuracy"]
+    assert accuracy["count"] == 1
+    assert accuracy["high"] - accuracy["low"] > 0.7
+
+
 def test_a_reference_is_asked_once_and_its_answers_are_kept_with_the_run(make_policy, preferences, tmp_path):
     folder = make_policy(seed=4)
     tokenizer = load_tokenizer(folder)
@@ -183,6 +225,29 @@ def test_a_reference_is_asked_once_and_its_answers_are_kept_with_the_run(make_po
     assert reference.asked == 2 * len(rows)
     (tmp_path / REFERENCE_FILE).write_text("{")  # Whatever became of the file.
     assert known_sums(tmp_path, "digest", reference, rows).tolist() == first.tolist()
+
+
+@pytest.mark.parametrize(("several", "asked"), [(True, [512, 512, 176]), (False, [1200])])
+def test_of_several_processes_the_first_asks_the_service_in_parts_between_which_all_meet(several, asked, monkeypatch):
+    met: list[tuple[int, int, int]] = []
+
+    class Service:
+        identity = "a service"
+
+        def sums(self, rows: Any, told: int, of: int) -> Any:
+            met.append((len(rows), told, of))
+            return np.array([float(row.ids[0]) for row in rows])
+
+    monkeypatch.setattr(references, "active", lambda: several)
+    reference = references.LedReference(lambda: Service())  # type: ignore[arg-type,return-value]
+    draw = random.Random(0)
+    rows = [
+        EncodedResponse(ids=np.full(draw.randint(2, 40), place, dtype=np.int32), prompt_tokens=1, truncated=False)
+        for place in range(1200)
+    ]
+    assert reference.sums(rows).tolist() == list(range(1200))
+    assert met == [(count, sum(asked[:place]), 1200) for place, count in enumerate(asked)]
+    assert reference.sums([]).tolist() == []
 
 
 @pytest.mark.parametrize(

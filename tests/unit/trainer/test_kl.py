@@ -70,7 +70,7 @@ def test_k3_keeps_its_digits_in_float32_next_to_the_reference() -> None:
     ],
 )
 def test_estimators_have_schulmans_bias_and_deviation(mean: float, estimator: Any, bias: float, std: float) -> None:
-    """q = N(0, 1) samples, p = N(mean, 1) is the reference: relative to KL = mean^2 / 2, within 2 %."""
+    """Row 3. q = N(0, 1) samples, p = N(mean, 1) is the reference: relative to KL = mean^2 / 2, within 2 %."""
     truth = mean**2 / 2
     x = torch.randn(6_000_000, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     estimates = estimator(-(x**2) / 2, -((x - mean) ** 2) / 2)
@@ -79,7 +79,7 @@ def test_estimators_have_schulmans_bias_and_deviation(mean: float, estimator: An
 
 
 def test_k1_is_not_clamped_so_equal_policies_report_no_kl() -> None:
-    """AlpacaFarm clamped each token at 0: rounding noise between two equal policies then reads as drift."""
+    """Row 4. AlpacaFarm clamped each token at 0: rounding noise between two equal policies then reads as drift."""
     noise = 0.01 * torch.randn(100, 50, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     estimates = k1(LOGPROBS[0, 0] + noise, LOGPROBS[0, 0].expand_as(noise))
     error = (estimates.std() / estimates.numel() ** 0.5).item()
@@ -140,22 +140,26 @@ def test_k1_as_reward_has_the_gradient_of_the_kl() -> None:
 
 @pytest.mark.parametrize("estimator", [k2, k3])
 def test_k2_and_k3_as_reward_have_about_a_hundredth_of_it(estimator: Any) -> None:
+    """Row 2."""
     theta_A, ref_A = _near_policies(0.03)
     share = _as_reward(estimator, theta_A, ref_A).norm() / _kl_gradient(theta_A, ref_A).norm()
     assert 0.003 < share.item() < 0.03
 
 
 def test_k1_as_loss_has_no_gradient_at_all() -> None:
+    """Row 2."""
     theta_A, ref_A = _near_policies(0.5)
     torch.testing.assert_close(_as_loss(k1, theta_A, ref_A), torch.zeros(8, dtype=torch.float64), atol=1e-15, rtol=0)
 
 
 def test_k2_as_loss_has_the_gradient_of_the_kl_on_policy() -> None:
+    """Row 2."""
     theta_A, ref_A = _near_policies(0.5)
     torch.testing.assert_close(_as_loss(k2, theta_A, ref_A), _kl_gradient(theta_A, ref_A), atol=1e-15, rtol=1e-9)
 
 
 def test_k3_as_loss_follows_the_forward_kl() -> None:
+    """Row 2."""
     theta_A, ref_A = _near_policies(0.5)
     log_pi_A = torch.log_softmax(theta_A, dim=0)
     forward_A = _gradient((ref_A.exp() * (ref_A - log_pi_A)).sum(), theta_A)
@@ -223,6 +227,7 @@ def test_what_padding_holds_reaches_neither_the_kl_loss_nor_its_gradient(padding
 def test_wrong_pairings_are_refused_with_advice(
     estimator: str, placement: Literal["reward", "loss"], advice: str
 ) -> None:
+    """Row 2."""
     with pytest.raises(ValueError, match=advice):
         check_kl_placement(KlEstimator(estimator), placement)
 
@@ -301,6 +306,7 @@ def test_exact_kl_of_bfloat16_logits_is_computed_in_float32() -> None:
 
 
 def test_adaptive_controller_follows_the_reference_vector() -> None:
+    """Row 20."""
     controller = AdaptiveKlController(0.15, target=6, horizon=10_000)
     betas = []
     for kl in (0, 3, 6, 6.6, 12, 100):

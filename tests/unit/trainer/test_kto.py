@@ -288,6 +288,22 @@ def test_a_run_learns_the_judgements_and_goes_on_to_the_same_bits(make_policy, j
     assert [r["loss"] for r in read_metrics(broken)] == [r["loss"] for r in records]
 
 
+def test_the_interval_of_held_out_label_accuracy_counts_prompts_and_not_rows(make_policy, judged, tmp_path):
+    """Each held-out row stands there four times: nothing more is known than of one."""
+    held_out = tmp_path / "held_out.jsonl"
+    held_out.write_text("".join(line * 4 for line in Path(judged[0]).read_text().splitlines(keepends=True)[:20]))
+    options = {"eval_data": (str(held_out),), "max_steps": 1, "learning_rate": 1e-5}
+    train_kto(settings_of(make_policy(seed=4), judged, tmp_path / "run", **options))
+    accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())["label_accuracy"]
+    share, count, z = accuracy["value"], 80, 1.959963984540054
+    assert 0 < share < 1
+    # Kish: independent variance over that between clusters of four equal values, both with Bessel's correction.
+    effective = count * ((count / (count - 1) * count) / (20 / 19 * 20 * 16))
+    half = z / (1 + z**2 / effective) * math.sqrt(share * (1 - share) / effective + z**2 / (4 * effective**2))
+    assert accuracy["count"] == count
+    assert (accuracy["high"] - accuracy["low"]) / 2 == pytest.approx(half, abs=1e-9)
+
+
 def test_kinds_that_count_differently_are_told_with_the_weight_that_evens_them(tmp_path, capsys):
     warn_of_balance(100, 80, settings_of(tmp_path, ("d",), tmp_path))
     warn_of_balance(100, 200, settings_of(tmp_path, ("d",), tmp_path, undesirable_weight=0.5))

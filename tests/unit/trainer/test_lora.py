@@ -209,7 +209,7 @@ def test_a_broken_run_goes_on_to_the_same_bits_and_its_checkpoints_hold_the_adap
 
 
 def test_trl_495_the_reference_is_the_sft_model_and_not_the_base_beneath_its_adapter(make_policy, data, tmp_path):
-    """trl#495: with the adapter switched off, the reference was the base of an SFT model that was an adapter itself."""
+    """Historical: trl#495, the reference was the base of an SFT model that was an adapter itself, switched off."""
     folder = make_policy(seed=4, scale=0.5)
     common: dict[str, Any] = {"data": (data,), "batch_size": 8, "lora_rank": 4, "held_out_fraction": 0.2}
     train_sft(SftSettings(model=str(folder), output=tmp_path / "sft", learning_rate=3e-2, epochs=2, **common))

@@ -230,7 +230,7 @@ def _gradient_of_cut(cuts: int, global_denominator: bool) -> tuple[Tensor, list[
 
 @pytest.mark.parametrize("cuts", [2, 8])
 def test_gradients_and_figures_do_not_depend_on_micro_batches(cuts: int) -> None:
-    """Historical: trl#6024, the loss scaled wrongly under accumulation."""
+    """Row 11. Historical: trl#6024, the loss scaled wrongly under accumulation."""
     whole, whole_figures = _gradient_of_cut(1, global_denominator=True)
     cut, cut_figures = _gradient_of_cut(cuts, global_denominator=True)
     torch.testing.assert_close(cut, whole, atol=1e-12, rtol=0)

@@ -634,7 +634,8 @@ def test_advantages_without_a_critic_equal_the_naive_ones_also_where_samples_fai
     token_rewards = []
     for row, sample in enumerate(samples):
         kl = before.logprobs_NT[row, : len(sample.response_ids)].double().numpy() - np.array(sample.ref_logprobs)
-        rewards = -0.1 * kl
+        # Of GRPO it is in the loss.
+        rewards = 0.0 * kl if options.advantage == "grpo" else -0.1 * kl
         rewards[-1] += sample.score - (0.0 if sample.finished else 0.7)
         token_rewards.append(rewards)
     totals = np.array([rewards.sum() for rewards in token_rewards])
@@ -660,6 +661,52 @@ def test_advantages_without_a_critic_equal_the_naive_ones_also_where_samples_fai
         assert metrics["advantage/zero_share"] == pytest.approx(1 / 8)
 
 
+@pytest.mark.parametrize("kl_beta", [1e-4, 0.05, 1.0])
+def test_of_grpo_samples_that_score_alike_teach_nothing_but_their_kl_in_the_loss(kl_beta: float) -> None:
+    """DeepSeekMath, eq. 3: the deviation that divides is of scores alone, and KL is k3 in the loss."""
+    options = settings(advantage="grpo", samples_per_prompt=8, kl_beta=kl_beta, missing_eos="none")
+    learner = make_learner(options)
+    samples = tuple(replace(sample, prompt_ids=(5, 6), score=0.3) for sample in make_samples(8))
+    experience = make_experience(samples, learner.device)
+    before = learner.evaluate(experience)
+    assert (before.logprobs_NT - experience.ref_logprobs_NT).abs().max() > 0.1
+    targets, metrics = learner.shape(experience, before)
+    assert not targets.advantages_NT.any()
+    assert metrics["advantage/zero_share"] == 1.0
+    tokens = float(experience.mask_NT.sum())
+    figures, _ = learner.accumulate(experience, targets, list(range(8)), tokens)
+    own, rollout, ref = (
+        grid_NT[experience.mask_NT].double()
+        for grid_NT in (before.logprobs_NT, experience.rollout_logprobs_NT, experience.ref_logprobs_NT)
+    )
+    k3_paid = (own - rollout).exp().clamp(max=options.importance_cap) * ((ref - own).exp() - 1 - (ref - own))
+    assert figures["policy/kl_loss"] == pytest.approx(float(k3_paid.mean()), rel=1e-4)
+    assert figures["policy/loss"] == 0.0
+
+
+def test_where_kl_is_paid_follows_the_advantages_unless_it_is_said() -> None:
+    grouped = {"samples_per_prompt": 2}
+    chosen = {
+        name: (options.kl_placement, options.kl_used)
+        for name, options in {
+            "gae": settings(),
+            "gae, loss": settings(kl_in="loss"),
+            "rloo": settings(advantage="rloo", **grouped),
+            "grpo": settings(advantage="grpo", **grouped),
+            "grpo, k2": settings(advantage="grpo", kl_estimator="k2", **grouped),
+            "dr grpo, reward": settings(advantage="grpo", group_std=False, kl_in="reward", **grouped),
+        }.items()
+    }
+    assert chosen == {
+        "gae": ("reward", "k1"),
+        "gae, loss": ("loss", "k2"),
+        "rloo": ("reward", "k1"),
+        "grpo": ("loss", "k3"),
+        "grpo, k2": ("loss", "k2"),
+        "dr grpo, reward": ("reward", "k1"),
+    }
+
+
 @pytest.mark.parametrize("advantage", ["rloo", "grpo", "reinforce++", "reinforce++-baseline"])
 def test_without_gae_no_critic_is_optimised_or_kept(advantage: str) -> None:
     learner = make_learner(without_critic(advantage, learning_rate=1e-3))
@@ -677,6 +724,10 @@ def test_without_gae_no_critic_is_optimised_or_kept(advantage: str) -> None:
     [
         ({"kl_estimator": "k3"}, "--kl-estimator is k3 and --kl-in reward: .*use k1 in the reward"),
         ({"kl_in": "loss", "kl_estimator": "k1"}, "--kl-estimator is k1 and --kl-in loss: .* expected gradient is 0"),
+        (
+            {"advantage": "grpo", "samples_per_prompt": 2, "kl_in": "reward"},
+            "--kl-in is reward and --advantage grpo: .*choose --kl-in loss, as GRPO has it, or --no-group-std",
+        ),
         ({"length_penalty_after": 3}, "--length-penalty-after is 3 without --length-penalty"),
         ({"dual_clip": 1.0}, "greater than 1"),
         ({"advantage": "rloo"}, "--samples-per-prompt is 1: --advantage rloo compares the samples"),

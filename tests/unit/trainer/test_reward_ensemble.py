@@ -34,7 +34,7 @@ from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, DataError, OutputError
 from trainer.label_noise import Disagreement, pair_key, read_disagreements, treat, write_disagreements
 from trainer.models import load_tokenizer
-from trainer.reward_ensemble import REDUCTIONS, rows_of_member, seen_by
+from trainer.reward_ensemble import REDUCTIONS, rows_of_member
 from trainer.reward_model import main as train_reward
 from trainer.reward_model import read_rows
 
@@ -80,17 +80,36 @@ def ensemble(base, data, tmp_path_factory) -> Path:
     return output
 
 
-def test_each_prompt_is_seen_by_as_many_members_as_the_fraction_says(base, data, tmp_path):
-    own = settings(base, data, tmp_path, members=5, member_fraction=0.6)
-    rows = read_rows(own).train
-    seen = [seen_by(row.group_key, own) for row in rows]
-    assert {len(members) for members in seen} == {3}
-    parts = [rows_of_member(rows, own, number) for number in range(5)]
-    assert sum(map(len, parts)) == 3 * len(rows)
-    assert all(0.4 * len(rows) < len(part) < 0.8 * len(rows) for part in parts)
-    # Nearly all is still unseen by one; and all is seen where nothing else is asked for.
-    assert len(seen_by("p", settings(base, data, tmp_path, members=5, member_fraction=0.99))) == 4
-    assert seen_by("p", settings(base, data, tmp_path, members=5)) == set(range(5))
+@pytest.mark.parametrize("prompts", [37, 200])
+@pytest.mark.parametrize(
+    ("members", "fraction"), [(5, 0.6), (2, 0.9), (4, 0.9), (3, 0.5), (4, 0.1), (4, 0.5), (5, 0.99), (3, 1.0)]
+)
+def test_a_member_trains_on_the_share_that_was_asked_for_and_prompts_are_left_out_evenly(
+    members, fraction, prompts, base, data, tmp_path
+):
+    own = settings(base, data, tmp_path, members=members, member_fraction=fraction)
+    rows = [
+        Comparison(prompt=f"p{i % prompts}", answers=("a", f"b{i}"), judgements=(Judgement(first=0, second=1),))
+        for i in range(2 * prompts)
+    ]
+    parts = [rows_of_member(rows, own, number) for number in range(members)]
+    assert [len(part) for part in parts] == [2 * round(fraction * prompts)] * members
+    seen = [sum(row in part for part in parts) for row in rows]
+    assert max(seen) - min(seen) <= 1
+    # By the seed alone, whatever order the rows come in.
+    again = rows_of_member(rows[::-1], own, 1)
+    assert again[::-1] == parts[1]
+    if fraction <= 1 - 1 / members:
+        assert max(seen) < members
+    if round(fraction * prompts) < prompts:
+        other = rows_of_member(rows, own.model_copy(update={"seed": 1}), 1)
+        assert other != parts[1]
+
+
+def test_a_share_of_no_prompt_is_refused(base, data, tmp_path):
+    rows = read_rows(settings(base, data, tmp_path)).train
+    with pytest.raises(DataError, match=r"--member-fraction is 0\.001: of 180 prompts to train on that is none"):
+        rows_of_member(rows, settings(base, data, tmp_path, members=2, member_fraction=0.001), 0)
 
 
 def test_an_ensemble_is_one_folder_that_the_service_serves_member_by_member(ensemble, data, tmp_path):

@@ -25,15 +25,15 @@ from services.reward.scorer import ScorerItem
 from services.runtime.telemetry import ServiceMetrics
 from tests.conftest import WORDS
 from trainer.batching import pad_right
-from trainer.comparisons import load_comparisons
+from trainer.comparisons import Judgement, load_comparisons
 from trainer.config import RewardSettings
 from trainer.critic import Critic
-from trainer.encoding import EncodedComparison, Encoder
+from trainer.encoding import EncodedComparison, EncodedResponse, Encoder
 from trainer.errors import CollapsedError, DataError, ModelError
 from trainer.models import head_weights, load_reward_model, load_tokenizer, score_heads
-from trainer.reward_evaluation import judged_pairs, pair_figures, refuse_collapsed
+from trainer.reward_evaluation import JudgedPairs, judged_pairs, pair_figures, refuse_collapsed
+from trainer.reward_model import calibration_samples, read_rows
 from trainer.reward_model import main as train_reward
-from trainer.reward_model import read_rows
 from trainer.reward_trainer import RewardTrainer
 from trainer.saving import save_model
 
@@ -179,13 +179,37 @@ def test_ties_of_scores_count_half_and_ties_of_labels_are_no_ones_mistake():
     assert with_tie["eval_loss"] == pytest.approx(sum(expected) / 4)
 
 
+def pairs_of(first: np.ndarray, second: np.ndarray, heads: np.ndarray | None = None) -> JudgedPairs:
+    count = len(first)
+    return JudgedPairs(
+        first_N=first,
+        second_N=second,
+        label_N=np.ones(count),
+        groups_N=tuple(map(str, range(count))),
+        longer_N=np.zeros(count),
+        heads_N=np.zeros(count, dtype=np.int64) if heads is None else heads,
+    )
+
+
 def test_a_collapsed_model_is_refused_whatever_its_accuracy():
     scores = np.full(200, 0.3)
-    lucky = pair_figures(scores + 1e-6, scores)
-    assert lucky["eval_accuracy"] == 1.0
+    assert pair_figures(scores + 1e-6, scores)["eval_accuracy"] == 1.0
     with pytest.raises(CollapsedError, match="the reward model has collapsed"):
-        refuse_collapsed(lucky)
-    refuse_collapsed(pair_figures(scores + np.linspace(-1, 1, 200), scores))
+        refuse_collapsed(pairs_of(scores + 1e-6, scores))
+    refuse_collapsed(pairs_of(scores + np.linspace(-1, 1, 200), scores))
+    refuse_collapsed(pairs_of(scores + 0.5, scores))  # By the same each time, but it tells them apart.
+
+
+def test_a_model_that_scores_prompts_alone_and_a_head_that_does_have_collapsed():
+    prompts = np.random.default_rng(0).normal(size=200)
+    with pytest.raises(CollapsedError, match=r"pair differ by 0\.0e\+00 .*standard deviation is 9\.6e-01.*0\.6931"):
+        refuse_collapsed(pairs_of(prompts, prompts))
+    # One head of two: all pairs together are told apart well enough.
+    places = np.arange(200) % 2
+    first = prompts + np.where(places == 0, 1.0, 1e-5)
+    with pytest.raises(CollapsedError, match="has collapsed in its head 'safety': "):
+        refuse_collapsed(pairs_of(first, prompts, places), ["tone", "safety"])
+    refuse_collapsed(pairs_of(prompts + 1.0, prompts, places), ["tone", "safety"])
 
 
 def test_no_prompt_is_in_two_of_the_three_parts(make_policy, tmp_path):
@@ -342,3 +366,32 @@ def test_a_one_head_model_with_a_name_goes_on_from_itself(make_policy, tmp_path)
     data = write(tmp_path / "rows.jsonl", *many_pairs())
     train_reward(settings(tmp_path / "m", data, tmp_path / "run", heads=("taste=2",)))
     assert head_weights(tmp_path / "run" / "model") == {"taste": 2.0}
+
+
+def test_what_scores_are_normalised_by_is_drawn_from_all_rows_and_held_out_ones_where_they_are_enough(tmp_path):
+    own = settings(tmp_path, ["d"], tmp_path / "run")
+
+    def rows(name: int, count: int) -> list[EncodedComparison]:
+        def answer(index: int, better: int) -> EncodedResponse:
+            return EncodedResponse(
+                ids=np.array([name, index, better], dtype=np.int32), prompt_tokens=1, truncated=False
+            )
+
+        said = (Judgement(first=1, second=0),)
+        answers = [(answer(i, 0), answer(i, 1)) for i in range(count)]
+        return [EncodedComparison(answers=pair, judgements=said, ranked=False) for pair in answers]
+
+    train, encoder = rows(1, 10_000), None
+    samples, of = calibration_samples(own, encoder, train, rows(2, 399))  # type: ignore[arg-type]
+    places = [int(sample.ids[1]) for sample in samples]
+    assert (len(places), of) == (4096, "best answers of training rows")
+    assert all(sample.ids[0] == 1 and sample.ids[2] == 1 for sample in samples)
+    assert len(set(places)) == 4096
+    # As if by lot: a file that is sorted by anything has its beginning and its end in it alike.
+    assert 4096 * 0.45 < sum(place < 5000 for place in places) < 4096 * 0.55
+    again, _ = calibration_samples(own, encoder, train, [])  # type: ignore[arg-type]
+    assert [sample.ids.tolist() for sample in again] == [sample.ids.tolist() for sample in samples]
+    other, _ = calibration_samples(own.model_copy(update={"seed": 1}), encoder, train, [])  # type: ignore[arg-type]
+    assert {int(sample.ids[1]) for sample in other} != set(places)
+    samples, of = calibration_samples(own, encoder, train, rows(2, 400))  # type: ignore[arg-type]
+    assert ([int(sample.ids[0]) for sample in samples], of) == ([2] * 400, "best answers of held-out rows")

@@ -42,7 +42,7 @@ def _mask(lengths: list[int], width: int = 6) -> Tensor:
 
 
 def test_the_score_sits_on_the_eos_and_not_on_the_first_pad() -> None:
-    """Historical: trl#1893, trl#3750."""
+    """Row 5. Historical: trl#1893, trl#3750."""
     ids_BT = torch.tensor([[5, 6, EOS, PAD, PAD]])
     mask_BT = torch.tensor([[True, True, True, False, False]])
     assert last_token_index(mask_BT).tolist() == [2]
@@ -89,6 +89,7 @@ def test_padding_after_a_response_without_eos_is_not_response() -> None:
 
 
 def test_a_missing_eos_is_subtracted_from_or_replaces_the_score() -> None:
+    """Row 6."""
     scores_B, finished_B = torch.tensor([2.0, -3.0, 0.5]), torch.tensor([True, False, False])
     assert apply_missing_eos(scores_B, finished_B, "subtract", 1.0).tolist() == [2.0, -4.0, -0.5]
     assert apply_missing_eos(scores_B, finished_B, "replace", -1.0).tolist() == [2.0, -1.0, -1.0]

@@ -237,12 +237,10 @@ async def test_every_sample_carries_what_was_said_about_it_in_the_order_of_the_t
     assert rollout.failures == ()
 
 
-# Row 8: one temperature everywhere.
-
-
 async def test_policy_and_reference_are_asked_for_the_temperature_of_the_settings_and_all_of_the_distribution(
     tokenizer,
 ):
+    """Row 8."""
     async with scripted(tokenizer) as (policy, _, reference, services):
         await services.publish(WEIGHTS)
         for temperature in (0.7, 1.5):
@@ -255,11 +253,11 @@ async def test_policy_and_reference_are_asked_for_the_temperature_of_the_setting
     assert {round(temperature, 6) for temperature in found} == {0.7, 1.5}
 
 
-# Rows 6 and 21: where a response ends, and whether by itself.
+# Where a response ends, and whether by itself.
 
 
 async def test_an_end_token_in_the_prompt_does_not_excuse_a_response_without_one(tokenizer):
-    """Historical: trl#6805. Chat templates end each turn with EOS, so a check on prompt + response always finds one."""
+    """Row 6. Historical: trl#6805. Templates end each turn with EOS: a check on prompt + response always finds one."""
     asked = [PromptTask(prompt=f"prompt {first}", ids=(first, END, 7), seed=first) for first in (3, 4, 5)]
     async with scripted(tokenizer) as (policy, _, _, services):
         await services.publish(WEIGHTS)
@@ -272,6 +270,7 @@ async def test_an_end_token_in_the_prompt_does_not_excuse_a_response_without_one
 
 
 async def test_only_the_text_up_to_the_first_stop_token_is_judged(tokenizer):
+    """Row 21."""
     settings = SamplingSettings(max_new_tokens=10, temperature=0.5, stop_token_ids=(9,))
     async with scripted(tokenizer) as (policy, reward, reference, services):
         await services.publish(WEIGHTS)

@@ -1,6 +1,7 @@
 """Rows and historical bugs of PPO that no other test names, at the learner as a whole.
 
-The rest stand beside their functions: search the tests for ``Row`` and ``Historical``.
+The rest stand beside their functions: docs/correctness.md lists each row and each bug with its tests, whose docstrings
+name it.
 """
 
 from __future__ import annotations

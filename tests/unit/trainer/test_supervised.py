@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from sklearn.metrics import brier_score_loss
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -30,13 +31,13 @@ from trainer.data import load_demonstrations, split_held_out
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import CheckpointError, CollapsedError
 from trainer.models import load_policy, load_reward_model, load_tokenizer
-from trainer.reward_evaluation import baselines, pair_figures, refuse_collapsed
+from trainer.reward_evaluation import baselines, pair_figures
 from trainer.reward_model import main as train_reward
 from trainer.reward_trainer import RewardTrainer
 from trainer.runs import rows_digest
 from trainer.sft import SftTrainer
 from trainer.sft import main as train_sft
-from trainer.tracking import read_metrics
+from trainer.tracking import RunTracker, read_metrics
 
 KIND, RUDE = ("thanks please sorry help we can good great", "awful bad not no do it today close")
 
@@ -167,6 +168,88 @@ def test_a_run_does_not_go_on_with_other_rows_under_the_same_name(
     train(make(model, own, tmp_path / "run", **changes, resume=True))
 
 
+@pytest.fixture(scope="module")
+def rude(rows, tmp_path_factory) -> str:
+    """Held-out answers of other words than those trained on: their loss falls while words are learned, then rises."""
+    path = tmp_path_factory.mktemp("rude") / "rude.jsonl"
+    pairs = [json.loads(line) for line in Path(rows["preferences"]).read_text().splitlines()[:30]]
+    path.write_text("".join(json.dumps({"prompt": p["prompt"], "completion": p["rejected"]}) + "\n" for p in pairs))
+    return str(path)
+
+
+def overfitting(model: Path, rows: dict[str, str], rude: str, output: Path, **changes: Any) -> SftSettings:
+    few = {"max_steps": 24, "epochs": 2, "learning_rate": 3e-3, "eval_every": 4, "eval_data": (rude,)}
+    return sft_settings(model, rows, output, **(few | {"track": ("none",)} | changes))
+
+
+def test_the_best_checkpoint_stays_and_is_the_model_also_of_a_run_broken_off(make_policy, rows, rude, tmp_path):
+    model = make_policy(seed=4, scale=0.3)
+    options = {"keep_best": True, "keep_checkpoints": 1, "save_every": 5}
+    train_sft(overfitting(model, rows, rude, tmp_path / "run", **options))
+    losses = {record["step"]: record["eval_loss"] for record in read_metrics(tmp_path / "run") if "eval_loss" in record}
+    best = min(losses, key=losses.__getitem__)
+    last = read_metrics(tmp_path / "run")[-1]["step"]
+    assert min(losses) < best < max(losses)
+    saved = sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*"))
+    assert saved == [f"checkpoint-{best:06d}", f"checkpoint-{last - last % 5:06d}"]
+    kept = load_file(tmp_path / "run" / saved[0] / "model.safetensors")
+    exported = load_file(tmp_path / "run" / "model" / "model.safetensors")
+    assert exported.keys() <= kept.keys()
+    assert all(exported[name].equal(kept[name]) for name in exported)
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["after"]["eval_loss"] == losses[best]
+    assert json.loads((tmp_path / "run" / "model" / "lineage.json").read_text())["chain"][0]["step"] == best
+
+    # Broken off before and after the best, it ends with the same bits.
+    for stop in (best - 1, best + 2):
+        output = tmp_path / f"broken-{stop}"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(RunTracker, "log", broken_off_at(stop))
+            with pytest.raises(KeyboardInterrupt):
+                train_sft(overfitting(model, rows, rude, output, **options))
+        train_sft(overfitting(model, rows, rude, output, **options, resume=True))
+        for file in ("model/model.safetensors", f"{saved[0]}/model.safetensors", "evaluation.json"):
+            assert (output / file).read_bytes() == (tmp_path / "run" / file).read_bytes(), file
+    with pytest.raises(CheckpointError, match="--eval-every was 4, is 3"):
+        train_sft(overfitting(model, rows, rude, tmp_path / "run", **options, eval_every=3, resume=True))
+
+
+def broken_off_at(step: int) -> Any:
+    log = RunTracker.log
+
+    def breaks_off(tracker: RunTracker, done: int, metrics: Any) -> None:
+        log(tracker, done, metrics)
+        if done == step:
+            raise KeyboardInterrupt
+
+    return breaks_off
+
+
+def test_a_run_that_says_nothing_of_checkpoints_keeps_some_and_its_last_model(make_policy, rows, rude, tmp_path):
+    train_sft(overfitting(make_policy(seed=4, scale=0.3), rows, rude, tmp_path / "run"))
+    steps = [record["step"] for record in read_metrics(tmp_path / "run")]
+    assert steps[-1] == 24
+    # Each tenth of 24 steps, rounded up: 3; the newest two of these.
+    assert sorted(path.name for path in (tmp_path / "run").glob("checkpoint-*")) == [
+        "checkpoint-000021",
+        "checkpoint-000024",
+    ]
+    assert json.loads((tmp_path / "run" / "model" / "lineage.json").read_text())["chain"][0]["step"] == 24
+    train_sft(overfitting(make_policy(seed=4, scale=0.3), rows, rude, tmp_path / "none", max_steps=3, save_every=0))
+    assert not list((tmp_path / "none").glob("checkpoint-*"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"eval_every": 0}, "--keep-best is set and --eval-every 0"),
+        ({"eval_every": 3, "held_out_fraction": 0.0}, "--keep-best is set and nothing is held out"),
+    ],
+)
+def test_the_best_of_no_evaluations_is_refused(changes, message, tmp_path):
+    with pytest.raises(ValueError, match=message):
+        sft_settings(tmp_path, {"demonstrations": "d"}, tmp_path / "run", keep_best=True, **changes)
+
+
 def test_reward_gradients_are_those_of_the_mean_bradley_terry_loss(make_policy, rows, tmp_path):
     folder = make_policy(seed=5)
     tokenizer = load_tokenizer(folder)
@@ -252,7 +335,6 @@ def test_a_collapsed_model_is_refused_and_not_exported(make_policy, rows, tmp_pa
     with pytest.raises(CollapsedError, match="the reward model has collapsed"):
         train_reward(reward_settings(make_policy(seed=6), rows, tmp_path / "run", weight_clip=1e-6, baselines=False))
     assert not (tmp_path / "run" / "model").exists()
-    refuse_collapsed({"eval_loss": 0.5, "eval_score_std": 1.0})
 
 
 def test_pair_figures_are_those_of_independent_libraries():
