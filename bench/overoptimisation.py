@@ -22,7 +22,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -239,11 +239,11 @@ def append(path: Path, run: Run) -> None:
         file.write(("\n" if broken else "") + json.dumps(asdict(run)) + "\n")
 
 
-def finish(path: Path, protocol: Protocol, seeds: Sequence[int]) -> None:
-    """Every run of the seeds that is not there yet, seed by seed."""
+def finish(path: Path, protocol: Protocol, seeds: Sequence[int], arms: Sequence[str]) -> None:
+    """Every run of the seeds and arms that is not there yet, seed by seed."""
     for seed in seeds:
         runs = read_runs(path, protocol)
-        if not (missing := [name for name in ARMS if seed not in runs[name]]):
+        if not (missing := [name for name in arms if seed not in runs[name]]):
             continue
         start_s = time.perf_counter()
         world = make_world(protocol, seed)
@@ -364,16 +364,32 @@ def draw(runs: Runs, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
+def _changed(text: str) -> tuple[str, float]:
+    """Name and value of one thing that a pilot has otherwise."""
+    name, _, value = text.partition("=")
+    kinds = {name: type(value) for name, value in asdict(Protocol()).items()}
+    if name not in kinds:
+        raise argparse.ArgumentTypeError(f"{text!r}: must be NAME=VALUE of one of {', '.join(kinds)}")
+    try:
+        return name, kinds[name](value)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: {name} is no {kinds[name].__name__}") from None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)), help="those to run")
+    parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="those to run; default all")
+    parser.add_argument(
+        "--protocol", type=_changed, nargs="+", default=[], metavar="NAME=VALUE", help="another protocol, for a pilot"
+    )
     parser.add_argument("--rows", type=Path, default=OUTPUT / "overoptimisation.jsonl", help="where finished runs are")
     parser.add_argument("--plot-only", action="store_true", help="tables and figure of the finished runs alone")
     options = parser.parse_args()
     torch.set_num_threads(1)  # At this size more only wait for one another; more seeds at once are better.
-    protocol = Protocol()
+    protocol = replace(Protocol(), **dict(options.protocol))
     if not options.plot_only:
-        finish(options.rows, protocol, options.seeds)
+        finish(options.rows, protocol, options.seeds, options.arms)
     runs = read_runs(options.rows, protocol)
     if len(whole_seeds(runs)) < 2:
         sys.exit(

@@ -5,6 +5,7 @@ Shapes: N sequences, P prompt tokens, T response tokens, S of both.
 
 from __future__ import annotations
 
+import argparse
 import itertools
 import json
 from dataclasses import asdict, replace
@@ -16,7 +17,20 @@ import torch
 from torch import Tensor
 from transformers import LlamaForCausalLM
 
-from bench.overoptimisation import ARMS, Arm, Run, append, finish, gain, main, read_runs, train, verdicts, whole_seeds
+from bench.overoptimisation import (
+    ARMS,
+    Arm,
+    Run,
+    _changed,
+    append,
+    finish,
+    gain,
+    main,
+    read_runs,
+    train,
+    verdicts,
+    whole_seeds,
+)
 from bench.small_world import (
     Corpus,
     Protocol,
@@ -263,9 +277,9 @@ def test_what_is_finished_is_not_done_again(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setattr("bench.overoptimisation.train", trained)
     for name in list(ARMS)[:4]:
         append(path, done[name][1])
-    finish(path, TINY, [0, 1])
+    finish(path, TINY, [0, 1], list(ARMS))
     assert made == [(0, name) for name in ARMS] + [(1, name) for name in list(ARMS)[4:]]
-    finish(path, TINY, [0, 1])
+    finish(path, TINY, [0, 1], list(ARMS))
     assert worlds == [0, 1]
     assert read_runs(path, TINY) == done
 
@@ -316,3 +330,10 @@ def test_tables_and_figure_are_made_of_finished_lines_alone(
     rows.write_text("")
     with pytest.raises(SystemExit, match="fewer than 2 seeds"):
         main()
+
+
+def test_a_pilot_has_another_protocol_and_what_is_none_is_refused_by_name():
+    assert [_changed("updates=300"), _changed("gold_scale=2")] == [("updates", 300), ("gold_scale", 2.0)]
+    for text, problem in (("update=300", "must be NAME=VALUE of one of vocabulary"), ("updates=2.5", "is no int")):
+        with pytest.raises(argparse.ArgumentTypeError, match=problem):
+            _changed(text)
