@@ -209,15 +209,15 @@ def ending(runtime: ServiceRuntime) -> Callable[[str], None]:
     return end
 
 
-async def end_in_grace(runtime: ServiceRuntime, ending: Awaitable[None], code: int) -> int:
-    """Waits until ``ending`` has ended the threads of the service, for what is left of its grace period; then ``code``.
+async def end_in_grace(runtime: ServiceRuntime, closing: Awaitable[None], code: int) -> int:
+    """Waits until ``closing`` has ended the service's threads, for what is left of its grace period; then ``code``.
 
     Exits with it at once where one does not end: no thread can be ended from outside, and Python, as it ends, waits for
     some and crashes in others.
     """
     try:
         async with asyncio.timeout(max(_LEAST_END_S, runtime.ends_s - time.monotonic())):
-            await ending
+            await closing
     except TimeoutError:
         log.error("thread_left_hanging", service=runtime.name, exit_code=code)
         tracing.stop()

@@ -64,9 +64,10 @@ class RewardSettings(AdminSettings, ForwardSettings):
             raise ValueError("--model is required, or --scorer to score by a Python function alone")
         if self.scorer_weight != 1.0 and not self.scorer:
             raise ValueError(f"--scorer-weight is {self.scorer_weight}, but there is no --scorer")
-        if self.scorer and 0 < self.batch_timeout_s < 2 * self.scorer_timeout_s:
+        if self.scorer and 0 < self.batch_timeout_s < 4 * self.scorer_timeout_s:
             raise ValueError(
-                f"--scorer-timeout-s is {self.scorer_timeout_s:g}, must be at most half of --batch-timeout-s, which is "
-                f"{self.batch_timeout_s:g}: a call that fails late may be followed by another"
+                f"--scorer-timeout-s is {self.scorer_timeout_s:g}, must be at most a quarter of --batch-timeout-s, "
+                f"which is {self.batch_timeout_s:g}: a call that fails late may be followed by another, and in a swap "
+                "one model waits for the other's calls"
             )
         return self

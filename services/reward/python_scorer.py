@@ -49,8 +49,8 @@ log = structlog.get_logger()
 # Calls that may fail in one batch: one bad item of 256 fails 9. Beyond it the function itself is broken, or what it
 # asks is away, and each further call might take as long as its own timeout.
 _MOST_FAILED_CALLS = 16
-# For a coroutine to end that was cancelled.
-_CANCEL_S = 1.0
+# For a coroutine to end that was cancelled, also where it, or the machine, is busy at that moment.
+_CANCEL_S = 5.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -127,7 +127,7 @@ class Batcher(Generic[Item, Result]):
         self._unanswered: set[_Request[Item, Result]] = set()
         self._changed = threading.Condition()
         self._closed = False
-        self._begun_s: float | None = None  # When the batch in hand was.
+        self._begun_s: float | None = None  # When the model got the batch in hand.
         self._ended = threading.Event()
         metrics.queues.watch(self)
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -224,19 +224,6 @@ class Batcher(Generic[Item, Result]):
         self._thread.join()
         self._metrics.queues.forget(self)
 
-    def give_up(self, reason: str, *, counted_as: str = "closing") -> None:
-        """Refuses new work, and answers all that has no answer yet with UNAVAILABLE and ``reason``, from any thread.
-
-        Does not wait for the batch in hand, of which nobody gets a result any more.
-        """
-        with self._changed:
-            self._closed = True
-            self._changed.notify()
-            left = list(self._unanswered)
-        self._metrics.refused.labels(counted_as).inc(len(left))
-        error = UnavailableError(reason)
-        self._settle([(request, error) for request in left])
-
     async def drained(self) -> None:
         """Returns when no request is held and none waits. Whoever lets no new one in may then close."""
         while self.admission.holds or self._unanswered:  # noqa: ASYNC110  # Two locks, two threads: looking is simpler.
@@ -264,7 +251,7 @@ class Batcher(Generic[Item, Result]):
         except BaseException as error:
             # Whatever ends the thread, nobody is left waiting for it.
             log.error("model_thread_ended", calls=len(self._unanswered), exc_info=error)
-            self.give_up("the model has stopped; try again later", counted_as="died")
+            self._give_up("the model has stopped; try again later")
             self._on_death(f"the model's thread was ended by {type(error).__name__}")
         finally:
             self._ended.set()
@@ -275,9 +262,19 @@ class Batcher(Generic[Item, Result]):
             if self._batch_age_s() > most_s:
                 reason = f"the model hangs: a batch has taken more than {most_s:g} s (batch_timeout_s)"
                 log.error("model_hangs", calls=len(self._unanswered), stack=tracebacks.stack_of(self._thread))
-                self.give_up(f"{reason}; the service is restarted, try again later", counted_as="died")
+                self._give_up(f"{reason}; the service is restarted, try again later")
                 self._on_death(reason)
                 return
+
+    def _give_up(self, reason: str) -> None:
+        """Refuses new work, and answers all that has no answer yet with UNAVAILABLE and ``reason``."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+            left = list(self._unanswered)
+        self._metrics.refused.labels("died").inc(len(left))
+        error = UnavailableError(reason)
+        self._settle([(request, error) for request in left])
 
     def _next_batch(self) -> list[Entry[_Request[Item, Result]]] | None:
         """Waits for work and takes it from the line; None at the end. Empty when all of it had expired."""

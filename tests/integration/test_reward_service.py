@@ -193,7 +193,7 @@ async def test_a_full_service_refuses_whole_requests_with_a_pushback_and_retries
     text = await asyncio.to_thread(read_metrics, live)
     assert 'quartet_reward_refused_total{reason="queue_tokens"}' in text
     assert 'quartet_reward_refused_total{reason="too_large"} 2.0' in text
-    for gauge in ("queue_tokens", "queue_items", "held_bytes", "queue_oldest_seconds"):
+    for gauge in ("queue_tokens", "queue_items", "held_bytes", "queue_oldest_seconds", "batch_age_seconds"):
         assert f"quartet_reward_{gauge} 0.0" in text
     assert live.stop() == 0
 

@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
+from types import SimpleNamespace
 
 import pytest
+from structlog.testing import capture_logs
 
+from services.hosting import serving
 from services.hosting.serving import in_own_thread
 
 
@@ -27,3 +31,41 @@ async def test_what_goes_wrong_in_it_is_told() -> None:
 
     with pytest.raises(OSError, match="no such model"):
         await in_own_thread(load)
+
+
+class ExitError(Exception):
+    """Instead of the end of the process."""
+
+
+@pytest.fixture
+def exits(monkeypatch):
+    def exit_at_once(code: int) -> None:
+        raise ExitError(code)
+
+    monkeypatch.setattr(serving.os, "_exit", exit_at_once)
+
+
+async def test_threads_that_end_within_the_grace_period_are_waited_for(exits, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "_LEAST_END_S", 0.01)
+    runtime = SimpleNamespace(name="reward", ends_s=time.monotonic() + 60)
+    ended: list[str] = []
+
+    def close() -> None:
+        time.sleep(0.3)
+        ended.append("model")
+
+    with capture_logs() as logs:
+        assert await serving.end_in_grace(runtime, asyncio.to_thread(close), 1) == 1
+    assert (ended, logs) == (["model"], [])
+
+
+async def test_a_thread_that_does_not_end_is_left_behind_with_the_code_of_the_service(exits, monkeypatch) -> None:
+    monkeypatch.setattr(serving, "_LEAST_END_S", 0.2)
+    runtime = SimpleNamespace(name="reward", ends_s=time.monotonic() - 1)
+    stuck = threading.Event()
+    try:
+        with capture_logs() as logs, pytest.raises(ExitError, match="7"):
+            await serving.end_in_grace(runtime, asyncio.to_thread(stuck.wait, 60), 7)
+    finally:
+        stuck.set()
+    assert logs == [{"event": "thread_left_hanging", "log_level": "error", "service": "reward", "exit_code": 7}]

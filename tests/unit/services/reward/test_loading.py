@@ -312,6 +312,12 @@ def test_models_share_a_rule_which_outlives_them_and_each_keeps_the_names_of_its
         ([], "--model is required, or --scorer to score by a Python function alone"),
         (["--model", "a", "--scorer-weight", "2"], "--scorer-weight is 2.0, but there is no --scorer"),
         (["--model", "a", "--scorer", "b:c", "--scorer-weight", "inf"], "--scorer-weight is 'inf'"),
+        (
+            ["--scorer", "b:c", "--scorer-timeout-s", "76"],
+            "--scorer-timeout-s is 76, must be at most a quarter of --batch-timeout-s, which is 300",
+        ),
+        (["--scorer", "b:c", "--scorer-timeout-s", "-1"], "--scorer-timeout-s is '-1'"),
+        (["--model", "a", "--batch-timeout-s", "nan"], "--batch-timeout-s is 'nan'"),
         (["--model", "a", "--ensemble-lambda", "-1"], "--ensemble-lambda is '-1'"),
         (["--model", "a", "--ensemble-reduction", "median"], "--ensemble-reduction is 'median'"),
     ],
@@ -320,6 +326,19 @@ def test_settings_that_do_not_fit_together_are_refused(arguments, message, capsy
     with pytest.raises(SystemExit):
         RewardSettings.from_command_line(arguments)
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["--scorer", "b:c", "--scorer-timeout-s", "75"],
+        ["--scorer", "b:c", "--scorer-timeout-s", "1000", "--batch-timeout-s", "0"],
+        ["--scorer", "b:c", "--scorer-timeout-s", "0", "--batch-timeout-s", "1"],
+        ["--model", "a", "--batch-timeout-s", "1"],  # Without a scorer its time is nobody's.
+    ],
+)
+def test_times_that_fit_together_are_taken(arguments):
+    assert RewardSettings.from_command_line(arguments).command
 
 
 def test_what_is_to_be_checked_wins_over_the_model_that_a_container_is_configured_with(monkeypatch, tmp_path):

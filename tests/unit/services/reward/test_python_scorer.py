@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from structlog.testing import capture_logs
 
+from services.reward import python_scorer
 from services.reward.combining import Head
 from services.reward.python_scorer import Exchange, PythonScorer, load_python_scorer
 from services.runtime.batcher import ItemError
@@ -166,7 +167,8 @@ def test_it_is_not_asked_for_ever_where_all_fails():
     assert len(calls) == 32
 
 
-def test_one_that_never_returns_fails_its_pairs_once_and_for_all_and_says_so(logs):
+def test_one_that_never_returns_fails_its_pairs_once_and_for_all_and_says_so(logs, monkeypatch):
+    monkeypatch.setattr(python_scorer, "_CANCEL_S", 0.2)
     stuck, told = threading.Event(), []
 
     def rule(pairs: list[tuple[Any, str]]) -> list[float]:
