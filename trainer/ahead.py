@@ -7,6 +7,7 @@ rollout is under way.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -84,7 +85,8 @@ def pack(rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], dict[str, T
     """Rollouts as JSON values and tensors, without the loss of a bit.
 
     Tensors: ids of prompts and responses end to end; a row of place, lengths, version and end for each sample; both
-    log-probabilities of each response token; the score of each sample, and those of several reward services.
+    log-probabilities of each response token; the score of each sample, and those of several reward services; the spread
+    of each score, NaN where there is none.
     """
     samples = [sample for rollout in rollouts for sample in rollout.samples]
     described = [
@@ -107,6 +109,7 @@ def pack(rollouts: Sequence[Rollout]) -> tuple[list[dict[str, Any]], dict[str, T
         "logprobs": np.array([x for s in samples for x in s.logprobs], dtype=np.float64),
         "ref_logprobs": np.array([x for s in samples for x in s.ref_logprobs], dtype=np.float64),
         "scores": np.array([x for s in samples for x in (s.score, *s.scores.values())], dtype=np.float64),
+        "spreads": np.array([math.nan if s.spread is None else s.spread for s in samples], dtype=np.float64),
     }
     return described, {f"{_PREFIX}{name}": torch.from_numpy(column) for name, column in columns.items()}
 
@@ -117,8 +120,8 @@ def unpack(described: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
     Raises:
         KeyError, ValueError: it is not whole.
     """
-    names = ("ids", "facts", "logprobs", "ref_logprobs", "scores")
-    ids, facts, logprobs, ref_logprobs, scores = (iter(tensors[f"{_PREFIX}{name}"].tolist()) for name in names)
+    names = ("ids", "facts", "logprobs", "ref_logprobs", "scores", "spreads")
+    ids, facts, logprobs, ref_logprobs, scores, spreads = (iter(tensors[f"{_PREFIX}{name}"].tolist()) for name in names)
 
     def take(column: Any, count: int) -> tuple[Any, ...]:
         return tuple(next(column) for _ in range(count))
@@ -138,6 +141,7 @@ def unpack(described: Sequence[Mapping[str, Any]], tensors: Mapping[str, Tensor]
                     logprobs=take(logprobs, response),
                     ref_logprobs=take(ref_logprobs, response),
                     score=next(scores),
+                    spread=None if math.isnan(spread := next(spreads)) else spread,
                     finished=bool(finished),
                     weights_version=version,
                     where=where,

@@ -14,51 +14,39 @@ from torch import Tensor
 from quartet.fingerprint import derive_seed
 from trainer.encoding import Ids
 
-# Sequences of so many batches are sorted by length together: long enough that batches are even, short enough that
-# their order stays random.
-_SORTED_BATCHES = 32
 
+def epoch_batches(rows: int, batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
+    """The batches of one epoch: each row once, in random order; the last rows that fill no batch form a smaller one.
 
-def epoch_batches(lengths: Sequence[int], batch_size: int, *, seed: int, epoch: int) -> list[list[int]]:
-    """The batches of one epoch: each row once, rows of like length together, batches in random order.
-
-    The last rows that fill no batch form a smaller one.
+    Rows of like length never stand together on purpose. A step is a mean over its own tokens, so a token would count
+    the more, the shorter the rows of its batch are, and SFT would learn the mean over rows instead of that over tokens.
+    Only ``micro_batches``, whose sum is the step, are sorted.
 
     Args:
-        lengths: tokens of each row.
+        rows: how many there are.
         batch_size: rows a batch.
         seed, epoch: all that the order depends on.
     """
-    random = np.random.default_rng(derive_seed("epoch", seed, epoch))
-    order = random.permutation(len(lengths))
-    whole, rest = divmod(len(order), batch_size)
-    batches: list[list[int]] = []
-    for start in range(0, whole * batch_size, _SORTED_BATCHES * batch_size):
-        pool = order[start : min(start + _SORTED_BATCHES * batch_size, whole * batch_size)]
-        # Rows of one length stay in random order: neighbours in a file are often of one kind.
-        pool = np.array(sorted(pool, key=lambda row: lengths[row]))
-        batches += [pool[at : at + batch_size].tolist() for at in range(0, len(pool), batch_size)]
-    if rest:
-        batches.append(order[whole * batch_size :].tolist())
-    return [batches[index] for index in random.permutation(len(batches))]
+    order = np.random.default_rng(derive_seed("epoch", seed, epoch)).permutation(rows).tolist()
+    return [order[start : start + batch_size] for start in range(0, rows, batch_size)]
 
 
 class BatchPlan:
     """The batches of a run, by step: a pure function of seed and step, so a step number is the data's position."""
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, *, seed: int) -> None:
-        self._lengths = lengths
+    def __init__(self, rows: int, batch_size: int, *, seed: int) -> None:
+        self._rows = rows
         self._batch_size = batch_size
         self._seed = seed
         self._epoch = -1
         self._batches: list[list[int]] = []
-        self.steps_per_epoch = -(-len(lengths) // batch_size)
+        self.steps_per_epoch = -(-rows // batch_size)
 
     def rows(self, step: int) -> list[int]:
         """The rows of ``step``, counted from 0 through all epochs."""
         epoch, at = divmod(step, self.steps_per_epoch)
         if epoch != self._epoch:
-            self._batches = epoch_batches(self._lengths, self._batch_size, seed=self._seed, epoch=epoch)
+            self._batches = epoch_batches(self._rows, self._batch_size, seed=self._seed, epoch=epoch)
             self._epoch = epoch
         return self._batches[at]
 

@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from quartet.fingerprint import TensorDigest, weights_fingerprint
-from trainer.distributed import led
+from trainer.distributed import collected, count, led, number
 from trainer.errors import CheckpointError, StoppedError
 from trainer.files import remove_folder, replace_folder, written
 from trainer.sharding import finite_everywhere, load_optimiser, placed, whole_optimiser, whole_state
@@ -160,13 +160,16 @@ def latest_checkpoint(folder: Path) -> Path | None:
 
 
 def load_checkpoint(path: Path, *, modules: Mapping[str, nn.Module], optimisers: Mapping[str, Optimizer]) -> Restored:
-    """Restores modules, optimisers and random numbers in place.
+    """Restores modules, optimisers and random numbers in place. Of several processes all read the same ``path``.
 
     Raises:
-        CheckpointError: it is not whole, or doesn't belong to these modules.
+        CheckpointError: it is not whole, a process doesn't see it, or it doesn't belong to these modules.
     """
-    if (problem := _damage(path)) is not None:
-        raise CheckpointError(f"{path}: {problem}")
+    problems = {process: why for process, why in collected({number(): _damage(path)}).items() if why is not None}
+    if problems:
+        who = ", ".join(map(str, problems))
+        shared = f", to process {who} of {count()} (from 0): --output must be on a disk that all of them share"
+        raise CheckpointError(f"{path}: {next(iter(problems.values()))}{shared if len(problems) < count() else ''}")
     try:
         content = json.loads((path / _STATE).read_text())
         for name, module in modules.items():

@@ -63,7 +63,11 @@ class TrainingSettings(ScaleSettings, TrackSettings):
     adam_beta1: AdamBeta = Field(0.9, description="Adam's decay of the mean gradient")
     adam_beta2: AdamBeta = Field(0.95, description="Adam's decay of the mean squared gradient; OpenRLHF's")
     max_grad_norm: PositiveFloat = Field(1.0, description="the gradient is scaled down to this norm")
-    dropout: Dropout = Field(0.0, description="probability, in training; evaluation and PPO run without")
+    dropout: Dropout = Field(
+        0.0,
+        description="probability, in training, wherever the model has dropout (the run says where: Llama has it in "
+        "attention alone); evaluation and PPO run without",
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of matrix products; weights stay float32. auto: bfloat16 on a GPU"
     )

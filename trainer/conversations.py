@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import itertools
 import re
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -51,9 +50,11 @@ def render(tokenizer: Any, messages: Sequence[Message], where: str, *, to_answer
 
 
 def encode_conversations(
-    tokenizer: Any, rows: Sequence[tuple[Sequence[Message], str]], advice: str
+    tokenizer: Any, rows: Sequence[tuple[Sequence[Message], str]], end_id: int | None, advice: str
 ) -> list[Conversation]:
     """Every conversation, each with the place that messages name; the last message is the assistant's.
+
+    ``end_id``: of the token by which the template ends the assistant's turns, ``quartet.text_tokens.turn_end_id``.
 
     Raises:
         DataError: roles are out of order, the template refuses the messages, or it doesn't tell which tokens are the
@@ -65,21 +66,12 @@ def encode_conversations(
         parts.append(_parts(tokenizer, messages, where))
     texts = [text for row in parts for text in row or ()]
     encoded = iter(tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else ())
-    ends = _end_tokens(tokenizer)
-    found = [
-        _marked(tokenizer, messages, where, ends, advice)
+    return [
+        _marked(tokenizer, messages, where, end_id, advice)
         if row is None
-        else _joined([next(encoded) for _ in row], where, ends, advice)
+        else _joined([next(encoded) for _ in row], where, end_id, advice)
         for (messages, where), row in zip(rows, parts, strict=True)
     ]
-    used = {talk.ids[end - 1] for talk in found for _, end in talk.turns}
-    if others := used - {tokenizer.eos_token_id}:
-        named = ", ".join(repr(text) for text in tokenizer.convert_ids_to_tokens(sorted(others)))
-        sys.stderr.write(
-            f"warning: the chat template ends the assistant's turns by {named}, the tokenizer's end token is "
-            f"{tokenizer.eos_token!r}: generation has to stop at both (--stop-token-ids)\n"
-        )
-    return found
 
 
 def _refuse_disorder(messages: Sequence[Message], where: str) -> None:
@@ -108,13 +100,13 @@ def _parts(tokenizer: Any, messages: Sequence[Message], where: str) -> list[str]
     return parts
 
 
-def _joined(parts: Sequence[Sequence[int]], where: str, ends: frozenset[int], advice: str) -> Conversation:
+def _joined(parts: Sequence[Sequence[int]], where: str, end_id: int | None, advice: str) -> Conversation:
     """Of the token ids of ``_parts``. What stands behind an answer's end token, such as a line break, is not said."""
     ids: list[int] = []
     turns = []
     for around, answer in zip(parts[::2], parts[1::2], strict=True):
         ids += around
-        said = max((place + 1 for place, token in enumerate(answer) if token in ends), default=0)
+        said = max((place + 1 for place, token in enumerate(answer) if token == end_id), default=0)
         if not said:
             raise DataError(
                 f"{where}: the model's chat template closes the assistant's turns by no end token, so they could not "
@@ -125,7 +117,7 @@ def _joined(parts: Sequence[Sequence[int]], where: str, ends: frozenset[int], ad
     return Conversation(ids=tuple(ids[: turns[-1][1]]), turns=tuple(turns))
 
 
-def _marked(tokenizer: Any, messages: Sequence[Message], where: str, ends: frozenset[int], advice: str) -> Conversation:
+def _marked(tokenizer: Any, messages: Sequence[Message], where: str, end_id: int | None, advice: str) -> Conversation:
     """By the template's own marks, as transformers reads them."""
     if not _MARKED.search(tokenizer.get_chat_template()):
         raise DataError(
@@ -141,19 +133,13 @@ def _marked(tokenizer: Any, messages: Sequence[Message], where: str, ends: froze
         end = place + len(list(tokens))
         if said:
             # Marks often leave the end token out.
-            end_said = end + (ids[end - 1] not in ends and ids[end : end + 1] != [] and ids[end] in ends)
+            end_said = end + (ids[end - 1] != end_id and ids[end : end + 1] == [end_id])
             turns.append((place, end_said))
         place = end
     answers = sum(message["role"] == "assistant" for message in messages)
-    if len(turns) != answers or not all(ids[end - 1] in ends for _, end in turns):
+    if len(turns) != answers or not all(ids[end - 1] == end_id for _, end in turns):
         raise DataError(
             f"{where}: the model's chat template marks {len(turns)} turns by {{% generation %}} of the assistant's "
             f"{answers}, or no end token closes one of them; {advice}"
         )
     return Conversation(ids=tuple(ids[: turns[-1][1]]), turns=tuple(turns))
-
-
-def _end_tokens(tokenizer: Any) -> frozenset[int]:
-    """Tokens that no text is encoded as: what can end a turn."""
-    special = (number for number, token in tokenizer.added_tokens_decoder.items() if token.special)
-    return frozenset((*special, *tokenizer.all_special_ids, tokenizer.eos_token_id))

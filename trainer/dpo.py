@@ -26,6 +26,7 @@ from trainer.distributed import collected, led, own_parts, total
 from trainer.divergence import finite
 from trainer.dpo_losses import AnswerLogprobs, DpoLoss, dpo_loss
 from trainer.encoding import EncodedPreference, EncodedResponse, Encoder
+from trainer.lineage import Origin
 from trainer.models import load_policy, load_tokenizer
 from trainer.optimisation import Precision, choose_device
 from trainer.packing import group_micro_batches
@@ -74,7 +75,7 @@ def main(settings: DpoSettings) -> None:
     )
     where, held_out_where = ([row.where for row in part] for part in (rows, held_out_rows))
     answers = Answers(policy, tokenizer, settings.precision, settings.packing)
-    with open_reference(settings, answers, tokenizer) as reference:
+    with open_reference(settings, answers, tokenizer, origin) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         trainer = DpoTrainer(policy, tokenizer, settings, reference)
         settle(policy, settings, settings.precision)
@@ -105,7 +106,6 @@ def main(settings: DpoSettings) -> None:
         stage = Stage(
             name="DPO",
             model=policy,
-            lengths=[len(pair) for pair in train],
             data=data,
             where=where,
             accumulate=lambda indices: trainer.accumulate([train_pairs[index] for index in indices]),
@@ -134,11 +134,13 @@ def main(settings: DpoSettings) -> None:
 
 
 def open_reference(
-    settings: ReferencedSettings, answers: Answers, tokenizer: Any
+    settings: ReferencedSettings, answers: Answers, tokenizer: Any, of: Origin
 ) -> contextlib.AbstractContextManager[Reference]:
-    """The service where one is named, else the model as it is now."""
+    """The service where one is named, else the model as it is now; ``of``: what that comes from."""
     if settings.reference is None:
-        start = f"{settings.model}, where training starts"
+        assert of.parent is not None
+        # Not by the path alone: another model may stand there when the run goes on.
+        start = f"{settings.model}, where training starts (weights {of.parent['weights']})"
         return contextlib.nullcontext(ModelReference(answers, settings.micro_batch_tokens, start))
     connect = functools.partial(
         ServiceReference,

@@ -13,7 +13,8 @@ import torch
 
 from trainer.batching import pad_right
 from trainer.comparisons import Comparison
-from trainer.encoding import EncodedComparison
+from trainer.data import Demonstration
+from trainer.encoding import EncodedComparison, Encoder
 from trainer.models import score_heads
 
 
@@ -22,6 +23,7 @@ def golden_items(
     model: Any,
     rows: Sequence[Comparison],
     encoded: Sequence[EncodedComparison],
+    encoder: Encoder,
     count: int,
     heads: Mapping[str, float] | None = None,
 ) -> list[dict[str, Any]]:
@@ -31,6 +33,7 @@ def golden_items(
         model: a reward model of ``load_reward_model``; it is left in evaluation mode.
         rows: held-out rows, with the prompts as they came: text, or messages for the chat template.
         encoded: their token ids, in the same order.
+        encoder: of the same rows: by itself, as the service sees it, an answer may be cut less than beside others.
         count: how many; of every second one it is the worse answer of its first pair, else the better one.
         heads: weights of the heads in the score, by name; none for one head without a name.
     """
@@ -42,7 +45,8 @@ def golden_items(
     for place, index in enumerate(chosen):
         pair = rows[index].judgements[0]
         answer = pair.second if place % 2 else pair.first
-        sequence = encoded[index].answers[answer]
+        row = rows[index]
+        (sequence,) = encoder.demonstrations([Demonstration(prompt=row.prompt, completion=row.answers[answer])])
         # Alone, without padding, and without the autocast of training.
         scores_H = score_heads(model, *pad_right([sequence.ids], 0, model.device))[0].tolist()
         item = {

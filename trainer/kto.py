@@ -106,14 +106,13 @@ def main(settings: KtoSettings) -> None:
     warn_of_balance(good, len(train) - good, settings)
     answers = Answers(policy, tokenizer, settings.precision, settings.packing)
     settle(policy, settings, settings.precision)
-    lengths = [len(row.answer) for row in train]
     # The batches of all steps, each with its answers to other prompts.
     others = {
         batch: mismatched([train[index] for index in batch], limit)
-        for batch in map(tuple, planned_batches(settings, lengths))
+        for batch in map(tuple, planned_batches(settings, len(train)))
     }
     held_out_others = mismatched(held_out, limit)
-    with open_reference(settings, answers, tokenizer) as reference:
+    with open_reference(settings, answers, tokenizer, origin) as reference:
         write_json(settings.output / SETTINGS_FILE, settings.model_dump(mode="json"))
         asked: list[Weighed] = [*held_out, *held_out_others]
         if not settings.reference_live:
@@ -144,7 +143,6 @@ def main(settings: KtoSettings) -> None:
         stage = Stage(
             name="KTO",
             model=policy,
-            lengths=lengths,
             data=data,
             where=[row.where for row in rows],
             # A row by itself, as it is looked at where a loss is none, has no others.

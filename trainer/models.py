@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -222,21 +223,21 @@ def longest_sequence(model: Any) -> int:
     raise ModelError(f"the configuration of {type(model).__name__} doesn't say how long a sequence may be")
 
 
-def set_dropout(model: nn.Module, probability: float) -> int:
-    """Sets every dropout of ``model``, leaving its saved configuration alone. Returns how many there are."""
-    found = 0
+def set_dropout(model: nn.Module, probability: float) -> dict[str, int]:
+    """Sets every dropout of ``model``, leaving its saved configuration alone. Returns how many there are, by name."""
+    found: Counter[str] = Counter()
     for name, module in model.named_modules():
         if ".lora_dropout." in name:
             continue  # It has a setting of its own, and evaluation mode is without it.
         if isinstance(module, nn.modules.dropout._DropoutNd):
             module.p = probability
-            found += 1
+            found[name.rpartition(".")[2]] += 1
         # Attention implementations keep a plain number, such as LlamaAttention.attention_dropout.
         for attribute, value in vars(module).items():
-            if "dropout" in attribute and isinstance(value, float):
+            if "dropout" in attribute and isinstance(value, int | float) and not isinstance(value, bool):
                 setattr(module, attribute, probability)
-                found += 1
-    return found
+                found[attribute] += 1
+    return dict(found)
 
 
 def disable_dropout(model: nn.Module) -> None:

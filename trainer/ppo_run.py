@@ -26,7 +26,7 @@ from quartet.model_folder import ModelFolderError, find_model
 from trainer.adapter_weights import AdapterWeights
 from trainer.ahead import RolloutsAhead, pack, unpack
 from trainer.batching import RowStream
-from trainer.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from trainer.checkpoint import checkpoint_path, latest_checkpoint, load_checkpoint, save_checkpoint
 from trainer.critic import Critic
 from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.distributed import is_first, led
@@ -491,10 +491,10 @@ class PPORun(Generic[SettingsT]):
         return before + time.monotonic() - self._started_s
 
     def restore(self, trained: Trained) -> None:
-        """Brings everything to where the newest checkpoint left it, when the run is a resumed one."""
-        path = latest_checkpoint(self.settings.output) if self._checkpoint is not None else None
-        if path is None:
+        """Brings everything to where the checkpoint left it that the run goes on from, if it does."""
+        if self._checkpoint is None:
             return
+        path = checkpoint_path(self.settings.output, self._checkpoint.step)
         restored = load_checkpoint(path, modules=trained.modules, optimisers=trained.optimisers)
         try:
             for name, state in self._states(trained).items():

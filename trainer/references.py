@@ -22,6 +22,7 @@ from quartet.client import CallPolicy, ReferenceClient, Security
 from quartet.client.reference import LogProbs, TokenSequence
 from quartet.fingerprint import tokenizer_fingerprint
 from trainer.answers import Answers
+from trainer.checkpoint import latest_checkpoint
 from trainer.distributed import active, led
 from trainer.divergence import diverged
 from trainer.encoding import EncodedResponse
@@ -215,19 +216,20 @@ def known_sums(
         names: file and line of each, for messages.
 
     Raises:
-        CheckpointError: what is kept is of another reference.
+        CheckpointError: the run has taken steps with another reference.
         DivergedError: a sum is not finite; names the rows.
         QuartetError, TrainerError: the reference can't be asked, or the numbers not be kept.
     """
     path = output / REFERENCE_FILE
     kept = _read_kept(path)
     if kept.get("data") == digest and len(kept.get("logprobs", ())) == len(rows):
-        if kept["reference"] != reference.identity:
+        if kept["reference"] == reference.identity:
+            return np.array(kept["logprobs"], dtype=np.float64)
+        if led(latest_checkpoint)(output) is not None:
             raise CheckpointError(
                 f"{path} is of the reference {kept['reference']}, and this one is {reference.identity}: begin another "
                 "run in another --output"
             )
-        return np.array(kept["logprobs"], dtype=np.float64)
     found = reference.sums(rows)
     if bad := np.flatnonzero(~np.isfinite(found)).tolist():
         what = f"the log-probability under the reference {reference.identity} is {found[bad[0]]}"

@@ -222,7 +222,6 @@ class Run:
         stage = Stage(
             name="reward",
             model=self.model,
-            lengths=[len(row) for row in self.train_rows],
             data=self.digest,
             where=[row.where for row in self.rows.train],
             accumulate=lambda indices: trainer.accumulate([self.train_rows[index] for index in indices]),
@@ -279,7 +278,12 @@ class Run:
             if state is not None:
                 model.load_state_dict(state)
             return golden_items(
-                model, self.rows.held_out, self.held_out, self.settings.golden_items, self.heads or None
+                model,
+                self.rows.held_out,
+                self.held_out,
+                self.encoder,
+                self.settings.golden_items,
+                self.heads or None,
             )
 
         return led(score)()

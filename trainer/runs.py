@@ -32,7 +32,7 @@ from trainer.data import shared_groups, split_held_out
 from trainer.distributed import anywhere, led, require_divisible, seed_step
 from trainer.divergence import diverged
 from trainer.encoding import EncodedResponse, Ids
-from trainer.errors import CheckpointError, DataError, DivergedError, OutputError
+from trainer.errors import CheckpointError, DataError, DivergedError, ModelError, OutputError
 from trainer.files import remove_leftovers, replace_file, require_folder
 from trainer.lineage import Origin, origin
 from trainer.models import longest_sequence, set_dropout
@@ -200,7 +200,6 @@ class Stage:
 
     name: str
     model: Any
-    lengths: Sequence[int]
     data: str  # ``ids_digest`` of training and held-out rows.
     where: Sequence[str]  # File and line of each training row.
     accumulate: Callable[[list[int]], dict[str, float]]
@@ -225,15 +224,15 @@ class Fitted:
     evaluation: dict[str, float]
 
 
-def planned_batches(settings: TrainingSettings, lengths: Sequence[int]) -> Iterator[list[int]]:
-    """The rows of every step that ``fit`` will take of rows of these lengths."""
-    plan, steps = _plan(settings, lengths)
+def planned_batches(settings: TrainingSettings, rows: int) -> Iterator[list[int]]:
+    """The rows of every step that ``fit`` will take of so many rows."""
+    plan, steps = _plan(settings, rows)
     return (plan.rows(step) for step in range(steps))
 
 
-def _plan(settings: TrainingSettings, lengths: Sequence[int]) -> tuple[BatchPlan, int]:
+def _plan(settings: TrainingSettings, rows: int) -> tuple[BatchPlan, int]:
     """Batches, and how many steps there are."""
-    plan = BatchPlan(lengths, settings.batch_size, seed=settings.seed)
+    plan = BatchPlan(rows, settings.batch_size, seed=settings.seed)
     steps = settings.epochs * plan.steps_per_epoch
     return plan, min(steps, settings.max_steps) if settings.max_steps else steps
 
@@ -245,9 +244,12 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
         StoppedError: someone asked it to stop; it has saved itself.
         DivergedError: a loss, a gradient or a weight is not finite; names the rows, and nothing of them is kept.
         CheckpointError: it can't be saved or continued, such as with other rows.
+        ModelError: --dropout is set, and the model has none.
     """
     require_same_data(settings.output, checkpoint, stage.data, "--data or --eval-data")
-    plan, steps = _plan(settings, stage.lengths)
+    if settings.dropout:
+        _tell_dropout(stage.model, settings.dropout)
+    plan, steps = _plan(settings, len(stage.where))
     optimiser = make_adamw(
         stage.model,
         learning_rate=settings.learning_rate,
@@ -258,7 +260,8 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
     save_every = math.ceil(steps / _CHECKPOINTS) if settings.save_every is None else settings.save_every
     done = 0
     best: Best | None = None
-    if checkpoint is not None and (path := latest_checkpoint(settings.output)) is not None:
+    if checkpoint is not None:
+        path = checkpoint_path(settings.output, checkpoint.step)
         load_checkpoint(path, modules={"model": stage.model}, optimisers={"adamw": optimiser})
         done = checkpoint.step
         if (kept := checkpoint.state.get("best")) is not None:
@@ -324,6 +327,22 @@ def fit(settings: TrainingSettings, stage: Stage, checkpoint: Restored | None) -
             load_checkpoint(checkpoint_path(settings.output, best.step), modules={"model": stage.model}, optimisers={})
             done, evaluation = best.step, stage.evaluate()
     return Fitted(step=done, evaluation=evaluation)
+
+
+def _tell_dropout(model: Any, dropout: float) -> None:
+    """Says where ``dropout`` acts, which the architecture decides: Llama and its like have it in attention alone.
+
+    Raises:
+        ModelError: nowhere.
+    """
+    places = set_dropout(model, 0.0)
+    if not places:
+        raise ModelError(
+            f"--dropout is {dropout:g}, and {type(model).__name__} has no dropout anywhere, so it would do nothing: "
+            "leave it out"
+        )
+    named = ", ".join(f"{count} x {name}" for name, count in places.items())
+    sys.stdout.write(f"dropout {dropout:g} acts at: {named}\n")
 
 
 def _is_finite(settings: TrainingSettings, stage: Stage, row: int) -> bool:

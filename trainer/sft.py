@@ -53,6 +53,8 @@ def main(settings: SftSettings) -> None:
     encoder = Encoder(tokenizer, max_tokens=token_limit(settings, policy), truncation=settings.truncation)
     every_turn = settings.train_on == "all-turns"
     train, held_out = (encoder.demonstrations(part, every_turn=every_turn) for part in (rows, held_out_rows))
+    if encoder.other_end_id is not None:
+        _stop_at(policy.generation_config, encoder.other_end_id)
     data = rows_digest(train, held_out)
     origin = stage_origin("sft", settings, data)
     trainer = SftTrainer(policy, tokenizer, settings)
@@ -77,7 +79,6 @@ def main(settings: SftSettings) -> None:
     stage = Stage(
         name="SFT",
         model=policy,
-        lengths=[len(row) for row in train],
         data=data,
         where=[row.where for row in rows],
         accumulate=lambda indices: trainer.accumulate([train[index] for index in indices]),
@@ -125,6 +126,14 @@ class SftTrainer:
         tokens = sum(answer_tokens(row) for row in rows)
         loss = -float(self.answers.all_sums(rows, self.settings.micro_batch_tokens).sum()) / tokens
         return {"eval_loss": loss, "eval_perplexity": math.exp(min(loss, 50.0)), "eval_tokens": tokens}
+
+
+def _stop_at(generation: Any, token_id: int) -> None:
+    """Whoever serves the model stops at the token, too: it is written with it, in generation_config.json."""
+    own = generation.eos_token_id
+    known = own if isinstance(own, list) else [own]
+    if token_id not in known:
+        generation.eos_token_id = [*known, token_id]
 
 
 def read_template(settings: SftSettings) -> str:

@@ -93,7 +93,7 @@ class Shaping:
             "reward/final_mean": float(scores_N.mean()),
             "kl/sequence_mean": float(kl_N.mean()),
             "kl/token_mean": float(masked_mean(kl_NT, mask_NT)),
-            "kl/k3_token_mean": float(masked_mean(k3(old_logprobs_NT, experience.ref_logprobs_NT), mask_NT)),
+            "kl/k3_token_mean": _k3_mean(old_logprobs_NT, experience.ref_logprobs_NT, mask_NT),
             "kl/beta": beta,
             "policy/entropy_mean": float(masked_mean(before.entropies_NT, mask_NT)),
             # Both are 0 on padding.
@@ -170,6 +170,11 @@ def penalised(scores_N: Tensor, experience: Experience, settings: RunSettings) -
             scores_N, experience.finished_N, settings.missing_eos, settings.missing_eos_value
         )
     return scores_N
+
+
+def _k3_mean(logprobs_NT: Tensor, ref_logprobs_NT: Tensor, mask_NT: Tensor) -> float:
+    # It is an exponential of the gap: float32 ends at 88 nats, float64 at 709.
+    return float(masked_mean(k3(logprobs_NT.double(), ref_logprobs_NT.double()), mask_NT))
 
 
 def explained_variance(values_NT: Tensor, returns_NT: Tensor, mask_NT: Tensor) -> float:

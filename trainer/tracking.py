@@ -1,7 +1,8 @@
 """The record of a run while it goes on: one JSON object a step in ``metrics.jsonl``, and a progress display on stderr.
 
 The log is what the report is made of and what a resumed run continues, so it holds each step once, in order, and only
-finite numbers. On a terminal the display is a bar with the watched figures; elsewhere it is a plain line now and then.
+finite numbers: a figure that is none is left out and named on stderr. On a terminal the display is a bar with the
+watched figures; elsewhere it is a plain line now and then.
 """
 
 from __future__ import annotations
@@ -111,6 +112,7 @@ class RunTracker:
         self._figures: dict[str, float | None] = dict.fromkeys(watch)
         self._pace = _Pace(clock, self._last_step, total_steps)
         self._next_line_s = -math.inf
+        self._odd: set[str] = set()
         self._file, kept = _open_log(self._path, resume_step)
         self._followers = _follow(output_dir, description, resume_step, settings, kept) if settings else []
         self._console = console if console is not None else Console(stderr=True)
@@ -136,8 +138,8 @@ class RunTracker:
         """Records ``metrics`` as those of ``step`` and moves the display on.
 
         Raises:
-            TrackingError: a figure is not a finite number (the message names its key), or ``step`` is not above the
-                last one or beyond the run's end, and nothing is written; or the file can't be written.
+            TrackingError: a figure is not a number (the message names its key), or ``step`` is not above the last one
+                or beyond the run's end, and nothing is written; or the file can't be written.
         """
         if self._file.closed:
             raise TrackingError(f"step {step} can't be logged: {self._path} is closed")
@@ -146,7 +148,7 @@ class RunTracker:
                 f"step is {step}: it must be above the last logged step, {self._last_step}, "
                 f"and at most total_steps, {self._total_steps}"
             )
-        record = _record(step, metrics)
+        record = self._record(step, metrics)
         # Unbuffered: what a kill or a full disk can tear is at most the last line, which reading leaves out.
         line = _line(record)
         try:
@@ -156,7 +158,7 @@ class RunTracker:
             raise _unwritable(self._path, error) from error
         self._last_step = step
         self._pace.step(step)
-        self._figures.update((key, record[key]) for key in self._figures if key in record)
+        self._figures.update((key, record.get(key)) for key in self._figures if key in metrics)
         for follower in self._followers:
             follower.put(step, record)
         self._show(step)
@@ -165,9 +167,9 @@ class RunTracker:
         """Shows trackers what is in no step's record: evaluations before the first step and after the last.
 
         Raises:
-            TrackingError: a figure is not a finite number.
+            TrackingError: a figure is not a number.
         """
-        record = _record(step, metrics)
+        record = self._record(step, metrics)
         for follower in self._followers if metrics else ():
             follower.put(step, record, more=True)
 
@@ -194,6 +196,21 @@ class RunTracker:
         self._file.close()
         while self._followers:
             self._followers.pop().close(outcome)
+
+    def _record(self, step: int, metrics: Mapping[str, float]) -> dict[str, float]:
+        """``metrics`` as Python's numbers, without those that are not finite, which are named when they become so.
+
+        What a run lives by (losses, gradients, weights, evaluations) its stage looks at itself, and ends by name. What
+        is left here tells of the run alone: it must neither end it nor be taken for a number.
+        """
+        record, odd = _record(step, metrics), {}
+        for key in [key for key, value in record.items() if not math.isfinite(value)]:
+            odd[key] = record.pop(key)
+        if new := {key: value for key, value in odd.items() if key not in self._odd}:
+            named = ", ".join(f"{key} is {value}" for key, value in new.items())
+            sys.stderr.write(f"warning: step {step}: {named}: left out of {METRICS_FILE} until it is finite again\n")
+        self._odd = {key for key in self._odd if key not in metrics} | odd.keys()
+        return record
 
     def _show(self, step: int) -> None:
         if self._progress is not None:
@@ -329,8 +346,6 @@ def _record(step: int, metrics: Mapping[str, float]) -> dict[str, float]:
     for key, value in metrics.items():
         if not isinstance(value, numbers.Real):
             raise TrackingError(f"{key} is {value!r} ({type(value).__name__}) at step {step}: it must be a number")
-        if not math.isfinite(value):
-            raise TrackingError(f"{key} is {float(value)} at step {step}: it must be finite")
         if key == "step" and value != step:
             raise TrackingError(f"step is {value} among the metrics and {step} in the call: they must agree")
         # numpy's numbers are no JSON; Python's are.

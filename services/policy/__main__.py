@@ -13,6 +13,7 @@ import grpc
 from quartet.common.v1 import common_pb2
 from quartet.model_folder import find_model
 from quartet.policy.v1 import adapters_pb2_grpc, policy_pb2_grpc, weights_pb2_grpc
+from quartet.text_tokens import opening_ids
 from services.policy.config import PolicySettings
 from services.policy.engine import Engine, EngineFailedError
 from services.runtime.errors import StartError
@@ -101,6 +102,7 @@ async def serve(settings: PolicySettings) -> int:
                 model=model,
                 layout=layout,
                 characters_per_token=characters_per_token(tokenizer),
+                opening=opening_ids(tokenizer),
                 adapters=AdapterRegistry(max_adapters=settings.max_adapters, max_rank=settings.max_lora_rank),
             )
             watch = asyncio.create_task(_watch(engine, runtime))

@@ -9,6 +9,7 @@ import secrets
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import derive_seeds
 from quartet.policy.v1 import policy_pb2
+from quartet.text_tokens import opened
 from services.hosting import serving
 from services.hosting.model import out_of_range
 from services.policy.engine import Sampling
@@ -204,6 +205,8 @@ def prompt_ids(hosted: HostedPolicy, prompt: common_pb2.Prompt, sampling: Sampli
         if hosted.characters_per_token and len(text) > room * hosted.characters_per_token:
             return _too_long(f"{len(text)} characters, more than {room} tokens", sampling, hosted)
         token_ids = list(hosted.tokenizer(text, add_special_tokens=False).input_ids)
+        if form == "text":
+            token_ids = opened(token_ids, hosted.opening)
     if not token_ids:
         return "prompt has no tokens: there is nothing to continue"
     if (reason := out_of_range(token_ids, hosted.engine.vocab_size)) is not None:

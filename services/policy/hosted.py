@@ -15,7 +15,8 @@ from services.policy.staging import Layout
 class HostedPolicy:
     """``model.served_by`` changes with every weight update, ``adapters`` when one is loaded or unloaded.
 
-    ``characters_per_token``: of its tokenizer; None where text has to be read to know.
+    ``characters_per_token``: of its tokenizer; None where text has to be read to know. ``opening``: tokens that a
+    prompt in plain text begins with.
     """
 
     engine: Engine
@@ -23,4 +24,5 @@ class HostedPolicy:
     model: common_pb2.ModelInfo
     layout: Layout
     characters_per_token: int | None = None
+    opening: tuple[int, ...] = ()
     adapters: AdapterRegistry = field(default_factory=AdapterRegistry)

@@ -93,7 +93,11 @@ def _end_token(hosted: HostedReward) -> str:
         return "none is appended" + (": prompt and response are a pair" if hosted.encoding.pair else "")
     token = hosted.encoding.end_token_id
     text = hosted.tokenizer.convert_ids_to_tokens(token)
-    return f"{text!r} ({token}) closes finished responses"
+    end = hosted.encoding.turn_end_id
+    if end is None or end == token:
+        return f"{text!r} ({token}) closes finished responses"
+    to_messages = hosted.tokenizer.convert_ids_to_tokens(end)
+    return f"{text!r} ({token}) closes finished responses to text, {to_messages!r} ({end}) those to messages"
 
 
 def _score_once(hosted: HostedReward) -> str:

@@ -231,7 +231,7 @@ def _scoring_fingerprint(models: Sequence[_Model], rule: PythonScorer | None, co
         "weights": [model.info.served_by.weights_fingerprint for model in models],
         "tokenizer": first.info.served_by.tokenizer_fingerprint if first else "",
         "chat template": first.tokenizer.chat_template if first else None,
-        "encoding": [first.encoding.pair, first.encoding.end_token_id] if first else None,
+        "encoding": [e.pair, e.end_token_id, e.opening, e.turn_end_id] if first and (e := first.encoding) else None,
         "rule": rule.fingerprint if rule else "",
         "addends": [[head.name, head.weight] for head in combination.addends],
     }

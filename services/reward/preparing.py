@@ -6,6 +6,7 @@ import math
 from dataclasses import dataclass
 
 from quartet.reward.v1 import reward_pb2
+from quartet.text_tokens import opened
 from services.hosting import serving
 from services.hosting.model import out_of_range
 from services.hosting.serving import ItemRefusedError
@@ -170,9 +171,11 @@ def _encode(hosted: LoadedReward, item: reward_pb2.ScoreItem, cut: Cut) -> _Enco
         # An encoder reads its score off the first token: it stays, whatever is dropped.
         head, tail = (found.index(0) if 0 in found else len(found) for found in (mask, mask[::-1]))
         return _Encoded(list(pair["input_ids"]), len(response), pair.get("token_type_ids"), head, tail)
-    if hosted.encoding.end_token_id is not None and not item.response_unfinished:
-        response.append(hosted.encoding.end_token_id)
-    return _Encoded(_plain_ids(hosted, prompt) + response, len(response))
+    end_id = hosted.encoding.end_of(is_chat=is_chat)
+    if end_id is not None and not item.response_unfinished:
+        response.append(end_id)
+    before = _plain_ids(hosted, prompt)
+    return _Encoded((before if is_chat else opened(before, hosted.encoding.opening)) + response, len(response))
 
 
 def _plain_ids(hosted: LoadedReward, text: str) -> list[int]:
@@ -187,7 +190,10 @@ def _exchange(hosted: LoadedReward, item: reward_pb2.ScoreItem) -> Exchange:
         return Exchange(turns, item.response_text)
     if form == "text":
         return Exchange(item.prompt.text, item.response_text)
+    encoding = hosted.encoding
     prompt, response = list(item.prompt.token_ids.ids), list(item.response_token_ids.ids)
-    if response[-1] in hosted.model.eos_token_ids:
+    if response[-1] in hosted.model.eos_token_ids or (encoding and response[-1] == encoding.turn_end_id):
         response.pop()
+    if encoding and prompt[: len(encoding.opening)] == list(encoding.opening):
+        del prompt[: len(encoding.opening)]  # As text, it would have come without.
     return Exchange(*(hosted.tokenizer.decode(ids, clean_up_tokenization_spaces=False) for ids in (prompt, response)))

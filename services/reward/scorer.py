@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from quartet.model_folder import METADATA_FILE
+from quartet.text_tokens import opening_ids, turn_end_id
 from services.hosting.model import Hosting, longest_sequence, pad_right
 from services.hosting.packed import HiddenStates
 from services.hosting.prepacking import float32_linear, prepack
@@ -58,14 +59,23 @@ class Encoding:
     """How text becomes the token ids that the model was trained on.
 
     ``pair``: prompt and response as a sentence pair with special tokens (encoders such as BERT and DeBERTa).
-    Otherwise both are encoded apart, without special tokens, and joined. ``end_token_id`` is appended to a finished
-    response unless it is None. ``characters_per_token``: most characters of a text that become one token, None where
-    nothing is known of it.
+    Otherwise both are encoded apart, without special tokens, and joined. A prompt in plain text begins with
+    ``opening``. ``end_token_id`` is appended to a finished response unless it is None; to messages ``turn_end_id``
+    instead, unless that is None: the token by which the chat template ends turns. ``characters_per_token``: most
+    characters of a text that become one token, None where nothing is known of it.
     """
 
     pair: bool
     end_token_id: int | None
     characters_per_token: int | None = None
+    opening: tuple[int, ...] = ()
+    turn_end_id: int | None = None
+
+    def end_of(self, *, is_chat: bool) -> int | None:
+        """What closes a finished response to messages (``is_chat``) or to plain text; None: nothing does."""
+        if self.end_token_id is None or self.turn_end_id is None or not is_chat:
+            return self.end_token_id
+        return self.turn_end_id
 
 
 class TransformersScorer:
@@ -134,8 +144,12 @@ class TransformersScorer:
         """
         metadata = read_reward_metadata(folder)
         pair = not self.is_decoder if metadata.pair is None else metadata.pair
-        if pair or not metadata.append_eos:
-            return Encoding(pair=pair, end_token_id=None, characters_per_token=characters_per_token(tokenizer))
+        most = characters_per_token(tokenizer)
+        if pair:  # The tokenizer puts all around a pair.
+            return Encoding(pair=True, end_token_id=None, characters_per_token=most)
+        opening = opening_ids(tokenizer)
+        if not metadata.append_eos:
+            return Encoding(pair=False, end_token_id=None, characters_per_token=most, opening=opening)
         if tokenizer.eos_token_id is None:
             raise StartError(
                 f"model {str(folder)!r}: its tokenizer has no end token to append to responses; give it one, or set "
@@ -144,7 +158,9 @@ class TransformersScorer:
         return Encoding(
             pair=False,
             end_token_id=int(tokenizer.eos_token_id),
-            characters_per_token=characters_per_token(tokenizer),
+            characters_per_token=most,
+            opening=opening,
+            turn_end_id=turn_end_id(tokenizer),
         )
 
     @torch.inference_mode()

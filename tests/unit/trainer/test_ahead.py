@@ -139,7 +139,7 @@ def test_rollouts_are_packed_without_the_loss_of_a_bit() -> None:
         )
 
     named = rollout(3, 2, (sample(0, 4, scores={"a": 0.1, "b": -3.0}), sample(5, 1, scores={"a": 1 / 3, "b": 0.0})))
-    plain = rollout(4, 3, (sample(1, 2),))
+    plain = rollout(4, 3, (sample(1, 2, spread=0.3), sample(2, 1, spread=0.0), sample(3, 1)))
     for kept in ([named, plain], [plain], [rollout(1)], []):
         described, tensors = pack(kept)
         assert unpack(json.loads(json.dumps(described)), tensors) == kept

@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from services.hosting.model import end_tokens
 from tests.conftest import WORDS
 from trainer.config import SftSettings
-from trainer.data import load_demonstrations
+from trainer.data import Demonstration, Preference, load_demonstrations
 from trainer.encoding import EncodedResponse, Encoder
 from trainer.errors import DataError
 from trainer.models import load_policy, load_tokenizer
@@ -182,13 +183,57 @@ def test_conversations_that_can_not_be_told_apart_are_refused_by_file_and_line(
     assert f"{source}, line 1: {message}" in str(refused.value)
 
 
-def test_turns_that_end_by_another_token_than_responses_are_told(tokenizer, tmp_path, capsys):
-    own = with_template(tokenizer, PLAIN.replace("<eos>", "<pad>"))
-    (row,) = encode(own, write(tmp_path, messages_of(("user", "a"), ("assistant", "b"))))
-    assert row.ids[-1] == own.pad_token_id
-    assert "the chat template ends the assistant's turns by '<pad>', the tokenizer's end token is '<eos>'" in (
-        capsys.readouterr().err
-    )
+# Turns end by "<pad>", and only the whole by the end token, as Phi-3's template has it.
+ENDS_OTHERWISE = PLAIN.replace("<eos>", "<pad>").replace(
+    "{% if add", "{% if not add_generation_prompt %}<eos>{% endif %}{% if add"
+)
+
+
+@pytest.mark.parametrize("template", [PLAIN.replace("<eos>", "<pad>"), ENDS_OTHERWISE])
+def test_one_conversation_ends_as_its_template_does_whatever_is_learned_of_it_which_is_told(
+    template, tokenizer, tmp_path, capsys
+):
+    own = with_template(tokenizer, template)
+    source = write(tmp_path, messages_of(("user", "a"), ("assistant", "b")))
+    rows = []
+    for every_turn in (False, True):
+        encoder = Encoder(own, max_tokens=100)
+        rows += [
+            row
+            for _ in range(2)
+            for row in encoder.demonstrations(load_demonstrations([source]), every_turn=every_turn)
+        ]
+        told = capsys.readouterr().err
+        assert told.count("warning") == 1
+        assert "the chat template ends the assistant's turns by '<pad>', so answers to messages do, the " in told
+        assert encoder.other_end_id == own.pad_token_id
+    assert {tuple(row.ids.tolist()) for row in rows} == {tuple(rows[0].ids.tolist())}
+    assert {own.decode(row.ids[start:end]) for row in rows for start, end in row.learned} == {"b<pad>"}
+    # Preferences and judged answers end by it, too; answers to plain text never do.
+    pair = Preference(prompt=messages_of(("user", "a")), chosen="b", rejected="c")
+    (encoded,) = Encoder(own, max_tokens=100).preferences([pair])
+    assert encoded.chosen.ids.tolist() == rows[0].ids.tolist()
+    assert encoded.rejected.ids[-1] == own.pad_token_id
+    (text,) = (encoder := Encoder(own, max_tokens=100)).demonstrations([Demonstration(prompt="a", completion="b")])
+    assert text.ids[-1] == own.eos_token_id
+    assert encoder.other_end_id is None
+
+
+def test_a_template_that_ends_turns_by_no_token_leaves_answers_to_the_end_token(tokenizer, tmp_path, capsys):
+    source = write(tmp_path, messages_of(("user", "a"), ("assistant", "b")))
+    (row,) = Encoder(tokenizer, max_tokens=100).demonstrations(load_demonstrations([source]))
+    assert row.ids[-1] == tokenizer.eos_token_id
+    assert capsys.readouterr().err == ""
+
+
+def test_who_serves_a_model_that_ends_turns_by_another_token_is_told_to_stop_at_it(make_policy, tokenizer, tmp_path):
+    folder = make_policy(seed=3, with_tokenizer=False)
+    with_template(tokenizer, ENDS_OTHERWISE).save_pretrained(folder)
+    source = write(tmp_path, *random_conversations(16, longest=1))
+    train_sft(settings_of(folder, source, tmp_path / "run", train_on="last-turn", held_out_fraction=0.0))
+    config = AutoConfig.from_pretrained(tmp_path / "run" / "model")
+    ends = end_tokens(tmp_path / "run" / "model", config, load_tokenizer(tmp_path / "run" / "model"))
+    assert set(ends) == {tokenizer.eos_token_id, tokenizer.pad_token_id}
 
 
 def test_long_conversations_are_refused_or_cut_and_what_is_left_of_each_turn_is_learned(tokenizer, tmp_path):

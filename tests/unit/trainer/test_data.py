@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from trainer.comparisons import Comparison, load_comparisons
 from trainer.data import load_demonstrations, load_preferences, load_prompts, split_held_out
 from trainer.encoding import Encoder
 from trainer.errors import DataError
@@ -181,6 +182,82 @@ def test_long_rows_are_refused_by_name_or_cut_at_the_end_that_is_asked_for(write
     assert left.ids.tolist() == whole.ids[-12:].tolist()
     assert (right.truncated, left.truncated) == (True, True)
     assert (right.prompt_tokens, left.prompt_tokens) == (whole.prompt_tokens, 0)
+
+
+def with_beginning(tokenizer):
+    """The tokenizer as Llama's are: it puts <bos> before a text."""
+    import copy
+
+    from tokenizers import processors
+
+    own = copy.deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", own.bos_token_id)]
+    )
+    assert own("hello").input_ids[0] == own.bos_token_id
+    return own
+
+
+def test_plain_text_begins_as_the_tokenizer_begins_it_and_messages_as_their_template_does(write, tokenizer):
+    own = with_beginning(tokenizer)
+
+    def ids(text):
+        return own(text, add_special_tokens=False).input_ids
+
+    bos, eos = own.bos_token_id, own.eos_token_id
+    encoder = Encoder(own, max_tokens=50)
+    for prompt in ("hello", "<bos>hello"):  # Who has written it himself is given no second one.
+        (row,) = encoder.demonstrations(load_demonstrations([write({"prompt": prompt, "completion": " thanks"})]))
+        assert row.ids.tolist() == [bos, *ids("hello"), *ids(" thanks"), eos]
+        assert row.prompt_tokens == 1 + len(ids("hello"))
+        (asked,) = encoder.prompts(load_prompts([write({"prompt": prompt})]))
+        assert asked.tolist() == own("hello").input_ids == [bos, *ids("hello")]
+    # Of a text without a prompt the very first word is learned, since <bos> stands before it.
+    (text,) = encoder.demonstrations(load_demonstrations([write({"text": "good"})]))
+    assert (text.ids.tolist(), text.prompt_tokens) == ([bos, *ids("good"), eos], 1)
+    (pair,) = encoder.preferences(load_preferences([write({"prompt": "hello", "chosen": " a", "rejected": " b"})]))
+    assert pair.rejected.ids.tolist() == [bos, *ids("hello"), *ids(" b"), eos]
+    for template in (own.chat_template, "{{ bos_token }}" + own.chat_template):
+        own.chat_template = template
+        (talk,) = Encoder(own, max_tokens=50).demonstrations(
+            load_demonstrations([write({"messages": [USER, ASSISTANT]})])
+        )
+        rendered = own.apply_chat_template([USER], tokenize=False, add_generation_prompt=True)
+        assert talk.ids[: talk.prompt_tokens].tolist() == ids(rendered)
+        assert talk.ids.tolist().count(bos) == template.startswith("{{ bos_token }}")
+
+
+def test_both_answers_of_a_pair_lose_the_same_of_their_prompt(write, tokenizer):
+    row = {"prompt": "please help my phone", "chosen": " ok", "rejected": " no no no"}
+    rows = load_preferences([write(row)])
+    (whole,) = Encoder(tokenizer, max_tokens=1000).preferences(rows)
+    for limit in range(2, len(whole) + 1):
+        encoder = Encoder(tokenizer, max_tokens=limit, truncation="left")
+        (cut,) = encoder.preferences(rows)
+        gone = min(whole.chosen.prompt_tokens, len(whole) - limit)
+        for answer, of in ((cut.chosen, whole.chosen), (cut.rejected, whole.rejected)):
+            assert answer.prompt_tokens == of.prompt_tokens - gone
+            assert answer.ids.tolist() == of.ids[gone:][-limit:].tolist()
+            assert len(answer) <= limit
+            assert answer.truncated == (len(whole) > limit)
+        (compared,) = encoder.comparisons(
+            [Comparison(prompt=row["prompt"], answers=(" ok", " no no no"), judgements=())]
+        )
+        assert [a.ids.tolist() for a in compared.answers] == [cut.chosen.ids.tolist(), cut.rejected.ids.tolist()]
+
+
+def test_pairs_that_prefer_an_answer_to_itself_are_counted_and_the_first_is_named(write, tokenizer, capsys):
+    rows = [{"prompt": f"p{i}", "chosen": " a b", "rejected": " a" if i % 2 else " a b"} for i in range(5)]
+    source = write(*rows)
+    encoder = Encoder(tokenizer, max_tokens=50)
+    told = f"warning: 3 of 5 rows prefer an answer to itself, token by token (the first: {source}, line 1): nothing is"
+    encoder.preferences(load_preferences([source]))
+    assert told in capsys.readouterr().err
+    encoder.comparisons(load_comparisons([source]))
+    assert told in capsys.readouterr().err
+    # A tie says no more than that.
+    encoder.comparisons(load_comparisons([write({"prompt": "p", "first": " a", "second": " a", "preference": "tie"})]))
+    assert capsys.readouterr().err == ""
 
 
 def test_messages_need_a_chat_template(write, tokenizer):

@@ -29,6 +29,7 @@ from tests.conftest import WORDS, free_port, train_tokenizer
 from tests.gradients import can_compile, gradients, made_up_rollout
 from tests.processes import Group, train
 from trainer import distributed, monitoring
+from trainer.__main__ import main
 from trainer.evaluate import PolicyFigures
 from trainer.exact_kl import Distributions, distributions
 from trainer.models import TokenLogprobs, load_policy, load_tokenizer
@@ -248,6 +249,31 @@ def test_reward_models_and_dpo_end_where_one_process_does(stage, models, data, t
         assert metadata[0]["normalisation"] == pytest.approx(metadata[1]["normalisation"], rel=1e-3)
         scores = [[item["score"] for item in own["golden"]["items"]] for own in metadata]
         assert scores[0] == pytest.approx(scores[1], rel=1e-3, abs=1e-4)
+
+
+def resume_on_own_disks(wanted: list[str], disks: Path) -> None:
+    """Each process with its own disk under one name, as two machines have them."""
+    os.chdir(disks / os.environ["RANK"])
+    main(wanted)
+
+
+@pytest.mark.parametrize("left", ["nothing", "an older checkpoint", "a torn one"])
+def test_without_a_shared_disk_a_run_does_not_go_on_and_says_why(left, runs, models, data, tmp_path):
+    for disk in ("0", "1"):
+        shutil.copytree(runs["whole"], tmp_path / disk / "run")
+    newest = max((tmp_path / "1" / "run").glob("checkpoint-*"))
+    if left == "nothing":
+        shutil.rmtree(tmp_path / "1" / "run")
+    elif left == "an older checkpoint":
+        shutil.rmtree(newest)
+    else:
+        (newest / "rng.pt").write_bytes(b"")
+    wanted = command("sft", models[0], data, Path("run"), "--resume")
+    group = Group(2, tmp_path / "logs", resume_on_own_disks, wanted, tmp_path)
+    assert group.wait() == [2, 2]
+    assert "to process 1 of 2 (from 0): --output must be on a disk that all of them share" in group.said
+    assert f"run/{newest.name}: " in group.said
+    assert group.said.count("error:") == 1
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])

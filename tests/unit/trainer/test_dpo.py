@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from quartet.fingerprint import safetensors_fingerprint
 from tests.conftest import WORDS
-from trainer import references
+from trainer import dpo, references
 from trainer.answers import Answers
+from trainer.checkpoint import save_checkpoint
 from trainer.config import DpoSettings
 from trainer.data import load_preferences
 from trainer.dpo import DpoTrainer, with_reference
@@ -219,10 +222,17 @@ def test_a_reference_is_asked_once_and_its_answers_are_kept_with_the_run(make_po
     again = known_sums(tmp_path, "digest", reference, rows)
     assert reference.asked == len(rows)
     assert first.tolist() == again.tolist()
-    with pytest.raises(CheckpointError, match=r"reference\.json is of the reference noisy, and this one is its start"):
-        known_sums(tmp_path, "digest", ModelReference(answers, 1000, "its start"), rows)
-    known_sums(tmp_path, "other rows", reference, rows)
+    # Before the first checkpoint another reference is asked anew; a run that has taken steps is not given another one.
+    other = ModelReference(answers, 1000, "its start")
+    asked_anew = known_sums(tmp_path, "digest", other, rows)
+    assert asked_anew.tolist() == other.sums(rows).tolist() != first.tolist()
+    known_sums(tmp_path, "digest", reference, rows)
     assert reference.asked == 2 * len(rows)
+    save_checkpoint(tmp_path, step=1, modules={}, optimisers={}, state={})
+    with pytest.raises(CheckpointError, match=r"reference\.json is of the reference noisy, and this one is its start"):
+        known_sums(tmp_path, "digest", other, rows)
+    known_sums(tmp_path, "other rows", reference, rows)
+    assert reference.asked == 3 * len(rows)
     (tmp_path / REFERENCE_FILE).write_text("{")  # Whatever became of the file.
     assert known_sums(tmp_path, "digest", reference, rows).tolist() == first.tolist()
 
@@ -248,6 +258,39 @@ def test_of_several_processes_the_first_asks_the_service_in_parts_between_which_
     assert reference.sums(rows).tolist() == list(range(1200))
     assert met == [(count, sum(asked[:place]), 1200) for place, count in enumerate(asked)]
     assert reference.sums([]).tolist() == []
+
+
+def test_a_model_made_anew_under_the_same_path_is_another_reference(make_policy, preferences, tmp_path, monkeypatch):
+    """The run is killed when the reference's numbers are kept, and then the model is written anew."""
+    folder = tmp_path / "model"
+    shutil.copytree(make_policy(seed=4), folder)
+    settings = settings_of(folder, preferences, tmp_path / "run", max_steps=2, save_every=1)
+
+    class KilledError(Exception):
+        pass
+
+    def kept_and_killed(*args: Any) -> Any:
+        known_sums(*args)
+        raise KilledError
+
+    with monkeypatch.context() as patched:
+        patched.setattr(dpo, "known_sums", kept_and_killed)
+        with pytest.raises(KilledError):
+            train_dpo(settings)
+    stale = json.loads((tmp_path / "run" / REFERENCE_FILE).read_text())
+    shutil.copytree(make_policy(seed=5), folder, dirs_exist_ok=True)
+    train_dpo(settings)
+    kept = json.loads((tmp_path / "run" / REFERENCE_FILE).read_text())
+    assert kept["data"] == stale["data"]
+    assert kept["reference"] == f"{folder}, where training starts (weights {safetensors_fingerprint(folder)})"
+    assert kept["logprobs"] != stale["logprobs"]
+    # Policy and reference are one before the first step: with stale numbers the margin would not be 0.
+    before = json.loads((tmp_path / "run" / "evaluation.json").read_text())["before"]
+    assert before["eval_margin_mean"] == pytest.approx(0.0, abs=1e-5)
+    # A run that has taken steps does not go on with the numbers of a third model.
+    shutil.copytree(make_policy(seed=6), folder, dirs_exist_ok=True)
+    with pytest.raises(CheckpointError, match=r"reference\.json is of the reference .* begin another run"):
+        train_dpo(settings.model_copy(update={"resume": True}))
 
 
 @pytest.mark.parametrize(

@@ -292,7 +292,7 @@ def test_the_interval_of_held_out_label_accuracy_counts_prompts_and_not_rows(mak
     """Each held-out row stands there four times: nothing more is known than of one."""
     held_out = tmp_path / "held_out.jsonl"
     held_out.write_text("".join(line * 4 for line in Path(judged[0]).read_text().splitlines(keepends=True)[:20]))
-    options = {"eval_data": (str(held_out),), "max_steps": 1, "learning_rate": 1e-5}
+    options = {"eval_data": (str(held_out),), "max_steps": 1, "learning_rate": 1e-5, "seed": 1}
     train_kto(settings_of(make_policy(seed=4), judged, tmp_path / "run", **options))
     accuracy = json.loads((tmp_path / "run" / "evaluation.json").read_text())["label_accuracy"]
     share, count, z = accuracy["value"], 80, 1.959963984540054

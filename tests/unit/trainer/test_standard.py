@@ -7,6 +7,7 @@ name it.
 from __future__ import annotations
 
 import copy
+import math
 import random
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,20 @@ def test_rewards_of_a_response_add_up_to_its_score_less_the_price_of_its_kl() ->
     targets, _ = learner.shape(experience, before)
     kl_N = ((before.logprobs_NT - experience.ref_logprobs_NT) * experience.mask_NT).sum(1)
     torch.testing.assert_close(targets.returns_NT[:, 0], experience.scores_N - 0.3 * kl_N, atol=1e-4, rtol=1e-5)
+
+
+def test_the_mean_of_k3_is_finite_where_a_token_is_far_likelier_under_the_reference() -> None:
+    """A gap of 120 nats, of which float32 has no exponential: exp(120) - 121 beside what the other tokens have."""
+    learner = make_learner(settings())
+    samples = [*make_samples()]
+    experience = make_experience(samples, learner.device)
+    before = learner.evaluate(experience)
+    experience.ref_logprobs_NT[experience.mask_NT] = before.logprobs_NT[experience.mask_NT]
+    experience.ref_logprobs_NT[0, 0] += 120.0
+    gap = float(experience.ref_logprobs_NT[0, 0]) - float(before.logprobs_NT[0, 0])
+    _, figures = learner.shape(experience, before)
+    expected = (math.exp(gap) - 1 - gap) / int(experience.mask_NT.sum())
+    assert figures["kl/k3_token_mean"] == pytest.approx(expected, rel=1e-9)
 
 
 @pytest.mark.parametrize("pad_id", [1, 7])

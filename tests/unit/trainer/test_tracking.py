@@ -70,13 +70,26 @@ def test_numpy_numbers_are_taken_and_tensors_are_refused_by_key(tmp_path):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf"), np.float32("nan")])
-def test_a_figure_that_is_not_finite_is_refused_by_its_key_and_nothing_is_written(tmp_path, value):
+def test_a_figure_that_is_not_finite_is_left_out_and_told_when_it_becomes_so(tmp_path, value, capsys):
+    """A diagnostic must not end a run, nor be written as a number that it is not."""
+    told = f"warning: step {{}}: kl/k3 is {float(value)}: left out of metrics.jsonl until it is finite again\n"
     with tracker(tmp_path) as t:
-        t.log(1, {"policy/loss": 0.5})
-        with pytest.raises(TrackingError, match=r"value/loss is -?(nan|inf) at step 2: it must be finite"):
-            t.log(2, {"policy/loss": 0.5, "value/loss": value})
-        t.log(2, {"policy/loss": 0.25})
-    assert read_metrics(tmp_path) == [{"step": 1, "policy/loss": 0.5}, {"step": 2, "policy/loss": 0.25}]
+        with t.recording() as metrics:
+            metrics |= {"step": 1, "kl/k3": value, "loss": 0.5}
+        assert told.format(1) in capsys.readouterr().err
+        t.log(2, {"kl/k3": value, "loss": 0.4})
+        t.log(3, {"loss": 0.3})
+        t.also(3, {"kl/k3": 0.25})
+        t.log(4, {"kl/k3": 0.5})
+        assert "warning" not in capsys.readouterr().err
+        t.also(4, {"kl/k3": value})
+        assert told.format(4) in capsys.readouterr().err
+    assert read_metrics(tmp_path) == [
+        {"step": 1, "loss": 0.5},
+        {"step": 2, "loss": 0.4},
+        {"step": 3, "loss": 0.3},
+        {"step": 4, "kl/k3": 0.5},
+    ]
     assert issubclass(TrackingError, TrainerError)
 
 

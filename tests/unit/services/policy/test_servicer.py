@@ -91,6 +91,22 @@ async def test_text_is_encoded_without_special_tokens_and_told_back_and_token_id
     assert [r.completion.text for r in replies] == [""] * 4
 
 
+async def test_a_plain_text_begins_as_the_models_tokenizer_begins_it_and_nothing_else_does(house, tokenizer):
+    house.servicer.hosted = replace(house.servicer.hosted, opening=(2,))
+    words = tokenizer("my phone", add_special_tokens=False).input_ids
+    chat = common_pb2.ChatMessages(messages=[common_pb2.ChatMessage(role="user", content="my phone")])
+    rendered = tokenizer("user: my phone\nassistant: ", add_special_tokens=False).input_ids
+    asked = [
+        (common_pb2.Prompt(text="my phone"), [2, *words]),
+        (common_pb2.Prompt(text="<bos>my phone"), [2, *words]),
+        (common_pb2.Prompt(text=""), [2]),
+        (common_pb2.Prompt(messages=chat), rendered),
+        (words, words),
+    ]
+    await house.generate([prompt for prompt, _ in asked])
+    assert sorted(task.prompt_ids for task in house.engine.tasks) == sorted(ids for _, ids in asked)
+
+
 async def test_text_comes_back_without_special_tokens_exactly_when_asked_for(house, tokenizer):
     words = tokenizer(" sorry please", add_special_tokens=False).input_ids
 

@@ -14,6 +14,8 @@ import statistics
 import sys
 import threading
 from collections.abc import Callable, Iterator
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,7 @@ from services.reward.hosted import HostedReward, Trained
 from services.reward.loading import load
 from services.reward.panel import Candidate
 from services.reward.preparing import Cut, Prepared, prepare
-from services.reward.python_scorer import PythonScorer, load_python_scorer
+from services.reward.python_scorer import Exchange, PythonScorer, load_python_scorer
 from services.reward.scorer import ScorerItem
 from services.reward.servicer import describe
 from services.runtime.batcher import ItemError
@@ -253,6 +255,17 @@ def test_a_rule_beside_a_model_is_one_more_attribute_and_reads_token_ids_as_thei
         found = scored(hosted, item)
         assert found.attributes == (("length", 13.0),)
         assert found.score == pytest.approx(alone.score + 0.5 * 13, abs=TOLERANCE)
+    # What stands around text alone, a rule never sees.
+    assert hosted.encoding is not None
+    around = replace(hosted, encoding=replace(hosted.encoding, opening=(2,), turn_end_id=0))
+    for before, after in (([2], [0]), ([2], [1]), ([], [])):
+        item = reward_pb2.ScoreItem(
+            prompt=common_pb2.Prompt(token_ids=common_pb2.TokenIds(ids=[*before, *prompt])),
+            response_token_ids=common_pb2.TokenIds(ids=[*response, *after]),
+        )
+        prepared = prepare(around, item, Cut("left", 128))
+        assert isinstance(prepared, Prepared)
+        assert prepared.candidate.exchange == Exchange("hello", " thanks a lot")
     assert hosted.model.engine.endswith("and python")
     assert [(x.name, x.weight, x.python) for x in describe(hosted).heads] == [("length", 0.5, True)]
     assert hosted.model.served_by.weights_fingerprint == safetensors_fingerprint(folder)
@@ -356,10 +369,14 @@ def test_what_is_to_be_checked_wins_over_the_model_that_a_container_is_configure
 @pytest.fixture(scope="module")
 def trained(make_policy, tmp_path_factory) -> Path:
     """A reward model as quartet-train reward leaves it: cut on the right, some prompts chat messages."""
+    return train_reward_model(make_policy(seed=6, scale=0.5), tmp_path_factory.mktemp("trained"), "right")
+
+
+def train_reward_model(policy: Path, run: Path, truncation: str) -> Path:
     from trainer.config import RewardSettings as TrainingSettings
     from trainer.reward_model import main
 
-    draw, run = random.Random(0), tmp_path_factory.mktemp("trained")
+    draw = random.Random(0)
     # A file has rows of one shape: every other prompt is chat messages, in a file of their own.
     rows: tuple[list[object], list[object]] = ([], [])
     for i in range(60):
@@ -373,10 +390,32 @@ def trained(make_policy, tmp_path_factory) -> Path:
     data = tuple(str(run / f"rows-{i}.jsonl") for i in range(2))
     for path, part in zip(data, rows, strict=True):
         Path(path).write_text("".join(json.dumps(row) + "\n" for row in part))
-    settings = {"batch_size": 16, "learning_rate": 1e-3, "max_tokens": 40, "truncation": "right", "baselines": False}
-    folder = str(make_policy(seed=6, scale=0.5))
-    main(TrainingSettings(model=folder, data=data, output=run / "run", **settings))  # type: ignore[arg-type]
+    settings = {"batch_size": 16, "learning_rate": 1e-3, "max_tokens": 40, "truncation": truncation, "baselines": False}
+    main(TrainingSettings(model=str(policy), data=data, output=run / "run", **settings))  # type: ignore[arg-type]
     return run / "run" / "model"
+
+
+def test_text_is_encoded_here_as_in_training_whatever_begins_it_and_ends_turns(make_policy, tokenizer, hosts, tmp_path):
+    """The golden items, by count of tokens and by score; cut on the left, where a pair loses more than an answer."""
+    from tokenizers import processors
+
+    own = deepcopy(tokenizer)
+    own.backend_tokenizer.post_processor = processors.TemplateProcessing(
+        single="<bos> $A", special_tokens=[("<bos>", own.bos_token_id)]
+    )
+    own.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}<pad>\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    policy = make_policy(seed=6, scale=0.5, with_tokenizer=False)
+    own.save_pretrained(policy)
+    folder = train_reward_model(policy, tmp_path, "left")
+    golden = read_metadata(folder)["golden"]["items"]
+    assert {type(item["prompt"]) for item in golden} == {str, list}
+    assert max(item["token_count"] for item in golden) == 40 > min(item["token_count"] for item in golden)
+    hosted = hosts(folder)
+    assert (hosted.encoding.opening, hosted.encoding.turn_end_id) == ((own.bos_token_id,), own.pad_token_id)
+    assert hosted.golden[0].startswith(f"{len(golden)} items")
 
 
 def test_what_the_trainer_kept_is_what_the_service_finds(trained, hosts):

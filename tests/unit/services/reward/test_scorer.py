@@ -5,9 +5,11 @@ Shapes: S tokens of a sequence, D hidden size.
 
 from __future__ import annotations
 
+import copy
 import itertools
 import shutil
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -187,15 +189,16 @@ def test_in_half_precision_an_encoders_head_rounds_nothing_either(kind, tmp_path
     ],
 )
 def test_text_is_seen_as_the_metadata_say_else_as_is_the_custom_of_the_architecture(
-    folders, kind, metadata, expected, tmp_path
+    folders, kind, metadata, expected, tmp_path, tokenizer
 ):
     if metadata:
         write_metadata(tmp_path, kind="reward", **metadata)
-    assert load(folders[kind]).encoding(tmp_path, TOKENIZER) == expected
+    assert load(folders[kind]).encoding(tmp_path, tokenizer) == replace(expected, characters_per_token=5)
 
 
-def test_an_end_token_that_is_to_be_appended_must_exist(folders, tmp_path):
-    endless = SimpleNamespace(pad_token_id=0, eos_token_id=None, model_max_length=128)
+def test_an_end_token_that_is_to_be_appended_must_exist(folders, tmp_path, tokenizer):
+    endless = copy.deepcopy(tokenizer)
+    endless.eos_token = None
     scorer = load(folders["llama"])
     with pytest.raises(StartError, match=r"has no end token to append .*\"append_eos\": false in quartet\.json"):
         scorer.encoding(tmp_path, endless)

@@ -190,6 +190,41 @@ async def test_a_model_trained_without_end_tokens_is_given_none(house, tokenizer
     assert reply.results[1].status.reason == "prompt and response have no tokens: there is nothing to score"
 
 
+async def test_text_begins_as_the_tokenizer_begins_it_and_answers_to_messages_end_as_their_template_does(
+    house, tokenizer, monkeypatch
+):
+    # Short enough for the model.
+    monkeypatch.setattr(tokenizer, "chat_template", "{% for m in messages %}{{ m['content'] }}:{% endfor %}")
+
+    def encode(text: str) -> list[int]:
+        return list(tokenizer(text, add_special_tokens=False).input_ids)
+
+    chat = common_pb2.Prompt(messages={"messages": [{"role": "user", "content": "hello"}]})
+    items = [
+        of_text("hello", " thanks"),
+        of_text("<bos>hello", " thanks"),
+        of_text("", " thanks"),
+        of_text("hello", " thanks", unfinished=True),
+        reward_pb2.ScoreItem(prompt=chat, response_text=" thanks"),
+        reward_pb2.ScoreItem(prompt=chat, response_text=" thanks", response_unfinished=True),
+    ]
+    plain, rendered, said = encode("hello"), encode("hello:"), encode(" thanks")
+    expected = [
+        [2, *plain, *said, 1],
+        [2, *plain, *said, 1],
+        [2, *said, 1],
+        [2, *plain, *said],
+        [*rendered, *said, 0],
+        [*rendered, *said],
+    ]
+    house.change(encoding=Encoding(pair=False, end_token_id=1, opening=(2,), turn_end_id=0))
+    assert [result.score for result in (await house.score(items)).results] == [exact(ids) for ids in expected]
+    # A model that was trained without end tokens is given none, whatever the template says.
+    house.change(encoding=Encoding(pair=False, end_token_id=None, opening=(2,), turn_end_id=0))
+    (result,) = (await house.score(items[4:5])).results
+    assert result.score == exact([*rendered, *said])
+
+
 def pair_tokenizer() -> Any:
     """As an encoder has it: [CLS] first [SEP] second [SEP], the two told apart by their segments, too."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
