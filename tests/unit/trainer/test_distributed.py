@@ -273,7 +273,7 @@ def test_without_a_shared_disk_a_run_does_not_go_on_and_says_why(left, runs, mod
     assert group.wait() == [2, 2]
     assert "to process 1 of 2 (from 0): --output must be on a disk that all of them share" in group.said
     assert f"run/{newest.name}: " in group.said
-    assert group.said.count("error:") == 1
+    assert group.said.count("--output must be on a disk") == 1
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 2)])
