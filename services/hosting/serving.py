@@ -9,7 +9,7 @@ import os
 import sys
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable, Hashable, Iterable
+from collections.abc import Awaitable, Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
@@ -33,6 +33,8 @@ log = structlog.get_logger()
 _LEAST_END_S = 1.0
 # Most items of a request, unless told otherwise.
 MAX_REQUEST_ITEMS = 16_384
+# Most messages of a chat: each becomes a dict, which takes a hundred times as much as an empty one on the wire.
+_MOST_MESSAGES = 16_384
 # Replies of fewer items take less time than to hand them to a thread and back may.
 _SHORT_REPLY = 256
 # Sizes of requests up to, in bytes, and the threads that read them. A MiB of text may take a second.
@@ -114,7 +116,7 @@ class ItemRefusedError(Exception):
     """One item can't be used; the message says why and becomes its status."""
 
 
-def chat_text(tokenizer: Any, messages: Iterable[common_pb2.ChatMessage]) -> str:
+def chat_text(tokenizer: Any, messages: Sequence[common_pb2.ChatMessage]) -> str:
     """The prompt that the model's own chat template makes of ``messages``.
 
     Raises:
@@ -122,12 +124,22 @@ def chat_text(tokenizer: Any, messages: Iterable[common_pb2.ChatMessage]) -> str
     """
     if not tokenizer.chat_template:
         raise ItemRefusedError("prompt is messages, but the model's tokenizer has no chat template: send text")
-    turns = [{"role": message.role, "content": message.content} for message in messages]
     try:
-        text: str = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+        text: str = tokenizer.apply_chat_template(turns_of(messages), tokenize=False, add_generation_prompt=True)
     except (jinja2.TemplateError, TypeError, ValueError, KeyError) as error:
         raise ItemRefusedError(f"the model's chat template refuses the messages of prompt: {error}") from error
     return text
+
+
+def turns_of(messages: Sequence[common_pb2.ChatMessage]) -> list[dict[str, str]]:
+    """``messages`` as chat templates and Python functions want them.
+
+    Raises:
+        ItemRefusedError: there are too many.
+    """
+    if len(messages) > _MOST_MESSAGES:
+        raise ItemRefusedError(f"prompt has {len(messages)} messages, at most {_MOST_MESSAGES} are taken")
+    return [{"role": message.role, "content": message.content} for message in messages]
 
 
 def require_items(count: int, most: int) -> None:

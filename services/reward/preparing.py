@@ -186,8 +186,7 @@ def _exchange(hosted: LoadedReward, item: reward_pb2.ScoreItem) -> Exchange:
     """The text that a rule sees: all of it, whatever of it a model would drop."""
     form = item.prompt.WhichOneof("content")
     if form == "messages":
-        turns = [{"role": turn.role, "content": turn.content} for turn in item.prompt.messages.messages]
-        return Exchange(turns, item.response_text)
+        return Exchange(serving.turns_of(item.prompt.messages.messages), item.response_text)
     if form == "text":
         return Exchange(item.prompt.text, item.response_text)
     encoding = hosted.encoding

@@ -33,7 +33,9 @@ class ServiceSettings(Settings):
     deterministic: bool = Field(
         False, description="an item's result does not depend on its batch companions, bit for bit; slower"
     )
-    max_message_mib: PositiveInt = Field(64, description="largest message accepted or sent, MiB")
+    max_message_mib: PositiveInt = Field(
+        16, description="largest message accepted, MiB; of many empty parts it takes 30 times as much memory to be read"
+    )
     trust_remote_code: bool = Field(
         False, description="run Python code that comes with the model; only for models whose authors you trust"
     )

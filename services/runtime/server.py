@@ -234,7 +234,6 @@ def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tupl
         # Without this two processes could share a port and split its calls between them.
         ("grpc.so_reuseport", 0),
         ("grpc.max_receive_message_length", settings.max_message_mib * 2**20),
-        ("grpc.max_send_message_length", settings.max_message_mib * 2**20),
         # Clients' keepalive pings on idle links are welcome, not answered with too_many_pings.
         ("grpc.http2.min_ping_interval_without_data_ms", 60_000),
         ("grpc.keepalive_permit_without_calls", 1),

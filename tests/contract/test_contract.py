@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 import sysconfig
@@ -13,6 +14,7 @@ import pytest
 from google.protobuf import descriptor_pb2
 
 from quartet.client import AdapterClient, PolicyClient, ReferenceClient, RewardAdminClient, RewardClient, WeightsClient
+from services.runtime.config import ServiceSettings
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 PROTOS = ROOT / "protos"
@@ -120,3 +122,59 @@ def test_stubs_import_without_any_model_library():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert done.stdout.strip() == "[]"
+
+
+# Memory that each repeated message of each request takes, over the size of a request of nothing else, all of it empty:
+# two bytes each. In a process of its own each, so that none has memory that another has left.
+READ_MEMORY = """
+import json, os
+from pathlib import Path
+from google.protobuf import descriptor_pool, message_factory
+import quartet.client
+
+def repeated(message, path=()):
+    for field in message.fields:
+        if field.message_type is not None and field not in path:
+            if field.is_repeated and not field.message_type.GetOptions().map_entry:
+                yield (*path, field)
+            yield from repeated(field.message_type, (*path, field))
+
+def sized(number, content):
+    length, size = len(content), b""
+    while length > 127:
+        length, size = length >> 7, size + bytes([length & 127 | 128])
+    return bytes([number << 3 | 2]) + size + bytes([length]) + content
+
+def resident():
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+found = {}
+for file in ("policy/v1/policy", "policy/v1/weights", "policy/v1/adapters", "reward/v1/reward", "reward/v1/admin",
+             "reference/v1/reference"):
+    services = descriptor_pool.Default().FindFileByName(f"quartet/{file}.proto").services_by_name.values()
+    for request in {method.input_type for service in services for method in service.methods}:
+        kind = message_factory.GetMessageClass(request)
+        for path in repeated(request):
+            content = sized(path[-1].number, b"") * 2**20
+            for field in reversed(path[:-1]):
+                content = sized(field.number, content)
+            reading, writing = os.pipe()
+            if os.fork() == 0:
+                before = resident()
+                kept = kind.FromString(content)
+                os.write(writing, str((resident() - before) / len(content)).encode())
+                os._exit(0)
+            os.wait()
+            found[".".join([request.name, *(field.name for field in path)])] = float(os.read(reading, 100))
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="/proc tells the memory of a process")
+def test_the_worst_request_takes_half_a_gib_while_it_is_read():
+    """Before anything can be counted in it, or refused."""
+    done = subprocess.run([sys.executable, "-c", READ_MEMORY], capture_output=True, text=True, check=True, timeout=300)
+    times = json.loads(done.stdout)
+    assert {"ScoreRequest.items", "LogProbsRequest.items", "GenerateRequest.prompts.messages.messages"} <= times.keys()
+    assert all(4 < factor < 33 for factor in times.values()), times
+    assert ServiceSettings.model_fields["max_message_mib"].default * 32 == 512

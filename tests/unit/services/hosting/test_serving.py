@@ -1,4 +1,4 @@
-"""What both forward-pass services do with threads."""
+"""What both forward-pass services do with threads and with messages."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from types import SimpleNamespace
 import pytest
 from structlog.testing import capture_logs
 
+from quartet.common.v1 import common_pb2
 from services.hosting import serving
-from services.hosting.serving import in_own_thread
+from services.hosting.serving import ItemRefusedError, chat_text, in_own_thread, turns_of
 
 
 async def test_what_loads_a_model_has_a_thread_that_ends_with_it() -> None:
@@ -69,3 +70,12 @@ async def test_a_thread_that_does_not_end_is_left_behind_with_the_code_of_the_se
     finally:
         stuck.set()
     assert logs == [{"event": "thread_left_hanging", "log_level": "error", "service": "reward", "exit_code": 7}]
+
+
+def test_a_chat_of_too_many_messages_is_refused_before_anything_is_made_of_them(tokenizer) -> None:
+    message = common_pb2.ChatMessage(role="user", content="a")
+    assert turns_of([message] * 16_384) == [{"role": "user", "content": "a"}] * 16_384
+    many = common_pb2.ChatMessages(messages=[common_pb2.ChatMessage()] * 16_385).messages
+    for make in (turns_of, lambda messages: chat_text(tokenizer, messages)):
+        with pytest.raises(ItemRefusedError, match="prompt has 16385 messages, at most 16384 are taken"):
+            make(many)
