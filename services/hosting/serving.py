@@ -30,7 +30,7 @@ from services.runtime.telemetry import ServiceMetrics
 log = structlog.get_logger()
 
 # What threads have to end in, however much of the grace period was used.
-_LEAST_END_S = 1.0
+_LEAST_END_S = 3.0
 # Most items of a request, unless told otherwise.
 MAX_REQUEST_ITEMS = 16_384
 # Most messages of a chat: each becomes a dict, which takes a hundred times as much as an empty one on the wire.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib.util
+import math
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,7 @@ async def serve(settings: PolicySettings) -> int:
     # Before anything heavy is imported, so that a wrong folder is refused at once.
     folder = find_model(settings.model, revision=settings.revision, with_code=settings.trust_remote_code)
     from services.hosting import model as hosting_model
+    from services.hosting import serving
     from services.hosting.token_length import characters_per_token
     from services.policy.adapters import AdapterRegistry
     from services.policy.adapters_servicer import AdapterServicer
@@ -87,7 +89,8 @@ async def serve(settings: PolicySettings) -> int:
         )
         runtime.serve_metrics()
         slots = 1 if settings.deterministic else settings.max_concurrent
-        engine = watched(choose_engine(folder, settings), metrics, slots=slots)
+        timeout_s = settings.engine_timeout_s or math.inf
+        engine = watched(choose_engine(folder, settings), metrics, slots=slots, timeout_s=timeout_s)
         try:
             # First what is quick to load and refuse: a large engine takes minutes.
             tokenizer = await asyncio.to_thread(
@@ -110,9 +113,10 @@ async def serve(settings: PolicySettings) -> int:
             watch.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await watch
-        finally:
+        except BaseException:
             await engine.stop()
-    return code
+            raise
+        return await serving.end_in_grace(runtime, engine.stop(), code)
 
 
 def choose_engine(folder: Path, settings: PolicySettings) -> Engine:

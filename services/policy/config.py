@@ -74,6 +74,11 @@ class PolicySettings(AdminSettings):
         16, description="largest rank of a LoRA adapter; with vLLM every adapter takes memory and time of this rank"
     )
     max_update_gib: PositiveFloat = Field(1024.0, description="largest weight update accepted, GiB")
+    engine_timeout_s: NonNegativeFloat = Field(
+        600.0,
+        description="seconds without a token, while there are completions or a weight update to work on, after which "
+        "the engine never gives one: who waits is told, and the service exits 1 to be started anew; 0: no limit",
+    )
     update_wait_s: PositiveFloat = Field(
         600.0,
         description="longest that a weight update waits for requests in flight to finish, within its own deadline; "

@@ -126,6 +126,11 @@ class Engine(Protocol):
     adapter_modules: Mapping[str, tuple[int, int]]
     """(in, out) features of the linear layers that an adapter may change; empty while LoRA is off."""
 
+    @property
+    def progress(self) -> object:
+        """Unequal to what it was when a token has been sampled since, or the weights replaced."""
+        ...
+
     async def start(self) -> None:
         """Loads the model and warms up, so that the first request is as fast as the next.
 
@@ -191,6 +196,10 @@ class Engine(Protocol):
         """Raises EngineFailedError when the engine is dead."""
         ...
 
+    def give_up(self, reason: str) -> None:
+        """The engine hangs: whoever waits for a completion gets EngineFailedError with ``reason``, and who comes."""
+        ...
+
     async def stop(self) -> None:
-        """Ends the engine and its processes."""
+        """Ends the engine and its processes. Returns when they have ended: a thread that hangs never does."""
         ...

@@ -132,6 +132,7 @@ class TransformersEngine:
         self._joining: list[_Row] = []  # No longer waiting, and not in the batch yet.
         self._batch: _Batch | None = None
         self._update: _Update | None = None
+        self._steps = 0
         self._left = False  # Somebody cancelled since the last step.
         self._changed = threading.Condition()
         self._stopping = False
@@ -257,6 +258,14 @@ class TransformersEngine:
 
     async def check(self) -> None:
         self._require_alive()
+
+    @property
+    def progress(self) -> object:
+        return self._steps, self.version
+
+    def give_up(self, reason: str) -> None:
+        self._stopping = True
+        self._fail(reason)
 
     async def stop(self) -> None:
         with self._changed:
@@ -396,6 +405,7 @@ class TransformersEngine:
                 row.spans.append([self.version, 1])
             if row.on_token is not None:
                 row.on_token()
+        self._steps += 1
 
     def _finish(self) -> None:
         """Answers the rows that are done and closes their places in the batch."""

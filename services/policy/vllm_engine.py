@@ -299,6 +299,21 @@ class VllmEngine:
             self._failure = "the engine process died"
             raise EngineFailedError(self._failure)
 
+    @property
+    def progress(self) -> object:
+        if self._llm is None:
+            return None
+        states = self._llm.output_processor.request_states.values()
+        return self.version, len(states), sum(state.detokenizer.num_output_tokens() for state in states)
+
+    def give_up(self, reason: str) -> None:
+        from vllm.v1.engine.exceptions import EngineDeadError
+
+        self._failure = self._failure or reason
+        if self._llm is not None:
+            # As vLLM itself does when its engine process dies.
+            self._llm.output_processor.propagate_error(EngineDeadError())
+
     async def stop(self) -> None:
         self._adapters.close()
         if self._llm is not None:

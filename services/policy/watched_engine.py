@@ -1,29 +1,44 @@
-"""An engine whose work is measured: what runs and waits in it, how long completions and weight updates take."""
+"""An engine whose work is measured: what runs and waits in it, how long completions and weight updates take.
+
+And one that hangs is found out: it has something to do, and does nothing for longer than any step takes.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import itertools
+import math
 import time
 from collections.abc import AsyncGenerator, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
+import structlog
 from prometheus_client import Gauge, Histogram
 
 from quartet import tracing
-from services.policy.engine import Engine, Generated, GenerationTask, InFlight, Piece
+from services.policy.engine import Engine, EngineFailedError, Generated, GenerationTask, InFlight, Piece
 from services.runtime.telemetry import LATENCY_BUCKETS_S, QueueState, ServiceMetrics
+
+log = structlog.get_logger()
 
 _COMPLETION_BUCKETS = (1, 4, 16, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768)
 # A pause may be shorter than a decoding step, and a model of hundreds of gigabytes takes minutes.
 _PAUSE_BUCKETS_S = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
-def watched(engine: Engine, metrics: ServiceMetrics, *, slots: int) -> Engine:
-    """``engine``, measured. ``slots``: completions that it generates at the same time; what is beyond them waits."""
-    watch = WatchedEngine(engine, metrics, slots=slots)
+def watched(engine: Engine, metrics: ServiceMetrics, *, slots: int, timeout_s: float = math.inf) -> Engine:
+    """``engine``, measured.
+
+    Args:
+        engine: what does the work.
+        metrics: of the service.
+        slots: completions that it generates at the same time; what is beyond them waits.
+        timeout_s: longest that it may make no progress while it has completions or a weight update in hand, seen by
+            ``check``.
+    """
+    watch = WatchedEngine(engine, metrics, slots=slots, timeout_s=timeout_s)
     metrics.queues.watch(watch)
     return cast(Engine, watch)
 
@@ -41,9 +56,13 @@ class _Watched:
 class WatchedEngine:
     """Hands everything on, and measures generations and updates. See ``watched``."""
 
-    def __init__(self, engine: Engine, metrics: ServiceMetrics, *, slots: int) -> None:
+    def __init__(self, engine: Engine, metrics: ServiceMetrics, *, slots: int, timeout_s: float) -> None:
         self._engine = engine
         self._slots = slots
+        self._timeout_s = timeout_s
+        self._updating = False
+        self._progress: object = None
+        self._progress_s = time.monotonic()
         # In order of arrival, in which both engines serve. Prometheus copies it, in a thread of its own.
         self._inside: dict[_Watched, None] = {}
         prefix = f"quartet_{metrics.service}"
@@ -55,6 +74,11 @@ class WatchedEngine:
             f"{prefix}_engine_running", "Completions in the engine's slots; queue_items wait", registry=metrics.registry
         )
         running.set_function(lambda: min(len(self._inside), slots))
+        Gauge(
+            f"{prefix}_engine_silent_seconds",
+            "Time without a token or a finished weight update while the engine has any to work on",
+            registry=metrics.registry,
+        ).set_function(lambda: time.monotonic() - self._progress_s if self._busy else 0.0)
         Gauge(f"{prefix}_engine_slots", "Completions that the engine generates at once", registry=metrics.registry).set(
             slots
         )
@@ -91,10 +115,34 @@ class WatchedEngine:
     async def update_weights(self, safetensors: Path, version: int, in_flight: InFlight, wait_s: float) -> float:
         attributes: tracing.Attributes = {"quartet.weights_version": version, "quartet.in_flight": str(in_flight)}
         with tracing.span("update weights", attributes=attributes) as span:
-            pause_s = await self._engine.update_weights(safetensors, version, in_flight, wait_s)
+            self._updating = True
+            try:
+                pause_s = await self._engine.update_weights(safetensors, version, in_flight, wait_s)
+            finally:
+                self._updating = False
             span.set({"quartet.pause_s": pause_s})
         self._pause_seconds.observe(pause_s)
         return pause_s
+
+    async def check(self) -> None:
+        """To be called every second or so.
+
+        Raises:
+            EngineFailedError: the engine is dead, or hangs.
+        """
+        await self._engine.check()
+        now_s, progress = time.monotonic(), self._engine.progress
+        if progress != self._progress or not self._busy:
+            self._progress, self._progress_s = progress, now_s
+        elif now_s - self._progress_s > self._timeout_s:
+            reason = f"the engine hangs: it has done nothing for more than {self._timeout_s:g} s (engine_timeout_s)"
+            log.error("engine_hangs", completions=len(self._inside), updating=self._updating)
+            self._engine.give_up(reason)
+            raise EngineFailedError(reason)
+
+    @property
+    def _busy(self) -> bool:
+        return bool(self._inside) or self._updating
 
     @property
     def queue(self) -> QueueState:

@@ -42,6 +42,8 @@ _MAX_UNSEEN_CALLS = 2**20
 # A peer that does not answer pings is gone; one that has called nothing for so long connects again when it does.
 _KEEPALIVE_MS = 60_000
 _IDLE_MS = 900_000
+# For what a service that fails has left to say: its model is gone, and who waits is told so at once.
+_LAST_WORDS_S = 2.0
 # In which calls that the end cuts short are told so.
 _FAREWELL_S = 1.0
 # A scraper sends its request at once.
@@ -203,7 +205,7 @@ class ServiceRuntime:
         addresses = {listener.name: f"{listener.host}:{listener.port}" for listener in self.listeners}
         log.info("ready", service=self.name, addresses=addresses)
         await self._stop.wait()
-        grace_s = 0.0 if self._failure else self.settings.grace_s
+        grace_s = min(_LAST_WORDS_S, self.settings.grace_s) if self._failure else self.settings.grace_s
         self.ends_s = time.monotonic() + grace_s
         log.info("draining", service=self.name, grace_s=grace_s, failure=self._failure)
         for give_up in self.at_drain:

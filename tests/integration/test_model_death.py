@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import importlib.util
 import os
+import signal
 
 import grpc
+import psutil
 import pytest
 
+from quartet.client import CallPolicy, PolicyClient, Sampling, UnavailableError
 from quartet.common.v1 import common_pb2
 from quartet.fingerprint import tokenizer_fingerprint
 from quartet.reference.v1 import reference_pb2, reference_pb2_grpc
@@ -20,6 +24,7 @@ RETRYABLE = common_pb2.ITEM_STATUS_CODE_RETRYABLE
 # Python runs it before the service: from when the file is there, every batch ends as the file says.
 BREAKS = """
 import os
+import threading
 from services.runtime import batcher
 
 plain = batcher.Batcher.__init__
@@ -27,7 +32,10 @@ plain = batcher.Batcher.__init__
 def init(self, process, **others):
     def breaks(items):
         if os.path.exists({path!r}):
-            raise {{"exit": SystemExit, "gpu": RuntimeError}}[open({path!r}).read()]("illegal memory access")
+            how = open({path!r}).read()
+            if how == "hang":
+                threading.Event().wait()
+            raise {{"exit": SystemExit, "gpu": RuntimeError}}[how]("illegal memory access")
         return process(items)
     plain(self, breaks, **others)
 
@@ -98,16 +106,18 @@ def ask_for_a_score(channel):
     return reward_pb2_grpc.RewardServiceStub(channel).Score(reward_pb2.ScoreRequest(items=[item]), timeout=60)
 
 
-async def test_a_service_whose_scorer_hangs_says_so_and_exits_1(start_hanging):
+@pytest.mark.parametrize("calls_before", [0, 1])
+async def test_a_service_whose_scorer_hangs_says_so_and_exits_1(start_hanging, calls_before):
     live, hangs = start_hanging("--scorer-timeout-s", "1")
     async with grpc.aio.insecure_channel(live.address) as channel:
-        assert (await ask_for_a_score(channel)).results[0].status.code == common_pb2.ITEM_STATUS_CODE_OK
+        for _ in range(calls_before):
+            assert (await ask_for_a_score(channel)).results[0].status.code == common_pb2.ITEM_STATUS_CODE_OK
         hangs.touch()
-        call = ask_for_a_score(channel)
-        with contextlib.suppress(grpc.aio.AioRpcError):  # The end of the service may be faster than the answer.
+        # Who waited behind the one that hangs is told so as well, and not cut off.
+        for call in [ask_for_a_score(channel) for _ in range(3)]:
             status = (await call).results[0].status
-            assert (status.code, "scorer_timeout_s" in status.reason) == (RETRYABLE, True)
-        assert await call.code() in (grpc.StatusCode.OK, grpc.StatusCode.UNAVAILABLE)
+            reason = "the scorer hanging_rule:score failed: it has not returned within 1 s (scorer_timeout_s)"
+            assert (status.code, status.reason) == (RETRYABLE, reason)
     assert await asyncio.to_thread(live.process.wait, 30) == 1
     assert "the scorer hanging_rule:score hangs" in live.log.read_text()
 
@@ -139,3 +149,102 @@ async def test_a_signal_ends_a_service_whose_model_hangs_when_its_grace_is_over(
         assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
     assert await asyncio.to_thread(live.process.wait, 30) == 0
     assert "thread_left_hanging" in live.log.read_text()
+
+
+async def test_a_service_whose_forward_pass_hangs_tells_all_who_wait_and_exits_1(
+    start_service, make_policy, tokenizer, tmp_path, monkeypatch
+):
+    hangs = tmp_path / "hangs"
+    (tmp_path / "sitecustomize.py").write_text(BREAKS.format(path=str(hangs)))
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    live = start_service("reference", make_policy(seed=70), "--batch-timeout-s", "3")
+    asked = reference_pb2.LogProbsItem(token_ids=[5, 6, 7], response_start=1)
+    ids = reference_pb2.LogProbsRequest(items=[asked], tokenizer_fingerprint=tokenizer_fingerprint(tokenizer))
+    async with grpc.aio.insecure_channel(live.address) as channel:
+        stub = reference_pb2_grpc.ReferenceServiceStub(channel)
+        assert (await stub.LogProbs(ids, timeout=60)).results[0].status.code == common_pb2.ITEM_STATUS_CODE_OK
+        hangs.write_text("hang")
+        for call in [stub.LogProbs(ids, timeout=60) for _ in range(3)]:
+            with pytest.raises(grpc.aio.AioRpcError) as failed:
+                await call
+            assert failed.value.code() == grpc.StatusCode.UNAVAILABLE
+            assert failed.value.details() == (
+                "the model hangs: a batch has taken more than 3 s (batch_timeout_s); the service is restarted, "
+                "try again later"
+            )
+    assert await asyncio.to_thread(live.process.wait, 30) == 1
+    said = live.log.read_text()
+    assert "in breaks" in said  # Where it hangs.
+    assert "thread_left_hanging" in said
+
+
+ENGINE_HANGS = """
+import os
+import threading
+from services.policy import transformers_engine
+
+plain = transformers_engine.TransformersEngine._forward
+
+def forward(self, batch):
+    if os.path.exists({path!r}):
+        threading.Event().wait()
+    return plain(self, batch)
+
+transformers_engine.TransformersEngine._forward = forward
+"""
+NO_VLLM = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed")
+
+
+@pytest.fixture(params=["transformers", pytest.param("vllm", marks=NO_VLLM)])
+def start_policy(request, start_service, make_policy, tmp_path, monkeypatch):
+    """Starts a policy service; gives it, and what lets its engine hang from then on."""
+    hangs = tmp_path / "hangs"
+    if request.param == "transformers":
+        (tmp_path / "sitecustomize.py").write_text(ENGINE_HANGS.format(path=str(hangs)))
+        monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+
+    def start(*flags):
+        live = start_service("policy", make_policy(seed=71), "--engine", request.param, *flags)
+
+        def hang():
+            hangs.touch()
+            if request.param == "vllm":
+                # Its processes are alive and do nothing, as where a GPU does not come back.
+                for child in psutil.Process(live.process.pid).children(recursive=True):
+                    child.send_signal(signal.SIGSTOP)
+
+        return live, hang
+
+    return start
+
+
+async def completions(client):
+    """Of two prompts."""
+    sampling = Sampling(max_new_tokens=32, min_new_tokens=32)
+    return [answer async for answer in client.generate(["hello", "thanks"], sampling)]
+
+
+async def test_a_policy_whose_engine_hangs_tells_all_who_wait_and_exits_1(start_policy):
+    live, hang = start_policy("--engine-timeout-s", "5")
+    async with PolicyClient(live.address, policy=CallPolicy(patience_s=0.0)) as client:
+        assert len(await completions(client)) == 2
+        hang()
+        calls = [asyncio.create_task(completions(client)) for _ in range(2)]
+        for call in calls:
+            with pytest.raises(UnavailableError, match=r"nothing for more than 5 s \(engine_timeout_s\)"):
+                await call
+    assert await asyncio.to_thread(live.process.wait, 60) == 1
+    assert "engine_hangs" in live.log.read_text()
+
+
+async def test_a_signal_ends_a_policy_whose_engine_hangs_when_its_grace_is_over(start_policy):
+    live, hang = start_policy("--engine-timeout-s", "0", "--grace-s", "1")
+    async with PolicyClient(live.address, policy=CallPolicy(patience_s=0.0)) as client:
+        assert len(await completions(client)) == 2
+        hang()
+        call = asyncio.create_task(completions(client))
+        await asyncio.sleep(1)
+        live.process.terminate()
+        with pytest.raises(UnavailableError, match="the service is ending"):
+            await call
+    assert await asyncio.to_thread(live.process.wait, 60) == 0

@@ -76,6 +76,8 @@ class ScriptedEngine:
     update_error: Exception | None = None
     update_wait_s: float = 0.0
     pieces: Callable[[GenerationTask], AsyncGenerator[Piece, None]] | None = None
+    progress: object = 0
+    given_up: str = ""
     tasks: list[GenerationTask] = field(default_factory=list)
     running: int = 0
     cancelled: int = 0
@@ -149,6 +151,9 @@ class ScriptedEngine:
     async def check(self) -> None:
         if isinstance(self.update_error, EngineFailedError):
             raise self.update_error
+
+    def give_up(self, reason: str) -> None:
+        self.given_up = reason
 
     async def stop(self) -> None:
         """There is nothing to end."""

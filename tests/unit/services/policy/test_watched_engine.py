@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from services.policy.engine import GenerationFailedError, GenerationTask, InFlight, Sampling
+from services.policy.engine import EngineFailedError, GenerationFailedError, GenerationTask, InFlight, Sampling
 from services.policy.watched_engine import watched
 from services.runtime.telemetry import ServiceMetrics
 from tests.unit.services.policy.scripted_engine import ScriptedEngine, until
@@ -106,3 +107,46 @@ async def test_the_pause_of_an_update_is_measured_and_all_else_is_the_engine_s_o
     assert (value("update_pause_seconds_count"), value("update_pause_seconds_sum")) == (1, 0.125)
     assert (engine.name, engine.vocab_size, inner.updates[0].version) == ("inner", 77, 4)
     await engine.check()
+
+
+@pytest.mark.parametrize("work", ["completion", "update"])
+async def test_an_engine_that_has_work_and_does_nothing_hangs(value, tmp_path, work):
+    inner = ScriptedEngine()
+    engine = watched(inner, value.metrics, slots=2, timeout_s=0.3)
+    for _ in range(2):  # Without work it has nothing to do.
+        await asyncio.sleep(0.4)
+        await engine.check()
+    inner.gate.clear()
+    inner.update_gate.clear()
+    if work == "completion":
+        begun: asyncio.Task[object] = asyncio.create_task(engine.generate(task()))
+        await until(lambda: inner.running == 1)
+    else:
+        begun = asyncio.create_task(engine.update_weights(tmp_path / "w", 1, InFlight.KEEP, 60.0))
+        await inner.update_begun.wait()
+    for step in range(3):  # With work it has all the time that it wants, as long as it gets on.
+        await asyncio.sleep(0.4)
+        inner.progress = step + 1
+        await engine.check()
+    await asyncio.sleep(0.4)
+    assert value("engine_silent_seconds") > 0.3
+    reason = "the engine hangs: it has done nothing for more than 0.3 s (engine_timeout_s)"
+    with pytest.raises(EngineFailedError, match=re.escape(reason)):
+        await engine.check()
+    assert inner.given_up == reason
+    begun.cancel()
+    await asyncio.gather(begun, return_exceptions=True)
+    assert value("engine_silent_seconds") == 0
+
+
+async def test_an_engine_may_take_as_long_as_it_likes_where_nobody_set_a_limit(value):
+    inner = ScriptedEngine()
+    inner.gate.clear()
+    engine = watched(inner, value.metrics, slots=2)
+    begun = asyncio.create_task(engine.generate(task()))
+    await until(lambda: inner.running == 1)
+    for _ in range(3):
+        await asyncio.sleep(0.1)
+        await engine.check()
+    inner.gate.set()
+    await begun
