@@ -19,7 +19,7 @@ import time
 from collections import deque
 from collections.abc import AsyncGenerator, Callable, Mapping
 from concurrent.futures import Future, InvalidStateError
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,12 @@ import torch
 import transformers
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers.cache_utils import DynamicCache, DynamicLayer
+from transformers.cache_utils import DynamicCache
 
 from services.hosting.model import choose_hosting, longest_sequence
 from services.policy.adapter_config import AdapterConfig
 from services.policy.config import PolicySettings
+from services.policy.drawing import draw
 from services.policy.engine import (
     EngineFailedError,
     Finish,
@@ -44,6 +45,7 @@ from services.policy.engine import (
     cut_spans,
 )
 from services.policy.low_rank import LowRankAdapter, RowAdapters, read_adapter, row_wise_modules
+from services.policy.running_batch import Batch, Row, is_plain, join, keep, positions
 from services.policy.staging import WEIGHTS_FILE
 from services.runtime.errors import StartError
 
@@ -57,44 +59,6 @@ _POSSIBLE_ERRORS = (
     OSError,
     AttributeError,
 )
-
-
-@dataclass(eq=False, kw_only=True)
-class _Row:
-    """A request from admission to answer."""
-
-    task: GenerationTask
-    # Held here, so that unloading it does not pull it away from a request that has not left yet.
-    adapter: LowRankAdapter | None
-    future: Future[Generated]
-    generator: torch.Generator
-    token_ids: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    spans: list[list[int]] = field(default_factory=list)
-    start_unix_ns: int
-    # Called in the engine's thread after each token, when somebody reads along.
-    on_token: Callable[[], None] | None = None
-
-    @property
-    def sampling(self) -> Sampling:
-        return self.task.sampling
-
-    @property
-    def length(self) -> int:
-        """Tokens so far, the prompt's and its own."""
-        return len(self.task.prompt_ids) + len(self.token_ids)
-
-
-@dataclass(kw_only=True)
-class _Batch:
-    """Requests being decoded: row i of ``cache`` and ``mask_BS`` belongs to ``rows[i]``; padding stands on the left.
-
-    The newest token of each row is not in the cache yet.
-    """
-
-    rows: list[_Row]
-    cache: Any
-    mask_BS: Tensor
 
 
 @dataclass(kw_only=True)
@@ -128,9 +92,9 @@ class TransformersEngine:
         self._adapters: dict[int, LowRankAdapter] = {}
         self._row_adapters = RowAdapters()
         self._model: Any = None
-        self._waiting: deque[_Row] = deque()
-        self._joining: list[_Row] = []  # No longer waiting, and not in the batch yet.
-        self._batch: _Batch | None = None
+        self._waiting: deque[Row] = deque()
+        self._joining: list[Row] = []  # No longer waiting, and not in the batch yet.
+        self._batch: Batch | None = None
         self._update: _Update | None = None
         self._steps = 0
         self._left = False  # Somebody cancelled since the last step.
@@ -159,7 +123,7 @@ class TransformersEngine:
         self.max_sequence_tokens = self.settings.max_sequence_tokens or longest_sequence(self._model.config, None)
         with torch.inference_mode():
             probe = self._model(input_ids=torch.zeros((1, 1), dtype=torch.int64, device=self.hosting.device))
-        if not _is_plain(probe.past_key_values):
+        if not is_plain(probe.past_key_values):
             raise StartError(
                 f"{type(self._model).__name__} keeps something else than the keys and values of all positions "
                 "(a sliding window, a state): the transformers engine can't batch it; use --engine vllm"
@@ -206,8 +170,8 @@ class TransformersEngine:
         finally:
             answer.cancel()
 
-    def _enter(self, task: GenerationTask, on_token: Callable[[], None] | None) -> _Row:
-        row = _Row(
+    def _enter(self, task: GenerationTask, on_token: Callable[[], None] | None) -> Row:
+        row = Row(
             task=task,
             adapter=self._adapters[task.adapter] if task.adapter else None,
             future=Future(),
@@ -325,7 +289,7 @@ class TransformersEngine:
 
     def _admit(self) -> None:
         """Reads the prompts of those who are next, as many as there are slots for and one pass may have tokens."""
-        rows: list[_Row] = []
+        rows: list[Row] = []
         longest = 0
         with self._changed:
             free = self._slots - (len(self._batch.rows) if self._batch else 0)
@@ -354,18 +318,18 @@ class TransformersEngine:
             output = self._model(
                 input_ids=ids_BS,
                 attention_mask=mask_BS.long(),
-                position_ids=_positions(mask_BS),
+                position_ids=positions(mask_BS),
                 use_cache=True,
                 past_key_values=DynamicCache(),
                 logits_to_keep=1,
             )
         self._sample(rows, output.logits[:, -1])
-        joined = _Batch(rows=rows, cache=output.past_key_values, mask_BS=mask_BS)
-        self._batch = joined if self._batch is None else _join(self._batch, joined)
+        joined = Batch(rows=rows, cache=output.past_key_values, mask_BS=mask_BS)
+        self._batch = joined if self._batch is None else join(self._batch, joined)
         self._joining = []
         self._finish()
 
-    def _forward(self, batch: _Batch) -> Tensor:
+    def _forward(self, batch: Batch) -> Tensor:
         """(B, V) logits after the newest token of each row."""
         device = self.hosting.device
         newest_B1 = torch.tensor([[row.token_ids[-1]] for row in batch.rows], device=device)
@@ -374,29 +338,17 @@ class TransformersEngine:
             output = self._model(
                 input_ids=newest_B1,
                 attention_mask=batch.mask_BS.long(),
-                position_ids=_positions(batch.mask_BS)[:, -1:],
+                position_ids=positions(batch.mask_BS)[:, -1:],
                 use_cache=True,
                 past_key_values=batch.cache,
             )
         logits_BV: Tensor = output.logits[:, -1]
         return logits_BV
 
-    def _sample(self, rows: list[_Row], logits_BV: Tensor) -> None:
+    def _sample(self, rows: list[Row], logits_BV: Tensor) -> None:
         """Draws a token for every row and notes its log-probability and the version that drew it."""
-        scores_BV = _processed(logits_BV.float(), rows)
-        logprobs_BV = torch.log_softmax(scores_BV, dim=-1)
-        greedy_B = scores_BV.argmax(dim=-1).tolist()
-        # Inverse of the cumulative distribution at one uniform draw of the row's own generator: whatever else is in
-        # the batch, the same seed draws the same token from the same distribution.
-        cumulative_BV = logprobs_BV.double().exp().cumsum(dim=-1)
-        draws_B1 = torch.stack([torch.rand(1, generator=row.generator, dtype=torch.float64) for row in rows])
-        targets_B1 = draws_B1.to(cumulative_BV.device) * cumulative_BV[:, -1:]
-        drawn_B = (
-            torch.searchsorted(cumulative_BV, targets_B1, right=True)[:, 0].clamp(max=self.vocab_size - 1).tolist()
-        )
-        chosen = [g if row.sampling.temperature == 0 else d for row, g, d in zip(rows, greedy_B, drawn_B, strict=True)]
-        index_B1 = torch.tensor(chosen, device=logprobs_BV.device)[:, None]
-        for row, token, logprob in zip(rows, chosen, logprobs_BV.gather(1, index_B1)[:, 0].tolist(), strict=True):
+        chosen, logprobs = draw(logits_BV, rows, self.vocab_size)
+        for row, token, logprob in zip(rows, chosen, logprobs, strict=True):
             row.token_ids.append(token)
             row.logprobs.append(logprob)
             if row.spans and row.spans[-1][0] == self.version:
@@ -416,32 +368,16 @@ class TransformersEngine:
                 _answer(row, finish)
         self._keep(lambda row: not row.future.done())
 
-    def _keep(self, wanted: Callable[[_Row], bool]) -> None:
-        batch = self._batch
-        if batch is None:
-            return
-        kept = [index for index, row in enumerate(batch.rows) if wanted(row)]
-        if len(kept) == len(batch.rows):
-            return
-        if not kept:
-            self._batch = None
-            return
-        index_B = torch.tensor(kept, device=self.hosting.device)
-        mask_BS = batch.mask_BS[index_B]
-        first = int(mask_BS.any(dim=0).long().argmax())  # Columns that are padding for everybody who stays.
-        layers = [
-            (layer.keys[index_B][:, :, first:], layer.values[index_B][:, :, first:]) for layer in batch.cache.layers
-        ]
-        self._batch = _Batch(
-            rows=[batch.rows[index] for index in kept], cache=_cache_of(layers), mask_BS=mask_BS[:, first:]
-        )
+    def _keep(self, wanted: Callable[[Row], bool]) -> None:
+        if self._batch is not None:
+            self._batch = keep(self._batch, wanted)
 
     def _has_begun(self) -> bool:
         """Whether any request has some of its tokens: those that an update before has kept wait before all others."""
         return self._batch is not None or any(row.token_ids for row in self._waiting)
 
     def _maybe_update(self) -> None:
-        aborted: list[_Row] = []
+        aborted: list[Row] = []
         with self._changed:
             update = self._update
             if update is None or (update.in_flight is InFlight.FINISH and self._has_begun()):
@@ -472,7 +408,7 @@ class TransformersEngine:
             update.future.set_result(time.monotonic() - start_s)
 
 
-def _finish_of(row: _Row) -> Finish | None:
+def _finish_of(row: Row) -> Finish | None:
     if len(row.token_ids) > 0 and row.token_ids[-1] in row.sampling.stop_token_ids:
         return Finish.STOP
     return Finish.LENGTH if len(row.token_ids) >= row.sampling.max_new_tokens else None
@@ -495,7 +431,7 @@ def _piece(
     )
 
 
-def _answer(row: _Row, finish: Finish) -> None:
+def _answer(row: Row, finish: Finish) -> None:
     with contextlib.suppress(InvalidStateError):  # Answered or cancelled, maybe just now.
         row.future.set_result(
             Generated(
@@ -507,57 +443,3 @@ def _answer(row: _Row, finish: Finish) -> None:
                 end_unix_ns=time.time_ns(),
             )
         )
-
-
-def _processed(logits_BV: Tensor, rows: list[_Row]) -> Tensor:
-    """(B, V) logits of the distribution that is sampled: bias, end tokens held back, temperature, top-k, then top-p."""
-    for index, row in enumerate(rows):
-        if row.sampling.logit_bias:
-            tokens, biases = zip(*row.sampling.logit_bias, strict=True)
-            logits_BV[index, list(tokens)] += torch.tensor(biases, device=logits_BV.device)
-        if len(row.token_ids) < row.sampling.min_new_tokens:
-            logits_BV[index, list(row.sampling.stop_token_ids)] = -torch.inf
-    temperatures_B = torch.tensor([row.sampling.temperature or 1.0 for row in rows], device=logits_BV.device)
-    logits_BV = logits_BV / temperatures_B[:, None]
-    for index, row in enumerate(rows):
-        if 0 < row.sampling.top_k < logits_BV.shape[1]:
-            smallest = logits_BV[index].topk(row.sampling.top_k).values[-1]
-            logits_BV[index].masked_fill_(logits_BV[index] < smallest, -torch.inf)
-        if row.sampling.top_p < 1.0:
-            ordered_V, places_V = logits_BV[index].sort(descending=True)
-            probabilities_V = ordered_V.softmax(dim=-1)
-            # The token that crosses the threshold is still in.
-            outside_V = probabilities_V.cumsum(dim=-1) - probabilities_V >= row.sampling.top_p
-            logits_BV[index, places_V[outside_V]] = -torch.inf
-    return logits_BV
-
-
-def _positions(mask_BS: Tensor) -> Tensor:
-    return (mask_BS.long().cumsum(dim=1) - 1).clamp(min=0)
-
-
-def _is_plain(cache: Any) -> bool:
-    return isinstance(cache, DynamicCache) and all(type(layer) is DynamicLayer for layer in cache.layers)
-
-
-def _cache_of(layers: list[tuple[Tensor, Tensor]]) -> Any:
-    cache = DynamicCache()
-    for index, (keys, values) in enumerate(layers):
-        cache.update(keys, values, index)
-    return cache
-
-
-def _join(first: _Batch, second: _Batch) -> _Batch:
-    """Both batches as one, the shorter cache padded on the left."""
-    length = max(first.mask_BS.shape[1], second.mask_BS.shape[1])
-
-    def wide(tensor: Tensor) -> Tensor:
-        """(B, H, S, D) with ``length`` positions."""
-        return torch.nn.functional.pad(tensor, (0, 0, length - tensor.shape[2], 0))
-
-    masks = [torch.nn.functional.pad(batch.mask_BS, (length - batch.mask_BS.shape[1], 0)) for batch in (first, second)]
-    layers = [
-        (torch.cat([wide(a.keys), wide(b.keys)]), torch.cat([wide(a.values), wide(b.values)]))
-        for a, b in zip(first.cache.layers, second.cache.layers, strict=True)
-    ]
-    return _Batch(rows=first.rows + second.rows, cache=_cache_of(layers), mask_BS=torch.cat(masks))
