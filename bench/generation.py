@@ -158,7 +158,8 @@ class Result:
         turns = {
             name: [asdict(turn) | {"tokens_per_s": turn.rate} for turn in turns] for name, turns in self.turns.items()
         }
-        return {"ratio": self.ratio, "ratios": self.ratios(IN_PROCESS), "same_share": self.same_share, **turns}
+        ratios = {peer: self.ratios(peer) for peer in list(self.turns)[1:]}
+        return {"ratio": self.ratio, "ratios": ratios, "same_share": self.same_share, **turns}
 
 
 Starts = Callable[[Path, Load], contextlib.AbstractAsyncContextManager[Side]]

@@ -140,15 +140,11 @@ def sides_of(stage: str) -> list[str]:
 def _can_compile() -> bool:
     import torch
 
-    from trainer.compiling import require_compiler
-    from trainer.errors import ModelError
+    from trainer.compiling import lacking
 
-    try:
-        require_compiler(torch.device("cpu"))
-    except ModelError as error:
-        print(f"compiled is left out: {error}")
-        return False
-    return True
+    if reason := lacking(torch.device("cpu")):
+        print(f"compiled is left out: {reason}")
+    return not reason
 
 
 def count_tokens(stage: str, pairs: Sequence[Pair]) -> int:

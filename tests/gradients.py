@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -11,15 +13,14 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from tests.conftest import WORDS
 from trainer.answers import Answers
 from trainer.comparisons import load_comparisons
-from trainer.compiling import require_compiler
 from trainer.config import DpoSettings, KtoSettings, RewardSettings, SftSettings
 from trainer.critic import Critic
 from trainer.data import JudgedAnswer, load_demonstrations, load_preferences
 from trainer.dpo import DpoTrainer, with_reference
 from trainer.encoding import Encoder
-from trainer.errors import ModelError
 from trainer.kto import KtoTrainer, encode, mismatched
 from trainer.kto import with_reference as with_sums
 from trainer.models import load_policy, load_reward_model, load_tokenizer
@@ -37,13 +38,19 @@ from trainer.sharding import whole_optimiser
 Gradients = dict[str, Tensor]
 
 
-def can_compile() -> bool:
-    """Whether this machine has what torch.compile needs."""
-    try:
-        require_compiler(torch.device("cpu"))
-    except ModelError:
-        return False
-    return True
+def write_preferences(path: Path, count: int) -> str:
+    """Rows of many lengths, prompts all different; returns the path."""
+    draw = random.Random(0)
+    rows = [
+        {
+            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + f" {i}",
+            "chosen": " " + " ".join(draw.choices(WORDS[:9], k=draw.randint(1, 8))),
+            "rejected": " " + " ".join(draw.choices(WORDS[9:], k=draw.randint(1, 8))),
+        }
+        for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
 
 
 def gradients(stage: str, folder: Path, data: str, rows: int, **options: Any) -> tuple[Gradients, dict[str, float]]:

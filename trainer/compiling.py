@@ -29,9 +29,13 @@ def require_compiler(device: torch.device) -> None:
     Raises:
         ModelError: this machine lacks what torch.compile makes code for ``device`` with; says what to install.
     """
-    lacking = _lacking_of_gpu() if device.type == "cuda" else _lacking_of_processor()
-    if lacking:
-        raise ModelError(f"--compile is set, but {lacking}, or leave --compile away")
+    if reason := lacking(device):
+        raise ModelError(f"--compile is set, but {reason}, or leave --compile away")
+
+
+def lacking(device: torch.device) -> str:
+    """What this machine lacks to compile for ``device``, and how to install it; empty where it lacks nothing."""
+    return _lacking_of_gpu() if device.type == "cuda" else _lacking_of_processor()
 
 
 def _lacking_of_processor() -> str:

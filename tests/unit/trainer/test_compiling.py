@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import random
 import shutil
 from pathlib import Path
 from typing import Any
@@ -15,10 +14,10 @@ from torch import nn
 from torch._dynamo.utils import counters
 from transformers import LlamaForCausalLM
 
-from tests.conftest import WORDS, llama_config
-from tests.gradients import can_compile, gradients
+from tests.conftest import llama_config
+from tests.gradients import gradients, write_preferences
 from trainer import fast_linear, sft
-from trainer.compiling import compile_layers, decoder_layers, is_compiled, require_compiler
+from trainer.compiling import compile_layers, decoder_layers, is_compiled, lacking, require_compiler
 from trainer.config import SftSettings
 from trainer.errors import ModelError
 from trainer.fast_linear import use_fast_linear
@@ -26,7 +25,7 @@ from trainer.models import last_hidden
 from trainer.packing import pack, packed_outputs
 from trainer.runs import training_mode
 
-compiles = pytest.mark.skipif(not can_compile(), reason="no C++ compiler, which torch.compile needs")
+compiles = pytest.mark.skipif(bool(lacking(torch.device("cpu"))), reason="no C++ compiler, which torch.compile needs")
 
 
 @pytest.fixture(scope="module")
@@ -36,18 +35,7 @@ def folder(make_policy) -> Path:
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> str:
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("rows") / "preferences.jsonl"
-    rows = [
-        {
-            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + f" {i}",
-            "chosen": " " + " ".join(draw.choices(WORDS[:9], k=draw.randint(1, 8))),
-            "rejected": " " + " ".join(draw.choices(WORDS[9:], k=draw.randint(1, 8))),
-        }
-        for i in range(24)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_preferences(tmp_path_factory.mktemp("rows") / "preferences.jsonl", 24)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------

@@ -25,11 +25,12 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from tests.conftest import WORDS, free_port, train_tokenizer
-from tests.gradients import can_compile, gradients, made_up_rollout
+from tests.conftest import free_port, train_tokenizer
+from tests.gradients import gradients, made_up_rollout, write_preferences
 from tests.processes import Group, train
 from trainer import distributed, monitoring
 from trainer.__main__ import main
+from trainer.compiling import lacking
 from trainer.evaluate import PolicyFigures
 from trainer.exact_kl import Distributions, distributions
 from trainer.models import TokenLogprobs, load_policy, load_tokenizer
@@ -43,18 +44,7 @@ WAYS = [(packing, checkpointing) for packing in ("on", "off") for checkpointing 
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory: pytest.TempPathFactory) -> str:
-    draw = random.Random(0)
-    path = tmp_path_factory.mktemp("rows") / "preferences.jsonl"
-    rows = [
-        {
-            "prompt": " ".join(draw.choices(WORDS, k=draw.randint(3, 12))) + f" {i}",
-            "chosen": " " + " ".join(draw.choices(WORDS[:9], k=draw.randint(1, 8))),
-            "rejected": " " + " ".join(draw.choices(WORDS[9:], k=draw.randint(1, 8))),
-        }
-        for i in range(60)
-    ]
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return write_preferences(tmp_path_factory.mktemp("rows") / "preferences.jsonl", 60)
 
 
 # Gradients -----------------------------------------------------------------------------------------------------------
@@ -76,7 +66,7 @@ def cases(folder: Path, tied: Path, gpt2: Path) -> dict[str, tuple[str, Path, in
     found["sft in float32"] = ("sft", folder, 7, {**plain, "dtype": torch.float32})
     found["sft in bfloat16"] = ("sft", folder, 7, {**plain, "dtype": torch.float32, "precision": "bfloat16"})
     compiled = {"compile": True, "packing": "on", "dtype": torch.float32}
-    if can_compile():
+    if not lacking(torch.device("cpu")):
         for stage in ("sft", "ppo"):
             found[f"{stage} compiled in float32"] = (stage, folder, 7, {**compiled, "activation_checkpointing": True})
     other = {"packing": "auto", "activation_checkpointing": True, "dtype": torch.float32, "precision": "bfloat16"}
