@@ -36,10 +36,9 @@ class ScaleSettings(Settings):
     )
     compile: bool = Field(
         False,
-        description="make code for the decoder layers by torch.compile: half a minute to two at the first step, "
-        "then steps take about two thirds to three quarters of the processor's time (29 M parameters, two cores with "
-        "AVX2); not measured on a GPU. Needs a C++ compiler, on a GPU triton. The result differs by rounding, and with "
-        "dropout by what is dropped",
+        description="make code for the decoder layers by torch.compile: half a minute to two at the first step, then "
+        "steps are faster (make bench-trainer measures by how much); not measured on a GPU. Needs a C++ compiler, on a "
+        "GPU triton. The result differs by rounding, and with dropout by what is dropped",
     )
     gradient_sync: Literal["micro-batch", "step"] = Field(
         "micro-batch",
