@@ -172,9 +172,11 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
         """Closes a model when it has answered its last call, and gives its memory back."""
         start_s, served_by = time.monotonic(), hosted.model.served_by
         await hosted.batcher.drained()
-        await asyncio.to_thread(hosted.close)
+        # The thread takes the last reference with it: an idle thread of a pool may hold what it was given a moment
+        # longer than its result is known, and memory is given back of what nobody holds.
+        last = [hosted]
         del hosted
-        await asyncio.to_thread(memory.release)
+        await asyncio.to_thread(_end, last)
         log.info(event, model=served_by.model_id, version=served_by.weights_version, seconds=_since(start_s))
 
     def give_up(self) -> None:
@@ -194,6 +196,12 @@ class RewardAdminServicer(admin_pb2_grpc.RewardAdminServiceServicer):
         if hosted is None:
             raise UnavailableError("the reward model is still loading; try again later")
         return _drift_message(hosted.model.served_by, self.reward.watch.state())
+
+
+def _end(last: list[HostedReward]) -> None:
+    """Closes the model that ``last`` holds, drops it and gives its memory back."""
+    last.pop().close()
+    memory.release()
 
 
 def _cut(error: BaseException) -> str:

@@ -130,10 +130,12 @@ class Batcher(Generic[Item, Result]):
         self._begun_s: float | None = None  # When the model got the batch in hand.
         self._ended = threading.Event()
         metrics.queues.watch(self)
-        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
+        self._threads = [threading.Thread(target=self._run, name="model", daemon=True)]
         if limits.max_batch_s < math.inf:
-            threading.Thread(target=self._watch, args=(limits.max_batch_s,), name="model watch", daemon=True).start()
+            watch = threading.Thread(target=self._watch, args=(limits.max_batch_s,), name="model watch", daemon=True)
+            self._threads.append(watch)
+        for thread in self._threads:
+            thread.start()
 
     def refusal(self, caller: Hashable) -> OverloadedError | None:
         """Why a call of ``caller`` is refused before its request is read; see ``Admission.refusal``."""
@@ -217,11 +219,15 @@ class Batcher(Generic[Item, Result]):
                     self._unanswered.discard(request)
 
     def close(self) -> None:
-        """Refuses new work, answers what waits, and ends the thread. Returns when it has: never, if the model hangs."""
+        """Refuses new work, answers what waits, and ends the threads. Returns when they have: never, if it hangs.
+
+        From then on nothing of the batcher's own refers to the model.
+        """
         with self._changed:
             self._closed = True
             self._changed.notify()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join()
         self._metrics.queues.forget(self)
 
     async def drained(self) -> None:
@@ -261,7 +267,7 @@ class Batcher(Generic[Item, Result]):
         while not self._ended.wait(min(_WATCH_EVERY_S, most_s / 4)):
             if self._batch_age_s() > most_s:
                 reason = f"the model hangs: a batch has taken more than {most_s:g} s (batch_timeout_s)"
-                log.error("model_hangs", calls=len(self._unanswered), stack=tracebacks.stack_of(self._thread))
+                log.error("model_hangs", calls=len(self._unanswered), stack=tracebacks.stack_of(self._threads[0]))
                 self._give_up(f"{reason}; the service is restarted, try again later")
                 self._on_death(reason)
                 return

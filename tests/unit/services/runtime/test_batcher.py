@@ -399,6 +399,16 @@ async def test_a_batcher_that_is_closed_has_not_died():
     assert told == []
 
 
+async def test_a_closed_batcher_leaves_no_thread_that_would_hold_the_model():
+    model = Model()
+    before = set(threading.enumerate())
+    batcher = Batcher(model.process, limits=replace(limits(), max_batch_s=60.0), metrics=ServiceMetrics("test"))
+    own = set(threading.enumerate()) - before
+    assert {thread.name for thread in own} == {"model", "model watch"}
+    await asyncio.to_thread(batcher.close)
+    assert not any(thread.is_alive() for thread in own)
+
+
 async def test_answers_for_an_event_loop_that_is_gone_hurt_nobody():
     model = Model()
     batcher = make(model, limits())
