@@ -1,11 +1,11 @@
 """``make bench-generate``: generation with log-probabilities, through the policy service and as others do it.
 
 - policy service and AsyncLLM in process: see ``bench.generation``.
-- AsyncLLM compiled: as vLLM has it by default, where there is a C++ compiler.
+- AsyncLLM compiled: as vLLM has it by default, where there is a C++ compiler. The service is judged by the faster one.
 - vLLM HTTP server: its OpenAI-compatible one with the same engine settings, a request a prompt, all at once.
 - transformers generate: one batch, left-padded, as a trainer without an engine does it; it samples other tokens.
 
-All in float32 with the same Llama of 29 M parameters.
+All in one precision with the same Llama of 29 M parameters.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ async def _http_server(model: Path, load: Load) -> AsyncIterator[Side]:
 
     port = free_port()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", "float32"),
+        *(sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--dtype", load.dtype),
         *("--host", "127.0.0.1", "--port", str(port), "--enforce-eager", "--no-enable-chunked-prefill"),
         *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs", "--max-num-seqs", "256"),
         *("--disable-log-stats", "--uvicorn-log-level", "warning", "--served-model-name", "policy"),
@@ -96,7 +96,7 @@ async def _wait_healthy(session: Any, process: asyncio.subprocess.Process) -> No
 @contextlib.asynccontextmanager
 async def _transformers(model: Path, load: Load) -> AsyncIterator[Side]:
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "bench.generate", "--transformers", str(model)),
+        *(sys.executable, "-m", "bench.generate", "--dtype", load.dtype, "--transformers", str(model)),
         stdin=asyncio.subprocess.PIPE,
         stdout=asyncio.subprocess.PIPE,
         limit=2**26,
@@ -121,13 +121,13 @@ async def _transformers(model: Path, load: Load) -> AsyncIterator[Side]:
         await process.wait()
 
 
-def _serve_transformers(folder: str) -> None:
+def _serve_transformers(folder: str, dtype: str) -> None:
     """Answers each line of the input, prompts of equal length, with token ids and their log-probabilities."""
     import torch
     from transformers import AutoModelForCausalLM
 
     set_threads()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     for line in sys.stdin:
         prompts, seed, new_tokens = json.loads(line)
         torch.manual_seed(seed)
@@ -166,16 +166,19 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=Load.prompt_tokens)
     parser.add_argument("--new-tokens", type=int, default=Load.new_tokens)
     parser.add_argument("--rounds", type=int, default=10)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=Load.dtype, help="of all sides")
     parser.add_argument("--transformers", help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     if (folder := options.pop("transformers")) is not None:
-        _serve_transformers(folder)
+        _serve_transformers(folder, options["dtype"])
         return
     others = (_http_server, _transformers, *((generation.compiled_in_process,) if compiles() else ()))
     result = generation.measure(Load(**options), make_model=make_larger_policy, others=others)
     print("\n" + "\n".join(result.lines()))
+    if not compiles():
+        print(f"{generation.COMPILED} was not measured: there is no C++ compiler here")
     text = f"policy service / the faster AsyncLLM: {result.ratio:.3f}, target at least {TARGET:.2f}"
-    conclude("generate", (Verdict(result.ratio >= TARGET, text),), result.figures())
+    conclude("generate", (Verdict(result.ratio >= TARGET, text),), {"dtype": options["dtype"]} | result.figures())
 
 
 if __name__ == "__main__":

@@ -68,6 +68,7 @@ class Load:
     prompt_tokens: int = 32
     new_tokens: int = 64
     rounds: int = 16
+    dtype: str = "float32"
 
     def prompt_ids(self, name: str) -> list[list[int]]:
         """Prompts of a round by its name, the same for both sides."""
@@ -244,7 +245,9 @@ async def _service(model: Path, load: Load) -> AsyncIterator[Side]:
     flags = [f"--{name}={port}" for name, port in zip(("port", "admin-port", "metrics-port"), ports, strict=True)]
     with log_of("policy-service") as log:
         process = await asyncio.create_subprocess_exec(
-            *(sys.executable, "-m", "services.policy", "--model", str(model), "--engine", "vllm", *flags), stderr=log
+            *(sys.executable, "-m", "services.policy", "--model", str(model), "--engine", "vllm"),
+            *("--dtype", load.dtype, *flags),
+            stderr=log,
         )
     ended = asyncio.create_task(process.wait())
     try:
@@ -296,7 +299,7 @@ async def _async_llm(model: Path, load: Load, name: str, *, eager: bool) -> Asyn
 
     arguments = AsyncEngineArgs(
         model=str(model),
-        dtype="float32",
+        dtype=load.dtype,
         enforce_eager=eager,
         skip_tokenizer_init=True,
         generation_config="vllm",
@@ -359,6 +362,7 @@ def main() -> None:
     parser.add_argument("--prompt-tokens", type=int, default=Load.prompt_tokens)
     parser.add_argument("--new-tokens", type=int, default=Load.new_tokens)
     parser.add_argument("--rounds", type=int, default=Load.rounds)
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default=Load.dtype, help="of all sides")
     options = parser.parse_args()
     print("\n".join(measure(Load(**vars(options))).lines()))
 

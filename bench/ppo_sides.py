@@ -377,7 +377,7 @@ def main() -> None:
     side, precision, folder = sys.argv[1:]
     set_threads()
     with {TRL: trl, NAIVE: naive, OURS: ours}[side](precision, Path(folder)) as work:
-        serve_turns(work)
+        serve_turns(lambda task: work())
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@
 - vLLM: prompt_logprobs of its engine, in process, compiled where there is a C++ compiler.
 - reference service: through gRPC, in a process of its own.
 
-All in float32, the same model and sequences; sides take turns (see ``bench.turns``). Memory is above what the loaded
-model takes, of the process that holds it. What the sides found is compared: they did the same work.
+All in one precision, the same model and sequences; sides take turns (see ``bench.turns``). Memory is above what the
+loaded model takes, of the process that holds it. What the sides found is compared: they did the same work.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ FULL = "full logits"
 SERVICE = "reference service"
 SPEED_TARGET = 0.95
 """Of the fastest peer's tokens/s."""
-AGREEMENT = 1e-4
-"""Largest difference of a log-probability in float32 from that of the full logits, nats."""
+AGREEMENT = {"float32": 1e-4, "bfloat16": 0.1}
+"""Largest difference of a log-probability from that of the full logits, nats, by precision."""
 _BATCH = 8
 """Sequences at a time where full logits are made."""
 _CHUNK = 1024
@@ -63,6 +63,7 @@ class Load:
     tokens: int = 512
     vocabulary: int = 131_072
     rounds: int = 3
+    dtype: str = "float32"
 
     def ids(self) -> list[list[int]]:
         draw = random.Random(0)
@@ -100,7 +101,8 @@ def measure(load: Load) -> list[Side]:
     with tempfile.TemporaryDirectory() as name:
         model = make_model(Path(name), load.vocabulary)
         shape = [str(load.sequences), str(load.tokens), str(load.vocabulary)]
-        commands = {side: ["-m", "bench.reference", "--side", side, str(model), *shape] for side in _SIDES}
+        command = ["-m", "bench.reference", "--dtype", load.dtype, "--side"]
+        commands = {side: [*command, side, str(model), *shape] for side in _SIDES}
         with start_sides(commands) as sides:
             for number in range(-1, load.rounds):
                 for side in sides if number % 2 == 0 else reversed(sides):
@@ -126,7 +128,7 @@ def lines(load: Load, sides: list[Side]) -> list[str]:
     return found
 
 
-def verdicts(sides: list[Side]) -> list[Verdict]:
+def verdicts(sides: list[Side], dtype: str) -> list[Verdict]:
     """What is asked of us, and whether it holds."""
     ours = next(side for side in sides if side.name == SERVICE)
     peers = [side for side in sides if side.name != SERVICE]
@@ -139,7 +141,10 @@ def verdicts(sides: list[Side]) -> list[Verdict]:
             _memory(ours) <= least,
             f"memory: {_memory(ours):,.0f} MiB, target at most the smallest peer's {least:,.0f} MiB",
         ),
-        Verdict(error <= AGREEMENT, f"all log-probabilities agree: {error:.1e}, target at most {AGREEMENT:.0e}"),
+        Verdict(
+            error <= AGREEMENT[dtype],
+            f"all log-probabilities agree: {error:.1e}, target at most {AGREEMENT[dtype]:.0e}",
+        ),
     ]
 
 
@@ -164,14 +169,14 @@ def _errors(sides: list[Side]) -> dict[str, float]:
 # Sides -------------------------------------------------------------------------------------------------------------
 
 
-def _full_logits(model: Path, ids: list[list[int]]) -> None:
+def _full_logits(model: Path, ids: list[list[int]], dtype: str) -> None:
     def logprobs(policy: Any, ids_BS: Any) -> Any:
-        return policy(input_ids=ids_BS).logits[:, :-1].log_softmax(-1).gather(2, ids_BS[:, 1:, None])
+        return policy(input_ids=ids_BS).logits[:, :-1].float().log_softmax(-1).gather(2, ids_BS[:, 1:, None])
 
-    _transformers(model, ids, logprobs)
+    _transformers(model, ids, dtype, logprobs)
 
 
-def _selective(model: Path, ids: list[list[int]]) -> None:
+def _selective(model: Path, ids: list[list[int]], dtype: str) -> None:
     import torch
 
     def logprobs(policy: Any, ids_BS: Any) -> Any:
@@ -179,10 +184,10 @@ def _selective(model: Path, ids: list[list[int]]) -> None:
         normalisers_BS = torch.stack([logits_SV.logsumexp(-1) for logits_SV in logits_BSV])
         return logits_BSV.gather(2, ids_BS[:, 1:, None])[..., 0] - normalisers_BS
 
-    _transformers(model, ids, logprobs)
+    _transformers(model, ids, dtype, logprobs)
 
 
-def _chunks(model: Path, ids: list[list[int]]) -> None:
+def _chunks(model: Path, ids: list[list[int]], dtype: str) -> None:
     import torch
     from torch.nn import functional as F
 
@@ -192,23 +197,23 @@ def _chunks(model: Path, ids: list[list[int]]) -> None:
         found = []
         for start in range(0, len(targets_N), _CHUNK):
             hidden_CD, targets_C = hidden_ND[start : start + _CHUNK], targets_N[start : start + _CHUNK]
-            logits_CV = F.linear(hidden_CD, policy.lm_head.weight)
+            logits_CV = F.linear(hidden_CD, policy.lm_head.weight).float()
             found.append(logits_CV.gather(1, targets_C[:, None])[:, 0] - logits_CV.logsumexp(-1))
         return torch.cat(found)
 
-    _transformers(model, ids, logprobs)
+    _transformers(model, ids, dtype, logprobs)
 
 
-def _transformers(model: Path, ids: list[list[int]], logprobs: Callable[[Any, Any], Any]) -> None:
+def _transformers(model: Path, ids: list[list[int]], dtype: str, logprobs: Callable[[Any, Any], Any]) -> None:
     """``logprobs``: of a batch of sequences by the model, in order."""
     import torch
     from transformers import AutoModelForCausalLM
 
     set_threads()
-    policy = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    policy = AutoModelForCausalLM.from_pretrained(model, dtype=dtype).eval()
 
     @torch.inference_mode()
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
         start_s = time.perf_counter()
         found: list[float] = []
         for first in range(0, len(ids), _BATCH):
@@ -218,13 +223,13 @@ def _transformers(model: Path, ids: list[list[int]], logprobs: Callable[[Any, An
     serve_turns(work)
 
 
-def _vllm(model: Path, ids: list[list[int]]) -> None:
+def _vllm(model: Path, ids: list[list[int]], dtype: str) -> None:
     set_vllm_environment()
     from vllm import LLM, SamplingParams
 
     engine = LLM(
         str(model),
-        dtype="float32",
+        dtype=dtype,
         skip_tokenizer_init=True,
         enforce_eager=not compiles(),
         generation_config="vllm",
@@ -232,7 +237,7 @@ def _vllm(model: Path, ids: list[list[int]]) -> None:
     )
     params = SamplingParams(max_tokens=1, prompt_logprobs=0, detokenize=False, flat_logprobs=True)
 
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
         start_s = time.perf_counter()
         outputs = engine.generate([{"prompt_token_ids": row} for row in ids], params, use_tqdm=False)
         found: list[float] = []
@@ -245,14 +250,14 @@ def _vllm(model: Path, ids: list[list[int]]) -> None:
     end_at_once()
 
 
-def _service(model: Path, ids: list[list[int]]) -> None:
+def _service(model: Path, ids: list[list[int]], dtype: str) -> None:
     from quartet.client import ItemFailure, ReferenceClient, TokenSequence
 
     ports = [free_port() for _ in range(2)]
     with log_of("reference-service") as log:
         process = subprocess.Popen(
             [
-                *(sys.executable, "-m", "services.reference", "--model", str(model)),
+                *(sys.executable, "-m", "services.reference", "--model", str(model), "--dtype", dtype),
                 *("--port", str(ports[0]), "--metrics-port", str(ports[1])),
             ],
             stdout=sys.stderr,
@@ -273,7 +278,7 @@ def _service(model: Path, ids: list[list[int]]) -> None:
             found += result.logprobs
         return found
 
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
         start_s = time.perf_counter()
         found = asyncio.run(ask())
         return time.perf_counter() - start_s, found[:: len(found) // 500]
@@ -291,7 +296,7 @@ def _service(model: Path, ids: list[list[int]]) -> None:
             process.wait(30)
 
 
-_SIDES: dict[str, Callable[[Path, list[list[int]]], None]] = {
+_SIDES: dict[str, Callable[[Path, list[list[int]], str], None]] = {
     FULL: _full_logits,
     "selective": _selective,
     "chunks": _chunks,
@@ -306,18 +311,21 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=Load.tokens, help="of each sequence")
     parser.add_argument("--vocabulary", type=int, default=Load.vocabulary)
     parser.add_argument("--rounds", type=int, default=Load.rounds)
+    parser.add_argument("--dtype", choices=list(AGREEMENT), default=Load.dtype, help="of all sides")
     parser.add_argument("--side", nargs=5, help=argparse.SUPPRESS)
     options = vars(parser.parse_args())
     if (side := options.pop("side")) is not None:
         name, model, sequences, tokens, vocabulary = side
         load = Load(sequences=int(sequences), tokens=int(tokens), vocabulary=int(vocabulary))
-        _SIDES[name](Path(model), load.ids())
+        _SIDES[name](Path(model), load.ids(), options["dtype"])
         return
     load = Load(**options)
     sides = measure(load)
     print("\n".join(lines(load, sides)))
     turns = {side.name: [[turn.seconds, side.model_mib, turn.peak_mib] for turn in side.turns] for side in sides}
-    conclude("reference", verdicts(sides), {"seconds_and_mib_of_model_and_above": turns})
+    conclude(
+        "reference", verdicts(sides, load.dtype), {"dtype": load.dtype, "seconds_and_mib_of_model_and_above": turns}
+    )
 
 
 if __name__ == "__main__":

@@ -11,10 +11,14 @@
 - own scorer: what the reward service runs, called in process; tells what gRPC and the runtime cost.
 - reward service: through gRPC, in a process of its own.
 
-All in float32 with the same 31 M-parameter Llama classifier. Two loads: texts as they come, and four responses that
-share each prompt. Sides take turns (see ``bench.turns``); what they found is compared. Then what callers wait who ask
-for one score at a time (see ``bench.reward_latency``). The figures go to bench/out as reward.json and reward.png.
-Without TEXTS the texts are made-up words of about the same lengths, which share no beginnings.
+All in one precision with the same 31 M-parameter Llama classifier. Two loads: texts as they come, and four responses
+that share each prompt. Sides take turns (see ``bench.turns``); what they found is compared. The first three are several
+times slower than the others, and compute nothing once for several texts: they take one turn with a sample, whose
+lengths are distributed as those of all, every eighth of the texts in order of length. So tokens a second are compared.
+The others take two turns with all texts, and more while those of a side differ by more than 5 %. Then what callers wait
+who ask for one score at a time (see ``bench.reward_latency``). The figures go to bench/out as reward.json and
+reward.png; broken off, it judges what is finished. Without TEXTS the texts are made-up words of about the same lengths,
+which share no beginnings.
 """
 
 from __future__ import annotations
@@ -24,10 +28,11 @@ import asyncio
 import json
 import random
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,18 +42,24 @@ from bench import reward_latency
 from bench.models import sentence
 from bench.outcome import OUTPUT, Verdict, conclude
 from bench.reward_servers import SERVICE, VLLM_SERVER, client, running
-from bench.turns import Side, compiles, end_at_once, serve_turns, set_threads, set_vllm_environment, start_sides
+from bench.turns import Side, Turn, compiles, end_at_once, serve_turns, set_threads, set_vllm_environment, start_sides
 
 SCORER = "own scorer"
 NAIVE = ("one by one", "padded batches")
-_ONCE = (*NAIVE, "pipeline")
-"""Far slower than the others, and without anything to warm up: one turn each."""
+_SAMPLED = (*NAIVE, "pipeline")
+"""Far slower than the others, and without anything to warm up: one turn each, with a sample."""
+_SAMPLE = 8
+"""One text of so many, but not less than a batch."""
+_WARM_UP = "warm-up"
+"""A task: the sample of the first load."""
+_LEAST_ROUNDS, _TIGHT = 2, 0.05
+"""So many rounds, and another while a side's turns differ by more than this share of the quickest."""
 TARGETS = {"alone": 0.95, "shared": 1.3}
 """Of the best peer's texts/s, by load."""
 NAIVE_TARGET = 2.0
 OVERHEAD_TARGET = 0.05
-AGREEMENT = 1e-4
-"""Largest difference of a score in float32 from that of the text alone, by transformers."""
+AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}
+"""Largest difference of a score from that of the text alone, by transformers, by precision."""
 _LONGEST = 512
 _BATCH = 32
 _VOCABULARY = 8192
@@ -125,104 +136,159 @@ def make_loads(folder: Path, pairs: Sequence[tuple[str, str]]) -> dict[str, list
     }
 
 
-def measure(texts: Path | None, count: int, rounds: int) -> tuple[dict[str, list[Side]], reward_latency.Results]:
-    """Both loads, and latencies; the first turn of each side warms it up and is not kept."""
+@dataclass
+class Found:
+    """What a side did with the texts of a load that lie at ``places``, which are all or a sample."""
+
+    name: str
+    model_mib: float
+    places: Sequence[int]
+    tokens: int
+    turns: list[Turn] = field(default_factory=list)
+
+    @property
+    def rate(self) -> float:
+        """Texts a second."""
+        return len(self.places) / statistics.median(turn.seconds for turn in self.turns)
+
+    @property
+    def token_rate(self) -> float:
+        """Tokens a second: what is compared, since a sample's texts are not quite as long as all."""
+        return self.tokens / statistics.median(turn.seconds for turn in self.turns)
+
+    @property
+    def tight(self) -> bool:
+        """Whether another turn would tell nothing new."""
+        seconds = [turn.seconds for turn in self.turns]
+        return max(seconds) <= (1 + _TIGHT) * min(seconds)
+
+
+Results = dict[str, list[Found]]
+"""By load, in the order of the sides."""
+
+
+def sample(texts: Sequence[Text]) -> list[int]:
+    """Places of an eighth of ``texts``, at least a batch, whose lengths are distributed as those of all; in order."""
+    by_length = sorted(range(len(texts)), key=lambda place: len(texts[place].ids))
+    count = min(len(texts), max(_BATCH, len(texts) // _SAMPLE))
+    return sorted(by_length[(2 * k + 1) * len(texts) // (2 * count)] for k in range(count))
+
+
+def measure(
+    results: Results, latencies: reward_latency.Results, texts: Path | None, count: int, rounds: int, dtype: str
+) -> None:
+    """Both loads, and latencies. Breaking it off leaves in ``results`` and ``latencies`` what is finished."""
     pairs = read_pairs(texts, count)
-    results = {}
     with tempfile.TemporaryDirectory() as name:
         model = make_model(Path(name) / "model", [part for pair in pairs for part in pair])
-        for load, content in make_loads(model, pairs).items():
+        loads = make_loads(model, pairs)
+        for load, content in loads.items():
             file = Path(name) / f"{load}.json"
             file.write_text(json.dumps([[text.prompt, text.response, text.text] for text in content]))
-            tokens = sum(len(text.ids) for text in content)
-            print(f"\n{load}: {len(content)} texts, {tokens:,} tokens", flush=True)
-            commands = {side: ["-m", "bench.reward", "--side", side, str(model), str(file)] for side in _SIDES}
-            with start_sides(commands) as sides:
-                for number in range(-1, rounds):
-                    for side in sides if number % 2 == 0 else reversed(sides):
-                        if side.name in _ONCE and number != 0:
-                            continue
-                        turn = side.turn()
-                        if number < 0:
-                            side.turns.clear()
-                        else:
-                            rate = len(content) / turn.seconds
-                            print(f"round {number + 1}: {side.name:<16} {rate:>8,.1f} texts/s", flush=True)
-            print("\n".join(table(sides, len(content), tokens)))
-            results[load] = sides
+        command = ["-m", "bench.reward", "--dtype", dtype, "--side"]
+        with start_sides({side: [*command, side, str(model), name] for side in _SIDES}) as sides:
+            for side in sides:
+                if side.name not in _SAMPLED:
+                    side.turn(_WARM_UP)
+            for load, content in loads.items():
+                print(f"\n{load}: {len(content)} texts, {sum(len(text.ids) for text in content):,} tokens", flush=True)
+                results[load] = _take_turns(load, content, sides, rounds)
+                print("\n".join(table(results[load])))
         print("\nlatency")
-        online = [(text.prompt, text.response) for text in make_loads(model, pairs)["alone"]]
-        latencies = reward_latency.measure(model, online, min(rounds, 2))
+        online = [(text.prompt, text.response) for text in loads["alone"]]
+        reward_latency.measure(latencies, model, online, dtype=dtype, rounds=min(rounds, 2))
         print("\n".join(reward_latency.table(latencies)))
-    return results, latencies
 
 
-def _seconds(side: Side) -> float:
-    return statistics.median(turn.seconds for turn in side.turns)
+def _take_turns(load: str, texts: Sequence[Text], sides: Sequence[Side], rounds: int) -> list[Found]:
+    results = []
+    for side in sides:
+        places = sample(texts) if side.name in _SAMPLED else range(len(texts))
+        results.append(Found(side.name, side.model_mib, places, sum(len(texts[place].ids) for place in places)))
+    pairs = list(zip(sides, results, strict=True))
+    for number in range(rounds):
+        if number >= _LEAST_ROUNDS and all(found.tight for found in results):
+            break
+        for side, found in pairs if number % 2 == 0 else reversed(pairs):
+            if side.name not in _SAMPLED or number == 0:
+                found.turns.append(side.turn(load))
+                rate = len(found.places) / found.turns[-1].seconds
+                print(f"round {number + 1}: {side.name:<16} {rate:>8,.1f} texts/s", flush=True)
+    return results
 
 
-def table(sides: Sequence[Side], texts: int, tokens: int) -> list[str]:
+def table(results: Sequence[Found]) -> list[str]:
     """Figures of one load."""
-    found = [f"{'':<18}{'texts/s':>9}{'tokens/s':>10}{'peak MiB':>10}{'above model':>13}{'largest difference':>20}"]
-    for side, error in _errors(sides).items():
-        memory = max(turn.peak_mib for turn in side.turns)
-        found.append(
-            f"{side.name:<18}{texts / _seconds(side):>9,.1f}{tokens / _seconds(side):>10,.0f}"
-            f"{side.model_mib + memory:>10,.0f}{memory:>13,.0f}{error:>20.1e}"
+    lines = [f"{'':<18}{'texts':>7}{'texts/s':>9}{'tokens/s':>10}{'peak MiB':>10}{'above model':>13}{'difference':>12}"]
+    for found, error in zip(results, _errors(results), strict=True):
+        memory = max(turn.peak_mib for turn in found.turns)
+        lines.append(
+            f"{found.name:<18}{len(found.places):>7}{found.rate:>9,.1f}{found.token_rate:>10,.0f}"
+            f"{found.model_mib + memory:>10,.0f}{memory:>13,.0f}{error:>12.1e}"
         )
-    return found
+    return lines
 
 
-def _errors(sides: Sequence[Side]) -> dict[Side, float]:
-    """Largest difference of each side's scores from the first one's."""
-    truth = sides[0].turns[0].found
-    return {
-        side: max(abs(a - b) for turn in side.turns for a, b in zip(turn.found, truth, strict=True)) for side in sides
-    }
+def _errors(results: Sequence[Found]) -> list[float]:
+    """Largest difference of each side's scores from those of the texts alone, where those were computed."""
+    truth, places = results[0].turns[0].found, results[0].places
+
+    def error(found: Found) -> float:
+        wanted = [found.places.index(place) for place in places]
+        return max(abs(turn.found[i] - true) for turn in found.turns for i, true in zip(wanted, truth, strict=True))
+
+    return [error(found) for found in results]
 
 
-def verdicts(results: dict[str, list[Side]]) -> list[Verdict]:
+def verdicts(results: Results, dtype: str) -> list[Verdict]:
     """What is asked of us, and whether it holds."""
-    found = []
+    verdicts = []
 
     def judge(held: bool, text: str) -> None:
-        found.append(Verdict(held, text))
+        verdicts.append(Verdict(held, text))
 
     for load, sides in results.items():
-        seconds = {side.name: _seconds(side) for side in sides}
-        best = min((s, name) for name, s in seconds.items() if name not in (SERVICE, SCORER))
-        ratio = best[0] / seconds[SERVICE]
+        rates = {found.name: found.token_rate for found in sides}
+        best = max((rate, name) for name, rate in rates.items() if name not in (SERVICE, SCORER))
+        ratio = rates[SERVICE] / best[0]
         judge(
-            ratio >= TARGETS[load], f"{load}: texts/s / {best[1]}'s: {ratio:.2f}, target at least {TARGETS[load]:.2f}"
+            ratio >= TARGETS[load], f"{load}: tokens/s / {best[1]}'s: {ratio:.2f}, target at least {TARGETS[load]:.2f}"
         )
-        naive = min(seconds[name] for name in NAIVE) / seconds[SERVICE]
+        naive = rates[SERVICE] / max(rates[name] for name in NAIVE)
         judge(naive >= NAIVE_TARGET, f"{load}: / the better naive one's: {naive:.2f}, target at least {NAIVE_TARGET}")
-        overhead = seconds[SERVICE] / seconds[SCORER] - 1
+        overhead = rates[SCORER] / rates[SERVICE] - 1
         judge(
             overhead <= OVERHEAD_TARGET,
             f"{load}: gRPC and runtime above the scorer in process: {overhead:.1%}, target at most "
             f"{OVERHEAD_TARGET:.0%}",
         )
-        error = max(_errors(sides).values())
-        judge(error <= AGREEMENT, f"{load}: all scores agree: {error:.1e}, target at most {AGREEMENT:.0e}")
-    return found
+        error, bound = max(_errors(sides)), AGREEMENT[dtype]
+        judge(error <= bound, f"{load}: all scores agree: {error:.1e}, target at most {bound:.0e}")
+    return verdicts
 
 
-def figures(results: dict[str, list[Side]], latencies: reward_latency.Results) -> dict[str, Any]:
+def figures(results: Results, latencies: reward_latency.Results) -> dict[str, Any]:
     """What a program wants to know of it."""
     return {
         "seconds_and_peak_mib": {
             load: {side.name: [[turn.seconds, side.model_mib + turn.peak_mib] for turn in side.turns] for side in sides}
             for load, sides in results.items()
         },
+        "texts_and_tokens": {
+            load: {side.name: [len(side.places), side.tokens] for side in sides} for load, sides in results.items()
+        },
         "rate_p50_ms_p99_ms": {
-            name: {count: [w.rate, w.percentile_ms(50), w.percentile_ms(99)] for count, w in by_count.items()}
+            name: {
+                count: [waits.rate, waits.percentile_ms(50), waits.percentile_ms(99)]
+                for count, waits in by_count.items()
+                if waits.seconds
+            }
             for name, by_count in latencies.items()
         },
     }
 
 
-def draw(results: dict[str, list[Side]], latencies: reward_latency.Results) -> None:
+def draw(results: Results, latencies: reward_latency.Results) -> None:
     """The figures as a picture."""
     import matplotlib
 
@@ -232,16 +298,16 @@ def draw(results: dict[str, list[Side]], latencies: reward_latency.Results) -> N
     OUTPUT.mkdir(exist_ok=True)
     figure, axes = pyplot.subplots(1, len(results) + 1, figsize=(5 * len(results) + 5, 3.6), layout="constrained")
     for axis, (load, sides) in zip(axes, results.items(), strict=False):
-        rates = [len(side.turns[0].found) / _seconds(side) for side in sides]
+        rates = [side.token_rate for side in sides]
         colours = ["tab:green" if side.name == SERVICE else "tab:gray" for side in sides]
         bars = axis.barh([side.name for side in sides], rates, color=colours)
-        axis.bar_label(bars, fmt="%.1f", padding=3)
+        axis.bar_label(bars, fmt="%.0f", padding=3)
         axis.margins(x=0.15)
         axis.invert_yaxis()
         axis.set_title({"alone": "texts as they come", "shared": "four responses share a prompt"}[load])
-        axis.set_xlabel("texts/s")
+        axis.set_xlabel("tokens/s")
     for name, by_count in latencies.items():
-        counts = list(by_count)
+        counts = [count for count, waits in by_count.items() if waits.seconds]
         (line,) = axes[-1].plot(counts, [by_count[c].percentile_ms(50) for c in counts], marker="o", label=name)
         p99 = [by_count[c].percentile_ms(99) for c in counts]
         axes[-1].plot(counts, p99, marker="o", linestyle=":", color=line.get_color())
@@ -252,24 +318,34 @@ def draw(results: dict[str, list[Side]], latencies: reward_latency.Results) -> N
 
 # Sides -------------------------------------------------------------------------------------------------------------
 
+Tasks = dict[str, list[Text]]
+"""Texts of each load, as the side is to score them."""
 
-def _classifier(model: Path) -> Any:
-    import torch
+
+def _read_tasks(folder: Path, *, sampled: bool) -> Tasks:
+    tasks = {load: [Text(*row) for row in json.loads((folder / f"{load}.json").read_text())] for load in TARGETS}
+    found = {load: [texts[place] for place in sample(texts)] if sampled else texts for load, texts in tasks.items()}
+    first = tasks["alone"]
+    return found | {_WARM_UP: [first[place] for place in sample(first)]}
+
+
+def _classifier(model: Path, dtype: str) -> Any:
     from transformers import AutoModelForSequenceClassification
 
     set_threads()
-    return AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    return AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).eval()
 
 
-def _batches(model: Path, texts: list[Text], size: int) -> None:
+def _batches(model: Path, tasks: Tasks, dtype: str, size: int) -> None:
     import torch
 
-    classifier = _classifier(model)
+    classifier = _classifier(model, dtype)
 
     @torch.inference_mode()
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
         start_s = time.perf_counter()
         found: list[float] = []
+        texts = tasks[task]
         for first in range(0, len(texts), size):
             rows = [text.ids for text in texts[first : first + size]]
             longest = max(map(len, rows))
@@ -281,38 +357,37 @@ def _batches(model: Path, texts: list[Text], size: int) -> None:
     serve_turns(work)
 
 
-def _pipeline(model: Path, texts: list[Text]) -> None:
-    import torch
+def _pipeline(model: Path, tasks: Tasks, dtype: str) -> None:
     import transformers
 
     set_threads()
-    scorer = transformers.pipeline("text-classification", model=str(model), dtype=torch.float32, device="cpu")
+    scorer = transformers.pipeline("text-classification", model=str(model), dtype=dtype, device="cpu")
 
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
         start_s = time.perf_counter()
-        rows = [text.text for text in texts]
+        rows = [text.text for text in tasks[task]]
         found = scorer(rows, batch_size=_BATCH, function_to_apply="none", truncation=True)
         return time.perf_counter() - start_s, [one["score"] for one in found]
 
     serve_turns(work)
 
 
-def _vllm(model: Path, texts: list[Text]) -> None:
+def _vllm(model: Path, tasks: Tasks, dtype: str) -> None:
     set_vllm_environment()
     from vllm import LLM, PoolingParams
 
     engine = LLM(
         str(model),
         runner="pooling",
-        dtype="float32",
+        dtype=dtype,
         enforce_eager=not compiles(),
     )
     params = PoolingParams(use_activation=False)
 
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
         engine.reset_prefix_cache()
         start_s = time.perf_counter()
-        prompts: Any = [{"prompt_token_ids": text.ids} for text in texts]
+        prompts: Any = [{"prompt_token_ids": text.ids} for text in tasks[task]]
         outputs = engine.classify(prompts, pooling_params=params, use_tqdm=False)
         return time.perf_counter() - start_s, [float(output.outputs.probs[0]) for output in outputs]
 
@@ -320,7 +395,7 @@ def _vllm(model: Path, texts: list[Text]) -> None:
     end_at_once()
 
 
-def _scorer(model: Path, texts: list[Text]) -> None:
+def _scorer(model: Path, tasks: Tasks, dtype: str) -> None:
     import torch
 
     from services.hosting.model import Hosting, load_tokenizer
@@ -329,11 +404,11 @@ def _scorer(model: Path, texts: list[Text]) -> None:
 
     set_threads()
     allocator.keep_freed()  # As the service has it.
-    hosting = Hosting(device=torch.device("cpu"), dtype=torch.float32)
+    hosting = Hosting(device=torch.device("cpu"), dtype=getattr(torch, dtype))
     scorer = TransformersScorer(model, hosting=hosting, tokenizer=load_tokenizer(model))
-    rows = [ScorerItem(text.ids) for text in texts]
 
-    def work() -> tuple[float, list[float]]:
+    def work(task: str) -> tuple[float, list[float]]:
+        rows = [ScorerItem(text.ids) for text in tasks[task]]
         start_s = time.perf_counter()
         found = [score for first in range(0, len(rows), 256) for (score,) in scorer.score(rows[first : first + 256])]
         return time.perf_counter() - start_s, found
@@ -341,28 +416,26 @@ def _scorer(model: Path, texts: list[Text]) -> None:
     serve_turns(work)
 
 
-def _server(name: str) -> Callable[[Path, list[Text]], None]:
-    def serve(model: Path, texts: list[Text]) -> None:
-        pairs = [(text.prompt, text.response) for text in texts]
-
-        async def ask() -> tuple[float, list[float]]:
+def _server(name: str) -> Callable[[Path, Tasks, str], None]:
+    def serve(model: Path, tasks: Tasks, dtype: str) -> None:
+        async def ask(pairs: list[tuple[list[int], list[int]]]) -> tuple[float, list[float]]:
             async with client(name, port) as asks:
                 start_s = time.perf_counter()
                 found = await asks(pairs)
                 return time.perf_counter() - start_s, found
 
-        def work() -> tuple[float, list[float]]:
-            return asyncio.run(ask())
+        def work(task: str) -> tuple[float, list[float]]:
+            return asyncio.run(ask([(text.prompt, text.response) for text in tasks[task]]))
 
-        with running(name, model) as (process, port):
+        with running(name, model, dtype) as (process, port):
             serve_turns(work, psutil.Process(process.pid))
 
     return serve
 
 
-_SIDES: dict[str, Callable[[Path, list[Text]], None]] = {
-    NAIVE[0]: lambda model, texts: _batches(model, texts, 1),
-    NAIVE[1]: lambda model, texts: _batches(model, texts, _BATCH),
+_SIDES: dict[str, Callable[[Path, Tasks, str], None]] = {
+    NAIVE[0]: lambda model, tasks, dtype: _batches(model, tasks, dtype, 1),
+    NAIVE[1]: lambda model, tasks, dtype: _batches(model, tasks, dtype, _BATCH),
     "pipeline": _pipeline,
     "vLLM": _vllm,
     VLLM_SERVER: _server(VLLM_SERVER),
@@ -374,19 +447,31 @@ _SIDES: dict[str, Callable[[Path, list[Text]], None]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, help="JSON Lines with prompt and chosen; made-up words without it")
-    parser.add_argument("--count", type=int, default=512, help="texts: the first so many rows")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--count", type=int, default=256, help="texts: the first so many rows")
+    parser.add_argument("--rounds", type=int, default=4, help="at most")
+    parser.add_argument("--dtype", choices=list(AGREEMENT), default="float32", help="of all sides")
     parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side is not None:
-        name, model, file = options.side
-        _SIDES[name](Path(model), [Text(*row) for row in json.loads(Path(file).read_text())])
+        name, model, folder = options.side
+        _SIDES[name](Path(model), _read_tasks(Path(folder), sampled=name in _SAMPLED), options.dtype)
         return
-    results, latencies = measure(options.texts, options.count, options.rounds)
-    draw(results, latencies)
+    results: Results = {}
+    latencies: reward_latency.Results = {}
+    try:
+        measure(results, latencies, options.texts, options.count, options.rounds, options.dtype)
+    except KeyboardInterrupt:
+        broken_off = True
+        print("\nbroken off: what is finished is judged")
+    else:
+        broken_off = False
+        draw(results, latencies)
     source = "made-up words" if options.texts is None else options.texts.name
-    judged = verdicts(results) + reward_latency.verdicts(latencies)
-    conclude("reward", judged, {"texts": source} | figures(results, latencies))
+    judged = verdicts(results, options.dtype) + reward_latency.verdicts(latencies)
+    told = {"texts": source, "dtype": options.dtype, "broken_off": broken_off}
+    conclude("reward", judged, told | figures(results, latencies))
+    if broken_off:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -31,31 +31,31 @@ Ask = Callable[[Sequence[tuple[Ids, Ids]]], Awaitable[list[float]]]
 _READY_S = 300.0
 
 
-def command(name: str, model: Path, port: int) -> list[str]:
+def command(name: str, model: Path, port: int, dtype: str) -> list[str]:
     """How the server is started."""
     if name == SERVICE:
         return [
-            *("-m", "services.reward", "--model", str(model)),
+            *("-m", "services.reward", "--model", str(model), "--dtype", dtype),
             *("--port", str(port), "--metrics-port", str(free_port()), "--admin-port", "0"),
         ]
     if name == VLLM_SERVER:
         return [
             *("-m", "vllm.entrypoints.openai.api_server", "--model", str(model), "--runner", "pooling"),
-            *("--dtype", "float32", "--disable-log-stats", *(() if compiles() else ("--enforce-eager",))),
+            *("--dtype", dtype, "--disable-log-stats", *(() if compiles() else ("--enforce-eager",))),
             *("--host", "127.0.0.1", "--port", str(port), "--uvicorn-log-level", "warning"),
             *("--served-model-name", "reward"),
         ]
-    return ["-m", "bench.reward_servers", str(model), str(port)]
+    return ["-m", "bench.reward_servers", str(model), str(port), dtype]
 
 
 @contextlib.contextmanager
-def running(name: str, model: Path) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
+def running(name: str, model: Path, dtype: str) -> Iterator[tuple[subprocess.Popen[bytes], int]]:
     """The server's process and its port; ready, and ended afterwards."""
     port = free_port()
     ours = log_of("reward-service") if name == SERVICE else contextlib.nullcontext(None)
     with ours as log:
         process = subprocess.Popen(
-            [sys.executable, *command(name, model, port)], stdout=sys.stderr, stderr=log, env=vllm_environment()
+            [sys.executable, *command(name, model, port, dtype)], stdout=sys.stderr, stderr=log, env=vllm_environment()
         )
     try:
         asyncio.run(_wait_ready(name, process, port))
@@ -138,14 +138,14 @@ async def _http_client(port: int, *, classify: bool) -> AsyncIterator[Ask]:
         yield ask
 
 
-def _serve_one_by_one(model: str, port: int) -> None:
+def _serve_one_by_one(model: str, port: int, dtype: str) -> None:
     """The one-by-one server's main loop."""
     import torch
     import uvicorn
     from transformers import AutoModelForSequenceClassification
 
     set_threads()
-    classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype=torch.float32).eval()
+    classifier = AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).eval()
 
     @torch.inference_mode()
     def score(ids: list[int]) -> float:
@@ -169,4 +169,4 @@ def _serve_one_by_one(model: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    _serve_one_by_one(sys.argv[1], int(sys.argv[2]))
+    _serve_one_by_one(sys.argv[1], int(sys.argv[2]), sys.argv[3])

@@ -449,7 +449,7 @@ def serve(side: str, stage: str, precision: str, folder: Path) -> None:
         work = _naive(stage, precision, folder)
     else:
         work = _ours(stage, precision, folder, side)
-    serve_turns(work)
+    serve_turns(lambda task: work())
 
 
 def main() -> None:

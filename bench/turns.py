@@ -1,8 +1,8 @@
 """Sides of a comparison as processes of their own, which stay up and take turns.
 
-Each side is a Python process that loads its model, says that it is ready, and then does the same work whenever it is
-told to. Turns that lie seconds apart see the same state of a shared machine; memory is that of the process that holds
-the model, and nothing of another side is in it.
+Each side is a Python process that loads its model, says that it is ready, and then does the work that it is told to,
+whenever it is. Turns that lie seconds apart see the same state of a shared machine; memory is that of the process that
+holds the model, and nothing of another side is in it.
 """
 
 from __future__ import annotations
@@ -10,18 +10,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
 import psutil  # type: ignore[import-untyped]
 
 _SAMPLE_EVERY_S = 0.02
+_END_S = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +42,26 @@ class Side:
         """Starts it. ``command``: of a program that calls ``serve_turns``."""
         self.name = name
         self.turns: list[Turn] = []
+        self._busy = True
         self._process = subprocess.Popen(
-            [sys.executable, *command], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+            [sys.executable, *command],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            bufsize=1,
+            start_new_session=True,  # Ctrl-C is for us, who end it.
         )
-        self.model_mib = float(self._answer()["model_mib"])
+        try:
+            self.model_mib = float(self._answer()["model_mib"])
+        except BaseException:
+            self.end()
+            raise
 
-    def turn(self) -> Turn:
-        """Does the work once and keeps its figures."""
+    def turn(self, task: str = "") -> Turn:
+        """Does the work once, of the tasks that it has the one named, and keeps its figures."""
         assert self._process.stdin is not None
-        self._process.stdin.write("go\n")
+        self._busy = True
+        self._process.stdin.write(f"{task}\n")
         self._process.stdin.flush()
         turn = Turn(**self._answer())
         self.turns.append(turn)
@@ -60,14 +73,22 @@ class Side:
         for line in self._process.stdout:
             if line.startswith("turn: "):
                 answer: dict[str, Any] = json.loads(line.removeprefix("turn: "))
+                self._busy = False
                 return answer
+        self._busy = False
         raise SystemExit(f"{self.name} ended with {self._process.wait()} before it answered")
 
     def end(self) -> None:
-        """Asks it to end, and waits."""
+        """Asks it to end, and waits: not for the turn that it is in."""
         if self._process.stdin is not None:
             self._process.stdin.close()
-        self._process.wait()
+        if self._busy:
+            os.killpg(self._process.pid, signal.SIGINT)
+        try:
+            self._process.wait(_END_S)
+        except subprocess.TimeoutExpired:
+            os.killpg(self._process.pid, signal.SIGKILL)
+            self._process.wait()
 
 
 @contextmanager
@@ -84,8 +105,8 @@ def start_sides(commands: Mapping[str, Sequence[str]]) -> Iterator[list[Side]]:
             side.end()
 
 
-def serve_turns(work: Callable[[], tuple[float, list[float]]], holds_model: psutil.Process | None = None) -> None:
-    """A side's main loop: ``work`` once for every line of the input, until it ends.
+def serve_turns(work: Callable[[str], tuple[float, list[float]]], holds_model: psutil.Process | None = None) -> None:
+    """A side's main loop: ``work`` once for every line of the input, which names the task, until it ends.
 
     Args:
         work: returns the seconds it took and what it found.
@@ -94,10 +115,11 @@ def serve_turns(work: Callable[[], tuple[float, list[float]]], holds_model: psut
     process = holds_model or psutil.Process()
     loaded = _memory(family(process))
     _say({"model_mib": loaded / 2**20})
-    for _ in sys.stdin:
-        with _peak(process) as peak:
-            seconds, found = work()
-        _say({"seconds": seconds, "peak_mib": (peak[0] - loaded) / 2**20, "found": found})
+    with suppress(KeyboardInterrupt):  # In mid-turn: nobody waits for the rest.
+        for line in sys.stdin:
+            with _peak(process) as peak:
+                seconds, found = work(line.strip())
+            _say({"seconds": seconds, "peak_mib": (peak[0] - loaded) / 2**20, "found": found})
 
 
 def _say(content: dict[str, Any]) -> None:
