@@ -2,8 +2,9 @@
 
 Messages are drawn from the contract's own descriptors: every field of every message, with values at and beyond what is
 sensible, alone or over a request that would be served; thousands of items or ids, long texts and names; whole uploads
-with steps changed, left out, doubled and swapped; and bytes that are no message at all. Health and reflection are asked
-as well. QUARTET_FUZZ_EXAMPLES sets how many a method gets.
+with steps changed, left out, doubled and swapped; and bytes that are no message at all. With them come strange headers
+(request ids, tokens that nobody asked for, traces, bytes, more than is taken), and deadlines, which alone may pass.
+Health and reflection are asked as well. QUARTET_FUZZ_EXAMPLES sets how many a method gets.
 """
 
 from __future__ import annotations
@@ -37,12 +38,12 @@ from tests.conftest import LiveService
 from tests.lora import make_lora
 
 EXAMPLES = int(os.environ.get("QUARTET_FUZZ_EXAMPLES", "100"))
-# A random request may ask for work that takes long; that it is given up in time is a right answer.
-DEADLINE_S = 20.0
+# No answer takes as long, on the slowest machine: what runs into it hangs.
+DEADLINE_S = 240.0
 WRONG = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.CANCELLED}
 MOST_GROWTH_MIB = 96
 # No overload, which passes: somebody has to do something first.
-FULL = ("unload one first", "--staging-dir", "could not be staged")
+FULL = ("unload one first", "--staging-dir", "could not be staged", "metadata size exceeds")
 # Of items and ids in a message, and of repetitions of a text.
 MANY = 1500
 
@@ -52,6 +53,21 @@ TEXT = st.text(max_size=20) | st.sampled_from(
 FLOATS = st.floats(width=32) | st.sampled_from(
     [0.0, -1.0, 0.5, 1.0, 1e-30, 1e30, float("inf"), float("-inf"), float("nan")]
 )
+
+
+# gRPC itself reads those that begin with "grpc-".
+HEADERS = st.tuples(
+    st.sampled_from(["quartet-request-id", "authorization", "traceparent", "tracestate", "baggage", "x.strange_-0"]),
+    st.text(st.characters(min_codepoint=32, max_codepoint=126), max_size=200)
+    | st.sampled_from(
+        ["", " ", ",", "Bearer", "Bearer ", "Bearer " + "x" * 3000, "Basic =", "%00%0A", "a" * 3000, '"\\', "00-1-1-1"]
+    ),
+) | st.tuples(
+    st.sampled_from(["strange-bin", "quartet-request-id-bin", "authorization-bin"]),
+    st.binary(max_size=200) | st.sampled_from([b"\0" * 3000, bytes(range(256))]),
+)
+METADATA = st.just([]) | st.lists(HEADERS, max_size=4) | st.lists(HEADERS, max_size=2).map(lambda some: some * 100)
+DEADLINES_S = st.none() | st.none() | st.none() | st.floats(0.0, 0.5)
 
 
 def _integers(bits: int, *, signed: bool) -> st.SearchStrategy[int]:
@@ -222,7 +238,11 @@ def live(start_service, make_reward_model, make_policy, tmp_path_factory) -> dic
     return {
         "reward": start_service("reward", models / "a", "--models-dir", str(models), "--reflection"),
         "reference": start_service("reference", make_policy()),
-        "policy": start_service("policy", make_policy(), "--engine", "transformers", "--max-adapters", "2"),
+        # As much as is generated long before DEADLINE_S, and more is refused.
+        "policy": start_service(
+            *("policy", make_policy(), "--engine", "transformers", "--max-adapters", "2"),
+            *("--max-queued-tokens", "50000"),
+        ),
     }
 
 
@@ -250,37 +270,45 @@ def _open(address: str) -> grpc.Channel:
     return grpc.insecure_channel(address, options=[("grpc.max_receive_message_length", -1)])
 
 
-def _caller(channel: grpc.Channel, method: Method) -> Callable[[list[bytes]], grpc.StatusCode]:
+Call = Callable[..., grpc.StatusCode]
+"""Of serialised requests, ``metadata`` and ``deadline_s``, None for none."""
+
+
+def _caller(channel: grpc.Channel, method: Method) -> Call:
     """Sends serialised requests and returns the status."""
     path = f"/{method.path}"
     if method.path.endswith("/ServerReflectionInfo"):
         both = channel.stream_stream(path)
-        send: Callable[[list[bytes]], Any] = lambda messages: list(both(iter(messages), timeout=DEADLINE_S))  # noqa: E731
+        send: Callable[..., Any] = lambda messages, **options: list(both(iter(messages), **options))  # noqa: E731
     elif method.streams_requests:
         stream = channel.stream_unary(path)
         prepare = _next_version if method.path.endswith("UpdateWeights") else _make_room
-        send = lambda messages: stream(iter(prepare(channel, messages)), timeout=DEADLINE_S)  # noqa: E731
+        send = lambda messages, **options: stream(iter(prepare(channel, messages)), **options)  # noqa: E731
     elif method.path.endswith("/Watch"):
         statuses = channel.unary_stream(path)
 
-        def send(messages: list[bytes]) -> Any:
-            watch = statuses(messages[0], timeout=DEADLINE_S)
+        def send(messages: list[bytes], **options: Any) -> Any:
+            watch = statuses(messages[0], **options)
             next(watch)  # It never ends by itself.
             watch.cancel()
 
     elif method.streams_replies:
         replies = channel.unary_stream(path)
-        send = lambda messages: list(replies(messages[0], timeout=DEADLINE_S))  # noqa: E731
+        send = lambda messages, **options: list(replies(messages[0], **options))  # noqa: E731
     else:
         unary = channel.unary_unary(path)
-        send = lambda messages: unary(messages[0], timeout=DEADLINE_S)  # noqa: E731
+        send = lambda messages, **options: unary(messages[0], **options)  # noqa: E731
 
-    def call(messages: list[bytes]) -> grpc.StatusCode:
+    def call(
+        messages: list[bytes], metadata: Sequence[tuple[str, str | bytes]] = (), deadline_s: float | None = None
+    ) -> grpc.StatusCode:
         try:
-            send(messages)
+            send(messages, metadata=metadata, timeout=DEADLINE_S if deadline_s is None else deadline_s)
         except grpc.RpcError as error:
             refused: Any = error
             if refused.code() in WRONG:
+                raise
+            if refused.code() is grpc.StatusCode.DEADLINE_EXCEEDED and deadline_s is None:
                 raise
             if refused.code() is grpc.StatusCode.RESOURCE_EXHAUSTED and not any(x in refused.details() for x in FULL):
                 assert "grpc-retry-pushback-ms" in dict(refused.trailing_metadata())
@@ -305,7 +333,7 @@ def method(request, methods) -> Method:
 
 
 @pytest.fixture
-def call(live, method) -> Iterator[Callable[[list[bytes]], grpc.StatusCode]]:
+def call(live, method) -> Iterator[Call]:
     service = live[method.service]
     with _open(service.admin_address if method.admin else service.address) as channel:
         yield _caller(channel, method)
@@ -324,9 +352,9 @@ def test_whatever_is_sent_gets_a_clear_status_and_the_service_serves_on(live, me
         database=None,
         suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
     )
-    @given(messages=method.calls())
-    def attack(messages: list[bytes]) -> None:
-        seen[call(messages).name] += 1
+    @given(messages=method.calls(), metadata=METADATA, deadline_s=DEADLINES_S)
+    def attack(messages: list[bytes], metadata: list[tuple[str, str | bytes]], deadline_s: float | None) -> None:
+        seen[call(messages, metadata, deadline_s).name] += 1
         sizes_mib.append(process.memory_info().rss / 2**20)
 
     attack()

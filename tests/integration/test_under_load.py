@@ -46,9 +46,10 @@ from tests.conftest import LiveService
 from tests.integration.policy_oracle import naive_logprobs
 
 needs_vllm = pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed here")
-# vLLM takes long to start, and its own races are in test_generation.py.
 FLAGS = {"policy": ["--engine", "transformers"], "reward": [], "reference": []}
-# The transformers engine takes its steps under the interpreter's lock, of which refusing callers takes a part.
+# Lenient: figures of seconds, on a machine that others use too. make bench-overload asks for more, and of vLLM. The
+# transformers engine takes its steps, of hundreds of short operations each, under the interpreter's lock, of which
+# refusing takes a part that grows as the model gets smaller: of it this shows that it goes on serving, not how fast.
 TARGETS = dict.fromkeys(FLAGS, overload.ON_A_BUSY_MACHINE) | {"policy": replace(overload.ON_A_BUSY_MACHINE, served=0.6)}
 RACES = 3000
 CALLERS = 100
@@ -132,13 +133,20 @@ def policy_call(channel: grpc.aio.Channel, fingerprint: str) -> Callable[..., Aw
 
 
 @pytest.mark.parametrize(
-    ("name", "make_call"), [("policy", policy_call), ("reward", reward_call), ("reference", reference_call)]
+    ("name", "flags", "make_call"),
+    [
+        pytest.param("policy", ["--engine", "vllm"], policy_call, marks=needs_vllm),
+        ("policy", FLAGS["policy"], policy_call),
+        ("reward", FLAGS["reward"], reward_call),
+        ("reference", FLAGS["reference"], reference_call),
+    ],
+    ids=["policy, vllm", "policy, transformers", "reward", "reference"],
 )
 async def test_thousands_who_leave_or_run_out_of_time_leave_nothing_behind(
-    start_service, make_reward_model, make_policy, tokenizer, name, make_call
+    start_service, make_reward_model, make_policy, tokenizer, name, flags, make_call
 ):
     folder = make_reward_model() if name == "reward" else make_policy()
-    service = start_service(name, folder, "--log-level", "warning", *FLAGS[name])
+    service = start_service(name, folder, "--log-level", "warning", *flags, timeout_s=240)
     draw = random.Random(0)
     outcomes: Counter[str] = Counter()
     numbers = itertools.count()
