@@ -50,6 +50,8 @@ _SAMPLED = (*NAIVE, "pipeline")
 """Far slower than the others, and without anything to warm up: one turn each, with a sample."""
 _SAMPLE = 8
 """One text of so many, but not less than a batch."""
+_ONLINE = 1024
+"""Texts for the latencies, at least: more than a turn takes, so that none comes twice and is found in a prefix cache."""
 _WARM_UP = "warm-up"
 """A task: the sample of the first load."""
 _LEAST_ROUNDS, _TIGHT = 2, 0.05
@@ -195,7 +197,7 @@ def measure(
                 results[load] = _take_turns(load, content, sides, rounds)
                 print("\n".join(table(results[load])))
         print("\nlatency")
-        online = [(text.prompt, text.response) for text in loads["alone"]]
+        online = [(t.prompt, t.response) for t in make_loads(model, read_pairs(texts, max(count, _ONLINE)))["alone"]]
         reward_latency.measure(latencies, model, online, dtype=dtype, rounds=min(rounds, 2))
         print("\n".join(reward_latency.table(latencies)))
 
