@@ -51,7 +51,7 @@ _SAMPLED = (*NAIVE, "pipeline")
 _SAMPLE = 8
 """One text of so many, but not less than a batch."""
 _ONLINE = 1024
-"""Texts for the latencies, at least: more than a turn takes, so that none comes twice and is found in a prefix cache."""
+"""Texts for the latencies, at least: more than a turn takes, so that no prefix cache knows one that comes twice."""
 _WARM_UP = "warm-up"
 """A task: the sample of the first load."""
 _LEAST_ROUNDS, _TIGHT = 2, 0.05

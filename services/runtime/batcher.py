@@ -127,6 +127,7 @@ class Batcher(Generic[Item, Result]):
         self._unanswered: set[_Request[Item, Result]] = set()
         self._changed = threading.Condition()
         self._closed = False
+        self._left_waiting = False  # By the batch that was taken last: it is as large as may be.
         self._begun_s: float | None = None  # When the model got the batch in hand.
         self._ended = threading.Event()
         metrics.queues.watch(self)
@@ -293,6 +294,7 @@ class Batcher(Generic[Item, Result]):
             before = self._line.tokens
             expired = self._line.expire(now_s)
             batch = self._line.take(now_s)
+            self._left_waiting = self._line.items > 0
             self.admission.leave(before - self._line.tokens)
         if batch:
             self._metrics.queue_seconds.observe(now_s - min(entry.call.arrived_s for entry in batch))
@@ -322,7 +324,8 @@ class Batcher(Generic[Item, Result]):
             self._failures += 1
         else:
             self._failures = 0
-            self.admission.served(tokens, time.monotonic() - start_s)
+            if self._left_waiting:  # Else a trickle of short texts would pass for all that the model can do.
+                self.admission.served(tokens, time.monotonic() - start_s)
         self._begun_s = None
         batch_spans.end_batch(batch, span)
         self._metrics.batch_seconds.observe(time.monotonic() - start_s)

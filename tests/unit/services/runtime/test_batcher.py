@@ -284,7 +284,7 @@ async def test_a_refused_request_is_told_to_come_back_when_the_queue_will_be_don
         return items
 
     batcher = Batcher(slow, limits=limits(tokens=100, items=1, queued=500), metrics=ServiceMetrics("test"))
-    await batcher.submit(["measured"], [100])  # 1,000 tokens a second.
+    await batcher.submit(["measured", "left waiting by it"], [100, 100])  # 1,000 tokens a second.
     waiting = [asyncio.create_task(batcher.submit([f"{n}"], [100])) for n in range(5)]
     await asyncio.sleep(0.02)  # One is in the model, four wait.
     start_s = time.monotonic()
@@ -397,6 +397,24 @@ async def test_a_batcher_that_is_closed_has_not_died():
     assert await batcher.submit([("a", 1)], [1]) == ["a:1"]
     await asyncio.to_thread(batcher.close)
     assert told == []
+
+
+async def test_a_trickle_of_short_texts_does_not_pass_for_all_that_the_model_can_do():
+    """A batch takes .05 s, whatever is in it: by the trickle 20 tokens a second, by what the model can do 2,000."""
+
+    def process(items: list[str]) -> list[str]:
+        time.sleep(0.05)
+        return items
+
+    chosen = replace(limits(tokens=100), max_queue_s=1.0)
+    batcher = Batcher(process, limits=chosen, metrics=ServiceMetrics("test"))
+    for _ in range(4):
+        await batcher.submit(["short"], [1])
+    assert batcher.admission.tokens_per_s == 0.0
+    burst = [asyncio.create_task(batcher.submit([f"{n}"], [50])) for n in range(20)]
+    assert await asyncio.gather(*burst) == [[f"{n}"] for n in range(20)]
+    assert 500 < batcher.admission.tokens_per_s <= 2000
+    await asyncio.to_thread(batcher.close)
 
 
 async def test_a_closed_batcher_leaves_no_thread_that_would_hold_the_model():
