@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM, LlamaForSequenceClassification
+from transformers import GPT2Config, GPT2ForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from quartet.fingerprint import derive_seed
 from trainer.encoding import EncodedResponse
@@ -46,10 +46,12 @@ class Protocol:
     layers: int = 2
     width: int = 64
     inner_width: int = 128
+    """Of the policy's layers; of the rewards' it is ``reward_inner_width``."""
+    reward_inner_width: int = 256
     heads: int = 2
     weight_std: float = 0.06
     """Of new weights."""
-    gold_scale: float = 1.25
+    gold_scale: float = 3.0
     """The gold's weights over new ones: the larger, the less of it does a model of its size find out."""
 
     sft_steps: int = 150
@@ -114,7 +116,7 @@ class Corpus:
 # Models ------------------------------------------------------------------------------------------------------------
 
 
-def new_model(kind: Any, protocol: Protocol, scale: float, *name: int | str) -> Any:
+def new_policy(protocol: Protocol, scale: float, *name: int | str) -> Any:
     """A Llama with random weights, ``scale`` times as large as those that training starts from."""
     config = LlamaConfig(
         vocab_size=protocol.vocabulary,
@@ -126,12 +128,39 @@ def new_model(kind: Any, protocol: Protocol, scale: float, *name: int | str) -> 
         max_position_embeddings=protocol.sequence_tokens,
         initializer_range=scale * protocol.weight_std,
         tie_word_embeddings=False,
-        num_labels=1,
-        # Every token is a word: nothing is padded and nothing ends early.
-        pad_token_id=None,
-        bos_token_id=None,
-        eos_token_id=None,
+        **_EVERY_TOKEN_IS_A_WORD,
     )
+    return _drawn(LlamaForCausalLM, config, *name)
+
+
+def new_reward_model(protocol: Protocol, scale: float, *name: int | str) -> Any:
+    """A GPT-2 with random weights, ``scale`` times as large as those that training starts from.
+
+    What it says of a token depends on where the token stands, for each place has a vector of its own. There is more to
+    be found out about it than about a Llama's, of which a proxy is right far beyond what it has seen.
+    """
+    config = GPT2Config(
+        vocab_size=protocol.vocabulary,
+        n_embd=protocol.width,
+        n_inner=protocol.reward_inner_width,
+        n_layer=protocol.layers,
+        n_head=protocol.heads,
+        n_positions=protocol.sequence_tokens,
+        initializer_range=scale * protocol.weight_std,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        num_labels=1,
+        **_EVERY_TOKEN_IS_A_WORD,
+    )
+    return _drawn(GPT2ForSequenceClassification, config, *name)
+
+
+# Nothing is padded and nothing ends early.
+_EVERY_TOKEN_IS_A_WORD: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
+
+
+def _drawn(kind: Any, config: Any, *name: int | str) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(derive_seed("small world", *name))
         return kind(config)
@@ -241,7 +270,7 @@ def prefer(
 
 def train_proxy(chosen_NS: Tensor, rejected_NS: Tensor, protocol: Protocol, seed: int, member: int) -> Any:
     """A reward model of random first weights, trained by Bradley-Terry's loss."""
-    model = new_model(LlamaForSequenceClassification, protocol, 1.0, "proxy", seed, member)
+    model = new_reward_model(protocol, 1.0, "proxy", seed, member)
     optimiser = make_adamw(model, learning_rate=protocol.reward_learning_rate)
     source = generator("order", seed, member)
     batches = [
@@ -290,7 +319,7 @@ class World:
 def make_world(protocol: Protocol, seed: int) -> World:
     """Draws the corpus and the gold, fine-tunes the policy, trains the proxies."""
     corpus = Corpus(protocol, seed)
-    policy = new_model(LlamaForCausalLM, protocol, 1.0, "policy", seed)
+    policy = new_policy(protocol, 1.0, "policy", seed)
     fine_tune(policy, corpus, protocol, seed)
     freeze(policy)
 
@@ -307,9 +336,7 @@ def make_world(protocol: Protocol, seed: int) -> World:
         return prefer(first_NS, second_NS, gold, flipped_share, generator("flips", seed, name))
 
     usual_NS = responses(protocol.normalised_on, "usual")
-    gold = standardised(
-        new_model(LlamaForSequenceClassification, protocol, protocol.gold_scale, "gold", seed), usual_NS
-    )
+    gold = standardised(new_reward_model(protocol, protocol.gold_scale, "gold", seed), usual_NS)
     judged = pairs(protocol.pairs, "train", protocol.flipped_share)
     members = tuple(
         standardised(train_proxy(*judged, protocol, seed, member), usual_NS) for member in range(protocol.members)

@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import LlamaForCausalLM
 
 from bench.overoptimisation import (
     ARMS,
@@ -38,7 +37,7 @@ from bench.small_world import (
     exact_kl,
     generator,
     make_world,
-    new_model,
+    new_policy,
     prefer,
     response_logprobs,
     sample,
@@ -53,6 +52,7 @@ TINY = Protocol(
     response_tokens=3,
     width=16,
     inner_width=32,
+    reward_inner_width=32,
     heads=2,
     weight_std=0.3,
     gold_scale=1.0,
@@ -76,7 +76,7 @@ def world() -> World:
 
 
 def other_policy(seed: int = 0) -> Any:
-    return new_model(LlamaForCausalLM, TINY, 3.0, "another", seed).eval()
+    return new_policy(TINY, 3.0, "another", seed).eval()
 
 
 def weights_of(world: World) -> list[Tensor]:
