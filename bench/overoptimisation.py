@@ -44,7 +44,8 @@ from trainer.statistics import Interval, bootstrap_interval, mean_interval
 if TYPE_CHECKING:
     from trainer.ppo_run import PPORun
 
-SEEDS = 8
+SEEDS = tuple(range(8, 16))
+"""Those to report: none that was looked at while the world was chosen, see docs/overoptimisation.md."""
 PENALTY = 0.5
 """Price of the members' variance: the reward service's default."""
 # Updates whose means are one point of a run's curve.
@@ -313,7 +314,7 @@ def verdicts(runs: Runs) -> list[Verdict]:
     over = {name: gain(runs, GOLD, name) for name in ARMS if name != GOLD}
     nearest = min(over, key=lambda name: over[name].low)
     return [
-        Verdict(len(seeds) >= SEEDS, f"{len(seeds)} seeds with every arm (at least {SEEDS})"),
+        Verdict(len(seeds) >= len(SEEDS), f"{len(seeds)} seeds with every arm (at least {len(SEEDS)})"),
         Verdict(8 * ordered >= 7 * len(seeds), f"final KL falls with beta in {ordered} of {len(seeds)} seeds (7 of 8)"),
         Verdict(gains[best].low > 0, f"final gold of {best} less that of {FREE}: {gains[best]} (above 0)"),
         Verdict(over[nearest].low > 0, f"final gold of {GOLD} less that of {nearest}, the nearest: {over[nearest]}"),
@@ -378,7 +379,7 @@ def _changed(text: str) -> tuple[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=list(range(SEEDS)), help="those to run")
+    parser.add_argument("--seeds", type=int, nargs="+", default=list(SEEDS), help="those to run")
     parser.add_argument("--arms", choices=ARMS, nargs="+", default=list(ARMS), help="those to run; default all")
     parser.add_argument(
         "--protocol", type=_changed, nargs="+", default=[], metavar="NAME=VALUE", help="another protocol, for a pilot"

@@ -31,6 +31,8 @@ from trainer.rewards import normalise
 
 # Sequences scored or looked at together.
 _AT_ONCE = 512
+# Of a model's config: nothing is padded and nothing ends early.
+_EVERY_TOKEN_IS_A_WORD: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,10 +156,6 @@ def new_reward_model(protocol: Protocol, scale: float, *name: int | str) -> Any:
         **_EVERY_TOKEN_IS_A_WORD,
     )
     return _drawn(GPT2ForSequenceClassification, config, *name)
-
-
-# Nothing is padded and nothing ends early.
-_EVERY_TOKEN_IS_A_WORD: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
 
 def _drawn(kind: Any, config: Any, *name: int | str) -> Any:
