@@ -2,14 +2,8 @@
 
     make bench-reward TEXTS=pref_hh_harmless_dev.jsonl
 
-- one by one: a transformers classifier, a text at a time.
-- padded batches: the same in batches of 32, in the order of arrival, padded to the longest.
-- pipeline: transformers' pipeline("text-classification"), batches of 32; it tokenises, too.
-- vLLM: its pooling runner's classify, in process, as it is by default: compiled where there is a C++ compiler, and with
-  its prefix cache, which is emptied before each turn.
-- vLLM HTTP server: the same through its own server, all texts in one request.
-- own scorer: what the reward service runs, called in process; tells what gRPC and the runtime cost.
-- reward service: through gRPC, in a process of its own.
+The sides are those of ``bench.reward_sides``: transformers one by one, in padded batches and as a pipeline, vLLM in
+process and through its HTTP server, our scorer in process and the reward service through gRPC.
 
 All in one precision with the same 31 M-parameter Llama classifier. Two loads: texts as they come, and four responses
 that share each prompt. Sides take turns (see ``bench.turns``); what they found is compared. The first three are several
@@ -24,36 +18,26 @@ finished. Without TEXTS the texts are made-up words of about the same lengths, w
 from __future__ import annotations
 
 import argparse
-import asyncio
 import json
 import random
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import psutil  # type: ignore[import-untyped]
-
 from bench import reward_latency
 from bench.models import sentence
 from bench.outcome import OUTPUT, Verdict, conclude
-from bench.reward_servers import SERVICE, VLLM_SERVER, client, running
-from bench.turns import Side, Turn, compiles, end_at_once, serve_turns, set_threads, set_vllm_environment, start_sides
+from bench.reward_servers import SERVICE
+from bench.reward_sides import NAIVE, SAMPLED, SCORER, SIDES, WARM_UP, Text, sample, write_loads
+from bench.turns import Side, Turn, set_threads, start_sides
 
-SCORER = "own scorer"
-NAIVE = ("one by one", "padded batches")
-_SAMPLED = (*NAIVE, "pipeline")
-"""Far slower than the others, and without anything to warm up: turns with a sample, in the first rounds."""
-_SAMPLE = 8
-"""One text of so many, but not less than a batch."""
 _ONLINE = 1024
 """Texts for the latencies, at least: more than a turn takes, so that no prefix cache knows one that comes twice."""
-_WARM_UP = "warm-up"
-"""A task: the sample of the first load."""
 _LEAST_ROUNDS, _TIGHT = 2, 0.05
 """So many rounds, and another while a side's turns differ by more than this share of the quickest."""
 TARGETS = {"alone": 0.95, "shared": 1.3}
@@ -64,21 +48,7 @@ AGREEMENT = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest difference of a score from that of the text alone, by transformers, by precision."""
 _WIDTH, _INNER, _LAYERS, _HEADS = 512, 1536, 8, 8
 _LONGEST = 512
-_BATCH = 32
 _VOCABULARY = 8192
-
-
-@dataclass(frozen=True)
-class Text:
-    """Token ids, and the same as text."""
-
-    prompt: list[int]
-    response: list[int]
-    text: str
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.response
 
 
 def make_model(folder: Path, texts: Sequence[str]) -> Path:
@@ -170,13 +140,6 @@ Results = dict[str, list[Found]]
 """By load, in the order of the sides."""
 
 
-def sample(texts: Sequence[Text]) -> list[int]:
-    """Places of an eighth of ``texts``, at least a batch, whose lengths are distributed as those of all; in order."""
-    by_length = sorted(range(len(texts)), key=lambda place: len(texts[place].ids))
-    count = min(len(texts), max(_BATCH, len(texts) // _SAMPLE))
-    return sorted(by_length[(2 * k + 1) * len(texts) // (2 * count)] for k in range(count))
-
-
 def measure(
     results: Results, latencies: reward_latency.Results, texts: Path | None, count: int, rounds: int, dtype: str
 ) -> None:
@@ -185,14 +148,13 @@ def measure(
     with tempfile.TemporaryDirectory() as name:
         model = make_model(Path(name) / "model", [part for pair in pairs for part in pair])
         loads = make_loads(model, pairs)
-        for load, content in loads.items():
-            file = Path(name) / f"{load}.json"
-            file.write_text(json.dumps([[text.prompt, text.response, text.text] for text in content]))
-        command = ["-m", "bench.reward", "--dtype", dtype, "--side"]
-        with start_sides({side: [*command, side, str(model), name] for side in _SIDES}) as sides:
+        write_loads(loads, Path(name))
+        with start_sides(
+            {side: ["-m", "bench.reward_sides", side, str(model), name, dtype] for side in SIDES}
+        ) as sides:
             for side in sides:
-                if side.name not in _SAMPLED:
-                    side.turn(_WARM_UP)
+                if side.name not in SAMPLED:
+                    side.turn(WARM_UP)
             for load, content in loads.items():
                 print(f"\n{load}: {len(content)} texts, {sum(len(text.ids) for text in content):,} tokens", flush=True)
                 results[load] = _take_turns(load, content, sides, rounds)
@@ -206,14 +168,14 @@ def measure(
 def _take_turns(load: str, texts: Sequence[Text], sides: Sequence[Side], rounds: int) -> list[Found]:
     results = []
     for side in sides:
-        places = sample(texts) if side.name in _SAMPLED else range(len(texts))
+        places = sample(texts) if side.name in SAMPLED else range(len(texts))
         results.append(Found(side.name, side.model_mib, places, sum(len(texts[place].ids) for place in places)))
     pairs = list(zip(sides, results, strict=True))
     for number in range(rounds):
-        if number >= _LEAST_ROUNDS and all(found.tight for found in results if found.name not in _SAMPLED):
+        if number >= _LEAST_ROUNDS and all(found.tight for found in results if found.name not in SAMPLED):
             break
         for side, found in pairs if number % 2 == 0 else reversed(pairs):
-            if side.name not in _SAMPLED or number < _LEAST_ROUNDS:
+            if side.name not in SAMPLED or number < _LEAST_ROUNDS:
                 found.turns.append(side.turn(load))
                 rate = len(found.places) / found.turns[-1].seconds
                 print(f"round {number + 1}: {side.name:<16} {rate:>8,.1f} texts/s", flush=True)
@@ -344,146 +306,13 @@ def draw(results: Results, latencies: reward_latency.Results) -> None:
     figure.savefig(OUTPUT / "reward.png", dpi=110)
 
 
-# Sides -------------------------------------------------------------------------------------------------------------
-
-Tasks = dict[str, list[Text]]
-"""Texts of each load, as the side is to score them."""
-
-
-def _read_tasks(folder: Path, *, sampled: bool) -> Tasks:
-    tasks = {load: [Text(*row) for row in json.loads((folder / f"{load}.json").read_text())] for load in TARGETS}
-    found = {load: [texts[place] for place in sample(texts)] if sampled else texts for load, texts in tasks.items()}
-    first = tasks["alone"]
-    return found | {_WARM_UP: [first[place] for place in sample(first)]}
-
-
-def _classifier(model: Path, dtype: str) -> Any:
-    from transformers import AutoModelForSequenceClassification
-
-    set_threads()
-    return AutoModelForSequenceClassification.from_pretrained(model, dtype=dtype).eval()
-
-
-def _batches(model: Path, tasks: Tasks, dtype: str, size: int) -> None:
-    import torch
-
-    classifier = _classifier(model, dtype)
-
-    @torch.inference_mode()
-    def work(task: str) -> tuple[float, list[float]]:
-        start_s = time.perf_counter()
-        found: list[float] = []
-        texts = tasks[task]
-        for first in range(0, len(texts), size):
-            rows = [text.ids for text in texts[first : first + size]]
-            longest = max(map(len, rows))
-            ids_BS = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
-            mask_BS = torch.tensor([[1] * len(row) + [0] * (longest - len(row)) for row in rows])
-            found += classifier(input_ids=ids_BS, attention_mask=mask_BS).logits[:, 0].tolist()
-        return time.perf_counter() - start_s, found
-
-    serve_turns(work)
-
-
-def _pipeline(model: Path, tasks: Tasks, dtype: str) -> None:
-    import transformers
-
-    set_threads()
-    scorer = transformers.pipeline("text-classification", model=str(model), dtype=dtype, device="cpu")
-
-    def work(task: str) -> tuple[float, list[float]]:
-        start_s = time.perf_counter()
-        rows = [text.text for text in tasks[task]]
-        found = scorer(rows, batch_size=_BATCH, function_to_apply="none", truncation=True)
-        return time.perf_counter() - start_s, [one["score"] for one in found]
-
-    serve_turns(work)
-
-
-def _vllm(model: Path, tasks: Tasks, dtype: str) -> None:
-    set_vllm_environment()
-    from vllm import LLM, PoolingParams
-
-    engine = LLM(
-        str(model),
-        runner="pooling",
-        dtype=dtype,
-        enforce_eager=not compiles(),
-    )
-    params = PoolingParams(use_activation=False)
-
-    def work(task: str) -> tuple[float, list[float]]:
-        engine.reset_prefix_cache()
-        start_s = time.perf_counter()
-        prompts: Any = [{"prompt_token_ids": text.ids} for text in tasks[task]]
-        outputs = engine.classify(prompts, pooling_params=params, use_tqdm=False)
-        return time.perf_counter() - start_s, [float(output.outputs.probs[0]) for output in outputs]
-
-    serve_turns(work)
-    end_at_once()
-
-
-def _scorer(model: Path, tasks: Tasks, dtype: str) -> None:
-    import torch
-
-    from services.hosting.model import Hosting, load_tokenizer
-    from services.reward.scorer import ScorerItem, TransformersScorer
-    from services.runtime import allocator
-
-    set_threads()
-    allocator.keep_freed()  # As the service has it.
-    hosting = Hosting(device=torch.device("cpu"), dtype=getattr(torch, dtype))
-    scorer = TransformersScorer(model, hosting=hosting, tokenizer=load_tokenizer(model))
-
-    def work(task: str) -> tuple[float, list[float]]:
-        rows = [ScorerItem(text.ids) for text in tasks[task]]
-        start_s = time.perf_counter()
-        found = [score for first in range(0, len(rows), 256) for (score,) in scorer.score(rows[first : first + 256])]
-        return time.perf_counter() - start_s, found
-
-    serve_turns(work)
-
-
-def _server(name: str) -> Callable[[Path, Tasks, str], None]:
-    def serve(model: Path, tasks: Tasks, dtype: str) -> None:
-        async def ask(pairs: list[tuple[list[int], list[int]]]) -> tuple[float, list[float]]:
-            async with client(name, port) as asks:
-                start_s = time.perf_counter()
-                found = await asks(pairs)
-                return time.perf_counter() - start_s, found
-
-        def work(task: str) -> tuple[float, list[float]]:
-            return asyncio.run(ask([(text.prompt, text.response) for text in tasks[task]]))
-
-        with running(name, model, dtype) as (process, port):
-            serve_turns(work, psutil.Process(process.pid))
-
-    return serve
-
-
-_SIDES: dict[str, Callable[[Path, Tasks, str], None]] = {
-    NAIVE[0]: lambda model, tasks, dtype: _batches(model, tasks, dtype, 1),
-    NAIVE[1]: lambda model, tasks, dtype: _batches(model, tasks, dtype, _BATCH),
-    "pipeline": _pipeline,
-    "vLLM": _vllm,
-    VLLM_SERVER: _server(VLLM_SERVER),
-    SCORER: _scorer,
-    SERVICE: _server(SERVICE),
-}
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--texts", type=Path, help="JSON Lines with prompt and chosen; made-up words without it")
     parser.add_argument("--count", type=int, default=256, help="texts: the first so many rows")
     parser.add_argument("--rounds", type=int, default=4, help="at most")
     parser.add_argument("--dtype", choices=list(AGREEMENT), default="float32", help="of all sides")
-    parser.add_argument("--side", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
-    if options.side is not None:
-        name, model, folder = options.side
-        _SIDES[name](Path(model), _read_tasks(Path(folder), sampled=name in _SAMPLED), options.dtype)
-        return
     products = products_rate(options.dtype)
     print(f"matrix products alone: {products:,.0f} tokens/s")
     results: Results = {}
