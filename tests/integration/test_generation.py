@@ -199,13 +199,13 @@ async def test_many_that_leave_at_any_moment_free_everything_at_once(service, cl
             await stream.aclose()
 
     await asyncio.gather(*(leave(number) for number in range(60)))
-    end_s = time.monotonic() + 5
+    end_s = time.monotonic() + 10
     while metric(service, "completions_in_hand") or metric(service, "calls_in_flight"):
         assert time.monotonic() < end_s
         await asyncio.sleep(0.05)
     start_s = time.monotonic()
     await collect(client, PROMPTS[:1], Sampling(max_new_tokens=5), **ours)
-    assert time.monotonic() - start_s < 5  # Those that left had minutes of work before them.
+    assert time.monotonic() - start_s < 10  # Those that left had minutes of work before them.
 
 
 async def test_pieces_of_a_completion_cut_after_an_update_say_which_weights_sampled_them(
@@ -284,10 +284,11 @@ async def test_vllm_itself_holds_nothing_of_those_that_left(make_policy: Any) ->
 
         for wave in range(3):
             storm = asyncio.gather(*(leave(400 * wave + i) for i in range(400)))
-            await asyncio.sleep(0.1)
-            assert await core.call_utility_async("has_work")
+            while not await core.call_utility_async("has_work"):
+                assert not storm.done(), "nothing of the storm reached vLLM"
+                await asyncio.sleep(0.01)
             await storm
-            end_s = time.monotonic() + 2
+            end_s = time.monotonic() + 10
             # Nothing runs or waits in the scheduler, and no block of keys and values is held.
             while await core.call_utility_async("has_work"):
                 assert time.monotonic() < end_s
@@ -299,6 +300,6 @@ async def test_vllm_itself_holds_nothing_of_those_that_left(make_policy: Any) ->
             )
             start_s = time.monotonic()
             await engine.generate(GenerationTask(prompt_ids=[5], sampling=short, seed=0, request_id=f"after-{wave}"))
-            assert time.monotonic() - start_s < 1
+            assert time.monotonic() - start_s < 10  # No work of those that left comes before it.
     finally:
         await engine.stop()

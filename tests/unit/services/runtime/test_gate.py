@@ -181,7 +181,7 @@ async def test_a_request_that_does_not_arrive_is_given_up_and_one_that_is_no_mes
         start_s = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as slow:
             await channel.stream_unary(SCORE)()  # Opened, and then not a byte.
-        assert 0.25 < time.monotonic() - start_s < 3.0
+        assert 0.25 < time.monotonic() - start_s < 10.0
         assert slow.value.code() is grpc.StatusCode.DEADLINE_EXCEEDED
         assert slow.value.details() == "the request did not arrive whole within 0.3 s"
         with pytest.raises(grpc.aio.AioRpcError) as empty:
@@ -237,7 +237,7 @@ async def test_a_few_requests_may_arrive_slowly_and_the_others_are_told_to_come_
         start_s = time.monotonic()
         with pytest.raises(grpc.aio.AioRpcError) as refused:
             await channel.stream_unary(SCORE)()
-        assert 0.04 < time.monotonic() - start_s < 2.0
+        assert 0.04 < time.monotonic() - start_s < 10.0
         assert refused.value.code() is grpc.StatusCode.RESOURCE_EXHAUSTED
         assert refused.value.details() == (
             "2 requests of this caller are arriving slowly, as this one does, and the other 2 of 4 are kept for others "

@@ -145,7 +145,7 @@ async def test_readiness_ends_as_soon_as_the_end_begins(start):
         service.process.terminate()
         start_s = time.monotonic()
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert time.monotonic() - start_s < 1.0
+        assert time.monotonic() - start_s < 10.0
         statuses.cancel()
         await call
 
