@@ -96,7 +96,7 @@ def train(run: PPORun[Any], stop: StopRequest, make_learner: Callable[[Any], Lea
         try:
             publish(run, learner)
             if not anywhere(stop.requested):
-                tracker.also(0, run.evaluate_before())
+                tracker.also(0, run.evaluations.before(run.step))
             saving_s = 0.0
             while run.step < settings.steps and not (anywhere(stop.requested) or run.stop_rule.reason):
                 start_s = time.perf_counter() - saving_s
@@ -109,14 +109,14 @@ def train(run: PPORun[Any], stop: StopRequest, make_learner: Callable[[Any], Lea
                         publish_s = publish(run, learner)
                     step_s = time.perf_counter() - start_s
                     metrics |= time_metrics(rollout, metrics, waited_s, publish_s, step_s)
-                    metrics |= run.evaluate_between()
+                    metrics |= run.evaluations.between(run.step)
                 saving_s = run.save_when_due(learner.trained)
             run.save(learner.trained)
             if anywhere(stop.requested) and run.step < settings.steps and not run.stop_rule.reason:
                 raise stop.stopped(
                     step=run.step, total_steps=settings.steps, checkpoint=latest_checkpoint(settings.output)
                 )
-            tracker.also(run.step, run.evaluate_after())
+            tracker.also(run.step, run.evaluations.after(run.step))
         except (QuartetError, ServicesError, RolloutError) as error:
             raise run.interrupted(error, learner.trained) from error
         except FirstFailedError as error:

@@ -1,4 +1,4 @@
-"""What of a run against services is not the algorithm: folder, models, prompts, services, evaluations, checkpoints."""
+"""What of a run against services is not the algorithm: folder, models, prompts, services, checkpoints."""
 
 from __future__ import annotations
 
@@ -32,8 +32,7 @@ from trainer.data import PromptRow, load_prompts, shared_groups, split_held_out
 from trainer.distributed import is_first, led
 from trainer.encoding import Encoder
 from trainer.errors import CheckpointError, DataError, ModelError, ServicesError
-from trainer.evaluate import Evaluation, ask, difference, different_prompts, longest_prompt, make_tasks, summarise
-from trainer.files import remove_folder
+from trainer.evaluate import ask, different_prompts, longest_prompt, make_tasks
 from trainer.judging import JudgeService, open_judge
 from trainer.lineage import Origin, origin
 from trainer.loop_thread import LoopThread
@@ -42,16 +41,14 @@ from trainer.models import load_policy, load_tokenizer, longest_sequence
 from trainer.monitoring import PolicyMonitor
 from trainer.optimisation import choose_device
 from trainer.ppo_config import PPOSettings, RunSettings
+from trainer.ppo_evaluation import AFTER, BEFORE, Evaluations, best_folder, keep_only_best
 from trainer.publishing import Published
-from trainer.reward_services import means_by_name
 from trainer.rollout import PromptTask, Rollout, ServiceInfo, Services, prompt_seed
 from trainer.runs import MODEL_FOLDER, SETTINGS_FILE, ids_digest, open_output, require_same_data, write_json
 from trainer.saving import ADAPTER_FOLDER, save_adapter, save_model
 from trainer.scaling import prepare
 from trainer.stop_rule import StopRule
 
-_BEFORE = "evaluation_before.json"
-_AFTER = "evaluation_after.json"
 _NOT_IN_IDS = re.compile(r"[^A-Za-z0-9_-]")
 
 SettingsT = TypeVar("SettingsT", bound=RunSettings)
@@ -104,7 +101,7 @@ class PPORun(Generic[SettingsT]):
         self._ahead = RolloutsAhead(self._begin, steps=settings.steps, staleness=settings.staleness)
         self._started_s = time.monotonic()
         self._checkpoint = open_output(
-            settings.output, resume=settings.resume, decisive=settings.decisive, leftovers=(_BEFORE, _AFTER)
+            settings.output, resume=settings.resume, decisive=settings.decisive, leftovers=(BEFORE, AFTER)
         )
         self.resumed_step = None if self._checkpoint is None else self._checkpoint.step
         self._saved_step = self.resumed_step or 0
@@ -131,7 +128,14 @@ class PPORun(Generic[SettingsT]):
                 prepare(self.critic.body, settings, seed=settings.seed)
             self._encode(rows, held_out)
             self._origin = self._trace_origin(_write_settings(settings, self._info, self._judge))
-            self._monitor = self._watch_policy()
+            self.evaluations = Evaluations(
+                settings,
+                self.tokenizer,
+                self._watch_policy(),
+                self.stop_rule,
+                ask=self._ask,
+                keep=self._keep_model,
+            )
         except BaseException:
             self.close()
             raise
@@ -380,64 +384,18 @@ class PPORun(Generic[SettingsT]):
             self.tokenizer,
             max_tokens=longest_sequence(self.policy),
             reference=find_model(settings.model) if settings.exact_kl and is_here else None,
-            before=settings.output / _BEFORE,
+            before=settings.output / BEFORE,
             resumed_step=self.resumed_step or 0,
         )
 
-    @tracing.traced("evaluate")
-    def evaluate(self) -> Evaluation:
-        """The present policy on the held-out prompts."""
-        rollout, judged = self._ask()
-        policy = self._monitor.observe(rollout.samples)
-        return summarise(rollout, self.tokenizer, judged=judged, policy=policy)
+    def _keep_model(self, folder: Path) -> None:
+        """Saves the policy as it is, or its adapter."""
+        save = save_model if adapter_of(self.policy) is None else save_adapter
+        save(self.policy, self.tokenizer, folder, origin=self._origin, step=self.step)
 
     @led
     def _ask(self) -> tuple[Rollout, Sequence[float | None] | None]:
         return self._loop.run(ask(self._services, self._eval_tasks, self.settings, judge=self._judge))
-
-    def evaluate_before(self) -> dict[str, float]:
-        """The SFT policy, once in a run's life; returns its figures."""
-        path = self.settings.output / _BEFORE
-        if self.step > 0:
-            return {}
-        figures: dict[str, float] = {}
-        if not path.exists():
-            evaluation, figures = self._monitor.watch(0, self.evaluate(), path)
-            sys.stdout.write(f"before: {evaluation.line()}\n")
-            sys.stdout.flush()
-        self.stop_rule.consider(0, Evaluation.read(path))
-        return figures
-
-    def evaluate_between(self) -> dict[str, float]:
-        """Figures and alarms for the log, at the steps that ask for them."""
-        every = self.settings.eval_every
-        if not every or self.step % every or self.step == self.settings.steps:
-            return {}
-        found, figures = self._monitor.watch(self.step, self.evaluate())
-        standing = self.stop_rule.consider(self.step, found)
-        if self.settings.keep_best and self._is_best:
-            best = best_folder(self.settings.output, self.step)
-            if adapter_of(self.policy) is None:
-                save_model(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
-            else:
-                save_adapter(self.policy, self.tokenizer, best, origin=self._origin, step=self.step)
-        return figures | standing | means_by_name([sample.scores for sample in found.samples], "eval")
-
-    def evaluate_after(self) -> dict[str, float]:
-        """The trained policy; returns its figures."""
-        evaluation, figures = self._monitor.watch(self.step, self.evaluate(), self.settings.output / _AFTER)
-        if self.stop_rule.reason is not None:
-            sys.stdout.write(f"stopped after step {self.step} of {self.settings.steps}: {self.stop_rule.reason}\n")
-        sys.stdout.write(f"after:  {evaluation.line()}\n")
-        if self.settings.eval_every:
-            self.stop_rule.consider(self.step, evaluation)
-            if self._is_best:
-                led(keep_only_best)(self.settings.output, self.step)  # What is exported at the end.
-        return figures
-
-    @property
-    def _is_best(self) -> bool:
-        return self.stop_rule.best is not None and self.stop_rule.best.step == self.step
 
     def finish(self) -> None:
         """Exports the model, writes the report, and says where everything is."""
@@ -445,30 +403,16 @@ class PPORun(Generic[SettingsT]):
         save_model(self.policy, self.tokenizer, output / MODEL_FOLDER, origin=self._origin, step=self.step)
         from trainer.report import write_report
 
-        before, after = Evaluation.read(output / _BEFORE), Evaluation.read(output / _AFTER)
         report = led(write_report)(output)
         sys.stdout.write(
-            f"held-out reward: before {before.score}, after {after.score} (95 %), {difference(before, after)} more"
-            f"{_in_deviations(before, after)}\n"
-            f"KL to the reference: {after.kl_sequence_mean:.2f} nats a response\n"
-            f"generation: {after.tokens_per_s:,.0f} tokens/s in the last evaluation\n"
-            f"model: {output / 'model'}\n{self._adapter_line()}{self._best_line()}"
-            f"report: {report}\n"
+            f"{self.evaluations.outcome()}model: {output / MODEL_FOLDER}\n{self._adapter_line()}"
+            f"{self.evaluations.best_line(self.step)}report: {report}\n"
         )
 
     def _adapter_line(self) -> str:
         if not self._adapter_name:
             return ""
         return f"adapter: {self.settings.output / ADAPTER_FOLDER}, in the policy service {self._adapter_name}\n"
-
-    def _best_line(self) -> str:
-        best = self.stop_rule.best
-        if not (self.settings.eval_every and self.settings.keep_best and best):
-            return ""
-        where = {0: f"{self.settings.model}, as it was before", self.step: "the last"}
-        above = f", an adapter of {self.settings.model}" if self.settings.lora_rank else ""
-        folder = where.get(best.step, f"{best_folder(self.settings.output, best.step)}{above}")
-        return f"best of the evaluated models (held-out {self.settings.gold or 'reward'}, step {best.step}): {folder}\n"
 
     # Progress and checkpoints --------------------------------------------------------------------------------------
 
@@ -544,18 +488,6 @@ class PPORun(Generic[SettingsT]):
         return {**trained.states, "stop_rule": self.stop_rule}
 
 
-def best_folder(output: Path, step: int) -> Path:
-    """Where the model of the best evaluation is kept."""
-    return output / f"best-{step:06d}"
-
-
-def keep_only_best(output: Path, step: int) -> None:
-    """Removes the models of evaluations that are the best no longer."""
-    for folder in output.glob("best-[0-9]*"):
-        if folder != best_folder(output, step):
-            remove_folder(folder)
-
-
 async def _open_services(settings: RunSettings, tokenizer: Any) -> Services:
     # gRPC's channels belong to the loop they are made in.
     return Services(settings, tokenizer, policy_admin=settings.policy_admin, admin_security=settings.admin_security)
@@ -567,13 +499,6 @@ def _judges(info: ServiceInfo, judge: JudgeService | None) -> dict[str, object]:
     for reward in info.rewards:
         judges |= reward.as_judge()
     return judges if judge is None else judges | {"judge": judge.served_by.result_fingerprint}
-
-
-def _in_deviations(before: Evaluation, after: Evaluation) -> str:
-    """The change in standard deviations of the scores before: how far it is, whatever the scores' unit."""
-    if not before.score_std > 0:
-        return ""
-    return f", {(after.score_mean - before.score_mean) / before.score_std:+.2f} standard deviations of before"
 
 
 def _write_settings(settings: RunSettings, info: ServiceInfo, judge: JudgeService | None) -> dict[str, dict[str, Any]]:

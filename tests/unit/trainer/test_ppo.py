@@ -492,17 +492,11 @@ class ScriptedRun:
         self.fail_at = fail_at
         self.saved: list[int] = []
         self.stop_rule = StopRule()
+        self.evaluations = SimpleNamespace(
+            before=lambda step: {}, between=lambda step: {"eval/score_mean": 1.0}, after=lambda step: {}
+        )
 
     def restore(self, trained: Any) -> None: ...
-
-    def evaluate_before(self) -> dict[str, float]:
-        return {}
-
-    def evaluate_after(self) -> dict[str, float]:
-        return {}
-
-    def evaluate_between(self) -> dict[str, float]:
-        return {"eval/score_mean": 1.0}
 
     def as_step(self) -> Any:
         return contextlib.nullcontext()

@@ -6,6 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -14,7 +16,8 @@ from torch import nn
 from trainer.checkpoint import StopRequest
 from trainer.evaluate import EvaluatedSample, Evaluation
 from trainer.ppo_config import PPOSettings
-from trainer.ppo_run import PPORun, best_folder, keep_only_best
+from trainer.ppo_evaluation import Evaluations, best_folder, keep_only_best
+from trainer.ppo_run import PPORun
 from trainer.statistics import bootstrap_upper_bound
 from trainer.stop_rule import StopRule
 
@@ -191,14 +194,16 @@ def test_a_new_best_is_exported_and_saved_before_the_former_one_is_removed(tmp_p
         "settings": settings(output=str(tmp_path), eval_every=1, save_every=0, steps=9),
         "stop_rule": StopRule(), "step": 0, "episodes": 0, "policy": nn.Module(), "tokenizer": None,
         "_saved_step": 0, "_checkpoint": None, "_started_s": 0.0, "_judges": {}, "_data": "",
-        "_ahead": SimpleNamespace(waiting=[]), "_monitor": SimpleNamespace(watch=watch), "_origin": "origin",
-        "evaluate": lambda: evaluation(next(scores) + NOISE),
+        "_ahead": SimpleNamespace(waiting=[]), "_origin": "origin",
     }  # fmt: skip
+    monitor: Any = SimpleNamespace(watch=watch)
+    evaluations = Evaluations(run.settings, None, monitor, run.stop_rule, ask=Mock(), keep=run._keep_model)
+    evaluations.evaluate = lambda: evaluation(next(scores) + NOISE)  # type: ignore[method-assign]
     trained = SimpleNamespace(modules={}, optimisers={}, states={})
-    run.evaluate_before()
+    evaluations.before(0)
     for step in (1, 2, 3):
         run.step = step
-        run.evaluate_between()
+        evaluations.between(step)
         run.save_when_due(trained)  # type: ignore[arg-type]
     assert seen == [
         ("export", ["best-000001"]),
@@ -216,13 +221,13 @@ def test_the_loop_ends_when_the_rule_says_so(tmp_path: Path):
     run = ScriptedRun(tmp_path)
     ended: list[int] = []
 
-    def evaluate_between() -> dict[str, float]:
-        if run.step == 2:
+    def between(step: int) -> dict[str, float]:
+        if step == 2:
             run.stop_rule.reason = "it got worse"
         return {}
 
-    run.evaluate_between = evaluate_between  # type: ignore[method-assign]
-    run.evaluate_after = lambda: ended.append(run.step) or {}  # type: ignore[method-assign,func-returns-value]
+    run.evaluations.between = between
+    run.evaluations.after = lambda step: ended.append(step) or {}  # type: ignore[func-returns-value]
     train(run, StopRequest())  # type: ignore[arg-type]
     assert ended == [2]
     assert run.saved == [2]
