@@ -55,6 +55,8 @@ AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}
 """Largest difference from the naive losses: of the policy's itself, whose advantages have variance 1, of the critic's
 relative to it."""
 _WORDS = 24
+_HELD_OUT = 2
+"""As many as a run must have."""
 # Mean and standard deviation of the logarithm of HH harmless's prompts, in words.
 _LENGTHS = (4.25, 0.97)
 
@@ -127,21 +129,21 @@ def measure(load: Load, pairs: Path | None, precisions: Sequence[str], rounds: i
 
 
 def prepare(folder: Path, load: Load, pairs: Path | None) -> None:
-    """Models, load.json, prompts.jsonl, held_out.jsonl with a prompt that nobody asks for, and the first responses."""
+    """Models, load.json, prompts.jsonl, held_out.jsonl with prompts that nobody asks for, and the first responses."""
     load.write(folder)
     make_models(folder, larger=not load.small)
     draw = random.Random(0)
     if pairs is None:
-        lengths = [min(_WORDS, max(2, round(draw.lognormvariate(*_LENGTHS)))) for _ in range(load.prompts + 1)]
+        lengths = [min(_WORDS, max(2, round(draw.lognormvariate(*_LENGTHS)))) for _ in range(load.prompts + _HELD_OUT)]
         prompts = [sentence(draw, length) for length in lengths]
     else:
         rows = [json.loads(line)["prompt"] for line in pairs.read_text(encoding="utf-8").splitlines()]
-        prompts = list(dict.fromkeys(" ".join(prompt.split()[-_WORDS:]) for prompt in rows))[: load.prompts + 1]
+        prompts = list(dict.fromkeys(" ".join(prompt.split()[-_WORDS:]) for prompt in rows))[: load.prompts + _HELD_OUT]
         for model in ("policy", "reward"):
             train_tokenizer(rows, VOCABULARY).save_pretrained(folder / model)
-    if len(prompts) <= load.prompts:
-        raise SystemExit(f"{pairs} has {len(prompts)} different prompts: at least {load.prompts + 1} are needed")
-    for name, some in (("prompts", prompts[:-1]), ("held_out", prompts[-1:])):
+    if len(prompts) < (needed := load.prompts + _HELD_OUT):
+        raise SystemExit(f"{pairs} has {len(prompts)} different prompts: at least {needed} are needed")
+    for name, some in (("prompts", prompts[: load.prompts]), ("held_out", prompts[load.prompts :])):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps({"prompt": prompt}) + "\n" for prompt in some))
     responses = [[draw.randrange(END + 1, VOCABULARY) for _ in range(load.new_tokens)] for _ in range(load.prompts)]
     (folder / "responses.json").write_text(json.dumps(responses))

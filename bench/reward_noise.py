@@ -76,10 +76,19 @@ class Task:
     epochs: int
     learning_rate: float = 1e-3
     noise_seeds: int = 0
+    learnable: bool = False
+    """Whether so small a model, trained from nothing, must be better than chance with so few rows."""
 
 
 TASKS = {
-    "hh": Task(title="HH harmless", file="pref_hh_harmless_dev.jsonl", convert=harmless, epochs=1, noise_seeds=3),
+    "hh": Task(
+        title="HH harmless",
+        file="pref_hh_harmless_dev.jsonl",
+        convert=harmless,
+        epochs=1,
+        noise_seeds=3,
+        learnable=True,
+    ),
     "pandalm": Task(title="PandaLM, 3 annotators", file="multi_pandalm_dev.jsonl", convert=pandalm, epochs=3),
     "qa": Task(title="fine-grained QA", file="pref_finegrained_qa_dev.jsonl", convert=fine_grained_qa, epochs=2),
     "synth": Task(
@@ -160,9 +169,9 @@ def measure_clean(folder: Path) -> tuple[dict[str, Any], list[Verdict]]:
         print("  tokens by which the better answer is longer, and accuracy there:")
         for part in found["by_length"]:
             print(f"    {part['from']:>5.0f} to {part['to']:>5.0f}: {shown(part['accuracy'])}")
-        verdicts.append(
-            Verdict(found["accuracy"]["low"] > 0.5, f"{task.title}: accuracy {shown(found['accuracy'])} is above .5")
-        )
+        above = found["accuracy"]["low"] > 0.5
+        told = f"{task.title}: accuracy {shown(found['accuracy'])}, {'above' if above else 'not above'} chance"
+        verdicts.append(Verdict(above or not task.learnable, told + (", which is asked for" * task.learnable)))
     return table, verdicts
 
 
