@@ -87,7 +87,7 @@ study-overoptimisation: setup  ## PPO on proxies of a known reward, at three pri
 study-reward-noise: setup  ## reward models on people's preferences and on wrong labels; needs QUARTET_DATA; 15 minutes
 	$(BIN)/python -m bench.reward_noise
 
-study-sentiment: setup  ## SFT, DPO, PPO and PPO with KL off on film reviews; needs QUARTET_DATA; 25 minutes
+study-sentiment: setup  ## SFT, DPO, PPO and PPO with KL off on film reviews; needs QUARTET_DATA; 30 minutes
 	$(BIN)/python -m bench.sentiment
 
 study-optimum: setup  ## PPO through live services, and DPO, against their optimum in closed form
