@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -31,6 +31,8 @@ from trainer.rewards import normalise
 
 # Sequences scored or looked at together.
 _AT_ONCE = 512
+# Probability of what all but never follows, where likeness to the corpus is told.
+_RAREST = 1e-4
 # Of a model's config: nothing is padded and nothing ends early.
 _EVERY_TOKEN_IS_A_WORD: dict[str, Any] = {"pad_token_id": None, "bos_token_id": None, "eos_token_id": None}
 
@@ -54,7 +56,9 @@ class Protocol:
     weight_std: float = 0.06
     """Of new weights."""
     gold_scale: float = 3.0
-    """The gold's weights over new ones: the larger, the less of it does a model of its size find out."""
+    """The gold network's weights over new ones: the larger, the less of it does a model of its size find out."""
+    fluency: float = 0.25
+    """What a standard deviation of likeness to the corpus is worth in the gold over one of the network's."""
 
     sft_steps: int = 150
     sft_batch: int = 128
@@ -113,6 +117,10 @@ class Corpus:
             next_N1 = torch.multinomial(self.transitions_VV[ids_NS[:, place - 1]], 1, generator=source)
             ids_NS[:, place] = next_N1[:, 0]
         return ids_NS
+
+    def likeness(self, ids_NS: Tensor) -> Tensor:
+        """(N,) log-probability of all tokens but the first, none of which counts as rarer than once in 10,000."""
+        return self.transitions_VV[ids_NS[:, :-1], ids_NS[:, 1:]].clamp(min=_RAREST).log().sum(dim=1)
 
 
 # Models ------------------------------------------------------------------------------------------------------------
@@ -240,6 +248,38 @@ def standardised(model: Any, ids_NS: Tensor) -> Scorer:
     return Scorer(model=model, mean=float(raw_N.mean()), std=float(raw_N.std()))
 
 
+@dataclass(frozen=True, kw_only=True)
+class Gold:
+    """What people would want: what a random network says, and that a response is like the corpus, of which it knows.
+
+    Normalised as a ``Scorer`` is.
+    """
+
+    network: Scorer
+    corpus: Corpus
+    fluency: float
+    """What a standard deviation of likeness is worth over one of the network's."""
+    usual: tuple[float, float]
+    """Mean and standard deviation of the likeness of what the policy said before PPO."""
+    mean: float = 0.0
+    std: float = 1.0
+    """Of the sum of both."""
+
+    def __call__(self, ids_NS: Tensor) -> Tensor:
+        """(N,) normalised scores."""
+        likeness_N = normalise(self.corpus.likeness(ids_NS), *self.usual)
+        return normalise(self.network(ids_NS) + self.fluency * likeness_N, self.mean, self.std)
+
+
+def make_gold(network: Any, corpus: Corpus, fluency: float, ids_NS: Tensor) -> Gold:
+    """Freezes ``network`` and takes all statistics of ``ids_NS``."""
+    likeness_N = corpus.likeness(ids_NS).double()
+    usual = float(likeness_N.mean()), float(likeness_N.std())
+    raw = Gold(network=standardised(network, ids_NS), corpus=corpus, fluency=fluency, usual=usual)
+    raw_N = raw(ids_NS).double()
+    return replace(raw, mean=float(raw_N.mean()), std=float(raw_N.std()))
+
+
 # Training ----------------------------------------------------------------------------------------------------------
 
 
@@ -257,7 +297,7 @@ def fine_tune(policy: Any, corpus: Corpus, protocol: Protocol, seed: int) -> Non
 
 
 def prefer(
-    first_NS: Tensor, second_NS: Tensor, gold: Scorer, flipped_share: float, source: torch.Generator
+    first_NS: Tensor, second_NS: Tensor, gold: Gold, flipped_share: float, source: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """Chosen and rejected ones of some pairs, as the gold has it but for the share of labels that is turned round."""
     first_wins_N = gold(first_NS) > gold(second_NS)
@@ -298,7 +338,7 @@ class World:
     corpus: Corpus
     policy: Any
     """Fine-tuned on the corpus: where PPO starts, and its reference."""
-    gold: Scorer
+    gold: Gold
     members: tuple[Scorer, ...]
     """The proxies; the first one is the single proxy."""
     accuracies: tuple[float, ...]
@@ -334,7 +374,8 @@ def make_world(protocol: Protocol, seed: int) -> World:
         return prefer(first_NS, second_NS, gold, flipped_share, generator("flips", seed, name))
 
     usual_NS = responses(protocol.normalised_on, "usual")
-    gold = standardised(new_reward_model(protocol, protocol.gold_scale, "gold", seed), usual_NS)
+    network = new_reward_model(protocol, protocol.gold_scale, "gold", seed)
+    gold = make_gold(network, corpus, protocol.fluency, usual_NS)
     judged = pairs(protocol.pairs, "train", protocol.flipped_share)
     members = tuple(
         standardised(train_proxy(*judged, protocol, seed, member), usual_NS) for member in range(protocol.members)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import math
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -80,7 +81,7 @@ def other_policy(seed: int = 0) -> Any:
 
 
 def weights_of(world: World) -> list[Tensor]:
-    models = [world.policy, world.gold.model, *(member.model for member in world.members)]
+    models = [world.policy, world.gold.network.model, *(member.model for member in world.members)]
     return [parameter.clone() for model in models for parameter in model.parameters()]
 
 
@@ -154,14 +155,29 @@ def test_the_corpus_has_the_transitions_that_were_drawn_and_the_policy_has_learn
 
 def test_rewards_are_frozen_and_standard_on_what_the_policy_says(world: World) -> None:
     ids_NS, _ = world.respond(world.policy, world.prompts(1000, "fresh"), "fresh")
-    for scorer in (world.gold, *world.members):
+    for reward in (world.gold, world.gold.network, *world.members):
+        assert abs(float(reward(ids_NS).mean())) < 0.25
+        assert abs(float(reward(ids_NS).std()) - 1) < 0.15
+    for scorer in (world.gold.network, *world.members):
         assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
-        assert abs(float(scorer(ids_NS).mean())) < 0.25
-        assert abs(float(scorer(ids_NS).std()) - 1) < 0.15
         with torch.no_grad():
             expected_N = (scores(scorer.model, ids_NS) - scorer.mean) / scorer.std
         torch.testing.assert_close(scorer(ids_NS), expected_N)
     assert len({scorer.mean for scorer in world.members}) == TINY.members  # They are different models.
+
+
+def test_the_gold_is_a_network_and_likeness_to_the_corpus_each_in_its_own_deviations(world: World) -> None:
+    gold, table = world.gold, world.corpus.transitions_VV.double()
+    ids_NS = torch.randint(6, (300, 5), generator=generator("any tokens at all"))
+    likeness_N = torch.zeros(300, dtype=torch.float64)
+    for row, ids in enumerate(ids_NS.tolist()):
+        for before, after in itertools.pairwise(ids):
+            likeness_N[row] += math.log(max(float(table[before, after]), 1e-4))
+    mean, deviation = gold.usual
+    expected_N = gold.network(ids_NS).double() + TINY.fluency * (likeness_N - mean) / deviation
+    torch.testing.assert_close(gold(ids_NS).double(), (expected_N - gold.mean) / gold.std, atol=1e-4, rtol=0)
+    # What is unlike the corpus is worth less than what the policy says, whatever the network says on the average.
+    assert float(gold(ids_NS).mean()) < float(gold.network(ids_NS).mean()) / gold.std - 0.3
 
 
 def test_labels_are_the_golds_but_for_the_share_that_is_turned_round(world: World) -> None:
