@@ -5,7 +5,8 @@ three prices of KL, on ensembles of proxies, and on the gold reward itself; seed
 included. Sampling and scoring happen in this process: services would change nothing but the time.
 
 Each finished run is a line of bench/out/overoptimisation.jsonl, and what was broken off goes on. ``--plot-only`` makes
-tables and figure of the lines that there are; those of bench/RESULTS.md are in bench/results/overoptimisation.jsonl.
+tables and figure of the lines that there are; those of docs/overoptimisation.md are in
+bench/results/overoptimisation.jsonl (``--rows``).
 
 Source: Gao et al. 2022, "Scaling Laws for Reward Model Overoptimization"; Coste et al. 2023, "Reward Model Ensembles
 Help Mitigate Overoptimization".
