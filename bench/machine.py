@@ -24,3 +24,16 @@ def machine() -> dict[str, str]:
         "torch": metadata.version("torch"),
         "grpcio": metadata.version("grpcio"),
     }
+
+
+PRECISIONS = ("float32", "bfloat16")
+
+
+def precisions() -> tuple[str, ...]:
+    """Those that this processor computes in: bfloat16 without instructions for it takes minutes a step."""
+    import torch
+
+    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+        return PRECISIONS
+    print("bfloat16 is left out: this processor computes it too slowly (`--precisions bfloat16` does it all the same)")
+    return PRECISIONS[:1]

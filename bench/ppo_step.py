@@ -41,13 +41,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bench.machine import PRECISIONS, precisions
 from bench.models import END, VOCABULARY, make_models, sentence, train_tokenizer
 from bench.outcome import Verdict, conclude
 from bench.peers import TRL_PPO, has_trl
 from bench.turns import Side, Turn, start_sides
 
 PHASES = ("rollout", "scoring", "values", "update")
-PRECISIONS = ("float32", "bfloat16")
 TRL, NAIVE, OURS = "TRL 1.12", "naive", "ours"
 TARGET, HALF_TARGET = 1.5, 3.0
 """How many times as fast as TRL a step is in equal precision, and in bfloat16 as TRL's in float32."""
@@ -248,7 +248,9 @@ def disagreement(sides: Sequence[Side]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, help="JSON Lines with prompts; default: made-up ones")
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, help="default: those that the processor has instructions for"
+    )
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--prompts", type=int, default=Load.prompts)
     parser.add_argument("--new-tokens", type=int, default=Load.new_tokens)
@@ -256,7 +258,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="models of 5 M parameters")
     options = parser.parse_args()
     load = Load(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Load)})
-    sides = measure(load, options.pairs, options.precisions, options.rounds)
+    sides = measure(load, options.pairs, options.precisions or precisions(), options.rounds)
     conclude("ppo_step", list(verdicts(sides)), {"load": dataclasses.asdict(load), "phases": figures(sides)})
 
 

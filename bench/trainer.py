@@ -33,13 +33,13 @@ from pathlib import Path
 from typing import Any
 
 from bench import ppo_step
+from bench.machine import PRECISIONS, precisions
 from bench.models import END, VOCABULARY, make_larger_policy, save_tokenizer, train_tokenizer
 from bench.outcome import Verdict, conclude
 from bench.peers import TRL, has_trl, use_trl
 from bench.turns import Side, serve_turns, set_threads, start_sides
 
 STAGES = ("sft", "reward", "dpo", "logprobs", "ppo")
-PRECISIONS = ("float32", "bfloat16")
 TRL_TARGET, PADDED_TARGET, MEMORY_TARGET = 1.5, 1.3, 4.0
 AGREEMENT = {"float32": 1e-3, "bfloat16": 3e-2}
 """Largest relative difference of a first loss from the naive one."""
@@ -456,7 +456,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=Path, help="JSON Lines of prompt, chosen, rejected; default: made-up tokens")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
-    parser.add_argument("--precisions", nargs="+", choices=PRECISIONS, default=PRECISIONS)
+    parser.add_argument(
+        "--precisions", nargs="+", choices=PRECISIONS, help="default: those that the processor has instructions for"
+    )
     parser.add_argument("--steps", type=int, default=2, help="of one turn")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--ppo-rounds", type=int, default=2, help="rounds of the PPO step, which takes longest")
@@ -466,6 +468,7 @@ def main() -> None:
         side, stage, precision, folder = options.side
         serve(side, stage, precision, Path(folder))
         return
+    options.precisions = options.precisions or precisions()
     start_s = time.perf_counter()
     results = measure(options)
     judged = list(verdicts(results))
