@@ -225,7 +225,7 @@ async def test_a_lone_item_is_not_kept_waiting_for_company():
     model = Model()
     batcher = make(model, limits())
     start_s = time.monotonic()
-    for _ in range(20):
+    for _ in range(200):
         await batcher.submit([("a", 1)], [1])
     assert time.monotonic() - start_s < 5.0
     await asyncio.to_thread(batcher.close)

@@ -143,9 +143,8 @@ async def test_readiness_ends_as_soon_as_the_end_begins(start):
         call = asyncio.create_task(client.score([ITEM]))
         await asyncio.sleep(0.3)
         service.process.terminate()
-        start_s = time.monotonic()
         assert (await statuses.read()).status == health_pb2.HealthCheckResponse.NOT_SERVING
-        assert time.monotonic() - start_s < 10.0
+        assert not call.done()  # And not when the work is done.
         statuses.cancel()
         await call
 
