@@ -29,7 +29,7 @@ def machine() -> dict[str, str]:
 PRECISIONS = ("float32", "bfloat16")
 
 
-def precisions() -> tuple[str, ...]:
+def native_precisions() -> tuple[str, ...]:
     """Those that this processor computes in: bfloat16 without instructions for it takes minutes a step."""
     import torch
 

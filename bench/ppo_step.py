@@ -41,7 +41,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from bench.machine import PRECISIONS, precisions
+from bench.machine import PRECISIONS, native_precisions
 from bench.models import END, VOCABULARY, make_models, sentence, train_tokenizer
 from bench.outcome import Verdict, conclude
 from bench.peers import TRL_PPO, has_trl
@@ -258,7 +258,7 @@ def main() -> None:
     parser.add_argument("--small", action="store_true", help="models of 5 M parameters")
     options = parser.parse_args()
     load = Load(**{field.name: getattr(options, field.name) for field in dataclasses.fields(Load)})
-    sides = measure(load, options.pairs, options.precisions or precisions(), options.rounds)
+    sides = measure(load, options.pairs, options.precisions or native_precisions(), options.rounds)
     conclude("ppo_step", list(verdicts(sides)), {"load": dataclasses.asdict(load), "phases": figures(sides)})
 
 

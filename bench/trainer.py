@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ppo_step
-from bench.machine import PRECISIONS, precisions
+from bench.machine import PRECISIONS, native_precisions
 from bench.models import END, VOCABULARY, make_larger_policy, save_tokenizer, train_tokenizer
 from bench.outcome import Verdict, conclude
 from bench.peers import TRL, has_trl, use_trl
@@ -468,7 +468,7 @@ def main() -> None:
         side, stage, precision, folder = options.side
         serve(side, stage, precision, Path(folder))
         return
-    options.precisions = options.precisions or precisions()
+    options.precisions = options.precisions or native_precisions()
     start_s = time.perf_counter()
     results = measure(options)
     judged = list(verdicts(results))
