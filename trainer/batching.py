@@ -83,6 +83,8 @@ class RowStream:
 def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) -> Iterator[list[int]]:
     """Rows of each optimiser step on one rollout: every row once an epoch, in a fresh permutation each.
 
+    Of one step an epoch the order is left as it is: it would mean nothing.
+
     Args:
         count: rows of the rollout.
         epochs: passes over them.
@@ -90,6 +92,9 @@ def minibatches(count: int, *, epochs: int, parts: int, seed: int, step: int) ->
         seed, step: all that the order depends on, beside the epoch.
     """
     for epoch in range(epochs):
+        if parts == 1:
+            yield list(range(count))
+            continue
         random = np.random.default_rng(derive_seed("minibatches", seed, step, epoch))
         yield from (part.tolist() for part in np.array_split(random.permutation(count), min(parts, count)))
 

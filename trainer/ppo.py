@@ -28,7 +28,7 @@ from trainer.checkpoint import StopRequest, latest_checkpoint, stop_on_signal
 from trainer.distributed import FirstFailedError, add_up, anywhere, largest, own_micro_batches, total
 from trainer.divergence import diverged
 from trainer.errors import DivergedError, RolloutError, ServicesError
-from trainer.experience import Experience, check_rollout, make_experience
+from trainer.experience import Experience, Padded, check_rollout, make_experience
 from trainer.kl import AdaptiveKlController, FixedKlController, kl_loss
 from trainer.loop_thread import LoopThread
 from trainer.lora import adapter_of
@@ -157,6 +157,7 @@ class Learner:
             if model is not None:
                 settle(model, settings, settings.precision)
         self.shaping = Shaping(settings, run.normalisation)
+        self._kept: tuple[list[int], tuple[Tensor, Tensor | None]] | None = None
         self.rates = {"policy": settings.learning_rate}
         self.modules: dict[str, nn.Module] = {"policy": self.policy}
         if self.critic is not None:
@@ -208,7 +209,8 @@ class Learner:
             set_learning_rate(self.optimisers[name], share * rate)
         start_s = time.perf_counter()
         experience = make_experience(rollout.samples, self.device)
-        before = self.evaluate(experience)
+        # One minibatch: the first to be learned is the rollout as it is evaluated, of the same weights.
+        before = self.evaluate(experience, keep_first=settings.minibatches == 1)
         if not finite_everywhere(before.logprobs_NT, before.values_NT):
             alone = [self.evaluate(make_experience([sample], self.device)) for sample in rollout.samples]
             bad = [row for row, own in enumerate(alone) if not finite_everywhere(own.logprobs_NT, own.values_NT)]
@@ -227,25 +229,42 @@ class Learner:
         return metrics
 
     @tracing.traced("forward")
-    @torch.no_grad()
-    def evaluate(self, experience: Experience) -> Evaluated:
-        """Log-probabilities, entropies and values of every response token under the present weights."""
+    def evaluate(self, experience: Experience, *, keep_first: bool = False) -> Evaluated:
+        """Log-probabilities, entropies and values of every response token under the present weights.
+
+        Args:
+            experience: of the rollout.
+            keep_first: whether the policy's pass over the first micro-batch is kept for ``accumulate``, with all that
+                its gradient needs: as much memory as learning from it takes anyhow.
+        """
+        self._kept = None
         grids = [torch.zeros_like(experience.ref_logprobs_NT) for _ in range(3)]
-        limit = self.settings.micro_batch_tokens
-        for rows, weight in own_micro_batches(experience.lengths, limit, packed=self.packed):
+        parts = own_micro_batches(experience.lengths, self.settings.micro_batch_tokens, packed=self.packed)
+        for place, (rows, weight) in reversed([*enumerate(parts)]):
             batch = experience.pad(rows, self.pad_id)
-            with autocast(self.device, self.settings.precision):
-                logprobs_BS, entropies_BS = self.logprobs(
-                    batch.ids_BS, batch.mask_BS, batch.wanted_BS, self.settings.temperature, want_entropy=True
-                )
+            with torch.no_grad(), autocast(self.device, self.settings.precision):
                 values_BS = None if self.critic is None else self.critic(batch.ids_BS, batch.mask_BS, batch.before_BS)
+            kept = keep_first and place == 0
+            with torch.set_grad_enabled(kept):
+                logprobs_BS, entropies_BS = self._pass(batch, want_entropy=True)
+            if kept:
+                self._kept = rows, (logprobs_BS, entropies_BS)
+            assert entropies_BS is not None
             width = batch.response_mask_BT.shape[1]
-            found = [batch.of_tokens(logprobs_BS), batch.of_tokens(entropies_BS)]
+            found = [batch.of_tokens(logprobs_BS.detach()), batch.of_tokens(entropies_BS.detach())]
             found += [] if values_BS is None else [batch.of_states(values_BS)]
             for grid_NT, found_BT in zip(grids, found if weight else (), strict=False):
                 grid_NT[rows, :width] = found_BT
         add_up(*grids)  # Of each row one process has written something.
         return Evaluated(logprobs_NT=grids[0], entropies_NT=grids[1], values_NT=grids[2])
+
+    def _pass(self, batch: Padded, *, want_entropy: bool) -> tuple[Tensor, Tensor | None]:
+        """(B, S) log-probabilities of the policy, and entropies where they are wanted."""
+        with autocast(self.device, self.settings.precision):
+            found: tuple[Tensor, Tensor | None] = self.logprobs(
+                batch.ids_BS, batch.mask_BS, batch.wanted_BS, self.settings.temperature, want_entropy=want_entropy
+            )
+        return found
 
     def shape(self, experience: Experience, before: Evaluated) -> tuple[Targets, dict[str, float]]:
         """``Shaping.targets``: rewards, advantages and returns, and their figures."""
@@ -316,14 +335,13 @@ class Learner:
         def cut(grid_NT: Tensor) -> Tensor:
             return grid_NT[rows, :width]
 
-        with autocast(self.device, settings.precision):
-            logprobs_BS, entropies_BS = self.logprobs(
-                batch.ids_BS,
-                batch.mask_BS,
-                batch.wanted_BS,
-                settings.temperature,
-                want_entropy=settings.entropy_coefficient > 0,
-            )
+        kept, self._kept = self._kept, None
+        wants_entropy = settings.entropy_coefficient > 0
+        if kept is not None and kept[0] == rows:
+            logprobs_BS, entropies_BS = kept[1]
+        else:
+            logprobs_BS, entropies_BS = self._pass(batch, want_entropy=wants_entropy)
+        del kept
         logprobs_BT = batch.of_tokens(logprobs_BS)
         old_logprobs_BT = cut(targets.old_logprobs_NT)
         weights_BT = None if targets.weights is None else cut(targets.weights.weights_BT)
@@ -356,7 +374,7 @@ class Learner:
             )
             loss = loss + targets.kl_price * paid
             figures["policy/kl_loss"] = float(paid.detach())
-        if entropies_BS is not None:
+        if wants_entropy and entropies_BS is not None:
             entropy = batch.of_tokens(entropies_BS).sum() / tokens
             loss = loss - settings.entropy_coefficient * entropy
             figures["policy/entropy_bonus"] = settings.entropy_coefficient * float(entropy.detach())

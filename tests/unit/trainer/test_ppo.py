@@ -277,6 +277,45 @@ def test_a_step_lowers_its_own_loss_and_steers_the_price_of_kl_after_using_it() 
     assert learner.step(rollout, 1)["value/loss"] < metrics["value/loss"]
 
 
+@pytest.mark.parametrize("entropy_coefficient", [0.0, 0.1])
+@pytest.mark.parametrize("correction", ["decoupled", "bypass"])
+@pytest.mark.parametrize(("micro_batch_tokens", "minibatches", "spared"), [(10_000, 1, 1), (40, 1, 1), (10_000, 2, 0)])
+def test_a_step_of_one_minibatch_learns_its_first_micro_batch_from_the_pass_that_evaluated_it(
+    micro_batch_tokens: int, minibatches: int, spared: int, correction: str, entropy_coefficient: float
+) -> None:
+    options = settings(
+        micro_batch_tokens=micro_batch_tokens,
+        minibatches=minibatches,
+        correction=correction,
+        entropy_coefficient=entropy_coefficient,
+        epochs=3,
+        learning_rate=1e-3,
+    )
+    found = []
+    for keeps in (True, False):
+        learner, passes = make_learner(options), 0
+        own_pass, evaluate = learner._pass, learner.evaluate
+
+        def counted(*arguments: Any, own_pass: Any = own_pass, **named: Any) -> Any:
+            nonlocal passes
+            passes += 1
+            return own_pass(*arguments, **named)
+
+        learner._pass = counted
+        if not keeps:
+            learner.evaluate = lambda experience, keep_first, evaluate=evaluate: evaluate(experience)
+        metrics = learner.step(rollout_of(*make_samples(8)), 0)
+        assert learner._kept is None
+        times = {name: metrics.pop(name) for name in ("time/forward_s", "time/update_s")}
+        assert min(times.values()) > 0
+        found.append((passes, metrics, learner.policy.state_dict()))
+    (passes, metrics, weights), (plain_passes, plain_metrics, plain_weights) = found
+    assert plain_passes - passes == spared
+    assert metrics == pytest.approx(plain_metrics, rel=1e-5, abs=1e-7)
+    for name, value in weights.items():
+        torch.testing.assert_close(value, plain_weights[name], rtol=0, atol=1e-6)
+
+
 def test_a_step_ends_before_the_minibatch_at_which_the_policy_has_gone_too_far() -> None:
     rates = {"learning_rate": 1e-3, "critic_learning_rate": 1e-3, "epochs": 6, "minibatches": 2}
     free = make_learner(settings(**rates))
