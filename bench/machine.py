@@ -37,3 +37,14 @@ def native_precisions() -> tuple[str, ...]:
         return PRECISIONS
     print("bfloat16 is left out: this processor computes it too slowly (`--precisions bfloat16` does it all the same)")
     return PRECISIONS[:1]
+
+
+def can_compile() -> bool:
+    """Whether the trainer can compile layers here; says why, where it can't."""
+    import torch
+
+    from trainer.compiling import lacking
+
+    if reason := lacking(torch.device("cpu")):
+        print(f"compiled is left out: {reason}")
+    return not reason

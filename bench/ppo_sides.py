@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib
 import itertools
 import json
@@ -21,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from bench.peers import TRL_PPO, use_trl
-from bench.ppo_step import NAIVE, OURS, TRL, Found, Load
+from bench.ppo_step import COMPILED, NAIVE, OURS, TRL, Found, Load
 from bench.turns import serve_turns, set_threads
 
 Work = Callable[[], tuple[float, list[float]]]
@@ -266,7 +267,7 @@ def naive(precision: str, folder: Path) -> Iterator[Work]:
 
 
 @contextlib.contextmanager
-def ours(precision: str, folder: Path) -> Iterator[Work]:
+def ours(precision: str, folder: Path, *, compiled: bool = False) -> Iterator[Work]:
     """A run of the trainer, its steps taken one by one; the policy's stream is looked in upon."""
     from trainer.loop_thread import LoopThread
     from trainer.ppo import Learner, publish
@@ -281,7 +282,8 @@ def ours(precision: str, folder: Path) -> Iterator[Work]:
         "critic_head": "reward",
         "prompts": (str(folder / "prompts.jsonl"),),
         "eval_prompts": (str(folder / "held_out.jsonl"),),
-        "output": folder / f"ours-{precision}",
+        "output": folder / f"ours-{precision}-{compiled}",
+        "compile": compiled,
         "policy": addresses["policy"],
         "policy_admin": (addresses["policy_admin"],),
         "reward": addresses["reward"],
@@ -376,7 +378,8 @@ async def _first_turn(services: Any, prompts: Any, known: Known) -> dict[int, di
 def main() -> None:
     side, precision, folder = sys.argv[1:]
     set_threads()
-    with {TRL: trl, NAIVE: naive, OURS: ours}[side](precision, Path(folder)) as work:
+    sides: dict[str, Any] = {TRL: trl, NAIVE: naive, OURS: ours, COMPILED: functools.partial(ours, compiled=True)}
+    with sides[side](precision, Path(folder)) as work:
         serve_turns(lambda task: work())
 
 

@@ -33,7 +33,7 @@ from pathlib import Path
 from typing import Any
 
 from bench import ppo_step
-from bench.machine import PRECISIONS, native_precisions
+from bench.machine import PRECISIONS, can_compile, native_precisions
 from bench.models import END, VOCABULARY, make_larger_policy, save_tokenizer, train_tokenizer
 from bench.outcome import Verdict, conclude
 from bench.peers import TRL, has_trl, use_trl
@@ -134,17 +134,7 @@ def sides_of(stage: str) -> list[str]:
     if not has_trl(TRL):
         print("TRL is not installed and left out: `make bench-trainer` installs it")
         peers = []
-    return [*peers, "naive", "padded", "packed", *(["compiled"] if _can_compile() else [])]
-
-
-def _can_compile() -> bool:
-    import torch
-
-    from trainer.compiling import lacking
-
-    if reason := lacking(torch.device("cpu")):
-        print(f"compiled is left out: {reason}")
-    return not reason
+    return [*peers, "naive", "padded", "packed", *(["compiled"] if can_compile() else [])]
 
 
 def count_tokens(stage: str, pairs: Sequence[Pair]) -> int:
