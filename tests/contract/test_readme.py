@@ -21,6 +21,8 @@ SETTINGS = {
     "quartet-policy": "services.policy.config:PolicySettings",
     "quartet-reward": "services.reward.config:RewardSettings",
     "quartet-reference": "services.reference.config:ReferenceSettings",
+    "quartet-gateway": "services.gateway.config:GatewaySettings",
+    "quartet-gateway new-key": "services.gateway.keys:NewKeySettings",
 } | {f"quartet-train {name}": command.settings for name, command in COMMANDS.items()}
 OF_MAKE = set(re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
 
@@ -75,7 +77,7 @@ def test_every_link_leads_somewhere():
 
 @pytest.mark.parametrize("command", [command for command in commands() if command[0] != "make"], ids=" ".join)
 def test_every_command_has_the_flags_that_the_readme_gives_it(command):
-    name = " ".join(command[:2]) if command[0] == "quartet-train" else command[0]
+    name = two if (two := " ".join(command[:2])) in SETTINGS else command[0]
     module, _, attribute = SETTINGS[name].partition(":")
     settings: type[Settings] = getattr(importlib.import_module(module), attribute)
     known = {f"--{field.replace('_', '-')}" for field in settings.model_fields} | {"--config"}
