@@ -40,19 +40,21 @@ WORK = ROOT / "runs" / "optimum"
 BETAS = (0.5, 1.0, 2.0)
 GAP_TARGET = 0.98
 VARIATION_TARGET = 0.05
-TASK = Task(words=5, longest=3)
+TASK = Task(words=4, longest=3)
 PPO: dict[str, Any] = {
-    "steps": 100,
     "samples_per_prompt": 256,
     "critic_learning_rate": 1.5e-3,
     "save_every": 2,
     "keep_checkpoints": 1000,
 }
-DPO: dict[str, Any] = {"batch_size": 512, "learning_rate": 1e-3}
-VOTES = 12
-# The smaller beta is, the further from the reference is the optimum; near it, what counts is the noise of sampling.
+DPO: dict[str, Any] = {"batch_size": 1024, "learning_rate": 2e-3}
+VOTES = 40
+# The smaller beta is, the further from the reference is the optimum; near it, what counts is the noise of sampling: the
+# gap is the smaller, the larger beta is.
 PPO_LEARNING_RATES = {0.5: 1.5e-3, 1.0: 1.5e-3, 2.0: 8e-4}
-DPO_EPOCHS = {0.5: 3, 1.0: 2, 2.0: 1}
+PPO_STEPS = {0.5: 150, 1.0: 150, 2.0: 300}
+# A preference says the less of the difference of two rewards, the larger it is, and a smaller beta makes more of it.
+DPO_EPOCHS = {0.5: 8, 1.0: 4, 2.0: 3}
 _WIDTH, _LAYERS = 64, 2
 
 
@@ -176,8 +178,8 @@ def main() -> None:
         for beta in BETAS:
             start_s = time.monotonic()
             with quietly():
-                rate = PPO_LEARNING_RATES[beta]
-                train_ppo(ppo_settings(TASK, folder, beta, WORK / f"ppo-{beta:g}", services, learning_rate=rate, **PPO))
+                own = PPO | {"learning_rate": PPO_LEARNING_RATES[beta], "steps": PPO_STEPS[beta]}
+                train_ppo(ppo_settings(TASK, folder, beta, WORK / f"ppo-{beta:g}", services, **own))
             print(f"PPO, beta {beta:g}: {time.monotonic() - start_s:.0f} s", flush=True)
     for beta in BETAS:
         start_s = time.monotonic()
