@@ -244,7 +244,8 @@ async def test_openrlhf_s_requests_of_one_sample_go_to_the_service_together(
 ) -> None:
     """Its client sends each sample as a request of its own, all at once."""
     prompts = [f"Prompt {n}: " for n in range(256)]
-    responses = [f"{'a' * n} {'B' * (256 - n)}" for n in range(256)]
+    # The first keeps the service busy while the others arrive.
+    responses = ["sleep 1", *(f"{'a' * n} {'B' * (256 - n)}" for n in range(1, 256))]
     before = gateway.metric("quartet_gateway_joined_items_count").get("", 0.0)
     limits = httpx.Limits(max_connections=256)
     async with httpx.AsyncClient(base_url=gateway.url, limits=limits, timeout=180) as client:
@@ -263,7 +264,7 @@ async def test_openrlhf_s_requests_of_one_sample_go_to_the_service_together(
         assert one["extra_logs"].keys() == found[0]["extra_logs"].keys()
         assert all(len(values) == 1 for values in one["extra_logs"].values())
     calls = gateway.metric("quartet_gateway_joined_items_count")[""] - before
-    assert calls < 128
+    assert calls < 64
 
 
 def test_openrlhf_s_empty_list_is_answered_empty_and_a_failure_is_no_number(client: httpx.Client) -> None:
