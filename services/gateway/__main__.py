@@ -13,7 +13,6 @@ from collections.abc import Iterator
 
 import structlog
 import uvicorn
-from prometheus_client import start_http_server
 
 from quartet import tracing
 from quartet.client.errors import CredentialsError
@@ -26,6 +25,7 @@ from services.gateway.protocol import bounded
 from services.runtime.errors import StartError
 from services.runtime.logs import configure_logging
 from services.runtime.security import ListenerSecurity, ServerCertificate, is_loopback
+from services.runtime.server import serve_metrics
 
 log = structlog.get_logger()
 
@@ -63,7 +63,7 @@ def _run(settings: GatewaySettings) -> int:
     listener = _bind(settings.host, settings.port)
     host, port = settings.host, int(listener.getsockname()[1])
     _warn_of_exposure(settings, port)
-    _serve_metrics(settings, metrics)
+    serve_metrics(metrics.registry, settings.metrics_host or settings.host, settings.metrics_port)
     config = uvicorn.Config(
         app,
         http=bounded(settings.arrival_timeout_s, settings.max_connections),
@@ -162,17 +162,6 @@ def _bind(host: str, port: int) -> socket.socket:
     except OSError as error:
         raise StartError(
             f"cannot listen on {host}:{port}: {error.strerror}; stop what holds it or choose another --port"
-        ) from error
-
-
-def _serve_metrics(settings: GatewaySettings, metrics: GatewayMetrics) -> None:
-    host = settings.metrics_host or settings.host
-    try:
-        start_http_server(settings.metrics_port, addr=host.strip("[]"), registry=metrics.registry)
-    except OSError as error:
-        raise StartError(
-            f"cannot listen on {host}:{settings.metrics_port} for metrics: {error.strerror}; stop what holds it or "
-            "choose another --metrics-port"
         ) from error
 
 

@@ -10,7 +10,6 @@ from fastapi import Depends, Request
 from services.gateway import exchange
 from services.gateway.backends import Backends
 from services.gateway.config import GatewaySettings
-from services.gateway.exchange import Exchange
 from services.gateway.keys import Limits, Scope
 from services.gateway.metrics import GatewayMetrics
 from services.gateway.problems import ProblemError
@@ -60,12 +59,8 @@ def needs(*scopes: Scope) -> Any:
         try:
             yield
         finally:
-            settle(limits, own, about, metrics)
+            # What it really took, less what was taken for it before.
+            limits.settle(own.caller, own.tokens - about)
+            metrics.tokens.labels(own.caller.name).inc(own.tokens)
 
     return Depends(admitted)
-
-
-def settle(limits: Limits, own: Exchange, about: int, metrics: GatewayMetrics) -> None:
-    """Takes from the caller's limits what the request really took, less what was taken for it before."""
-    limits.settle(own.caller, own.tokens - about)
-    metrics.tokens.labels(own.caller.name).inc(own.tokens)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 from collections.abc import Sequence
 from typing import Self, TypeVar
@@ -21,7 +20,7 @@ from quartet.client import (
     TokenSequence,
 )
 from quartet.client.channel import ServiceClient
-from quartet.client.errors import NotReadyError, QuartetError
+from quartet.client.errors import QuartetError
 from services.gateway.coalescer import Coalescer, Options
 from services.gateway.config import GatewaySettings
 from services.gateway.metrics import GatewayMetrics
@@ -86,7 +85,7 @@ class Backends:
             head_weights=dict(options.head_weights) or None,
         )
 
-    async def logprobs(self, token_ids: Sequence[int], temperature: float) -> tuple[LogProbs, ModelInfo]:
+    async def logprobs(self, token_ids: Sequence[int], temperature: float) -> LogProbs:
         """Of every token but the first, by the reference service, whose own tokenizer is taken for theirs.
 
         Raises:
@@ -101,7 +100,7 @@ class Backends:
         result = found.results[0]
         if not isinstance(result, LogProbs):
             raise ProblemError.of_item(result, self.reference.name, field="token_ids")
-        return result, info
+        return result
 
     async def reward_info(self) -> RewardInfo:
         """What the reward service hosts, or did some seconds ago."""
@@ -133,13 +132,10 @@ class Backends:
         async def ask(client: ServiceClient) -> None:
             try:
                 await client.wait_ready(_READY_S)
-            except NotReadyError as error:
-                found[client.name] = error.message
             except QuartetError as error:
                 found[client.name] = error.message
 
-        with contextlib.suppress(asyncio.CancelledError):
-            await asyncio.gather(*map(ask, self._all))
+        await asyncio.gather(*map(ask, self._all))
         return found
 
     @property

@@ -16,7 +16,7 @@ import structlog
 
 from quartet.client import ItemFailure, Score, ScoreItem, Scores, ServedBy, Truncation
 from quartet.client.channel import request_ids
-from quartet.client.errors import InvalidInputError, QuartetError
+from quartet.client.errors import InvalidInputError
 from services.gateway.metrics import GatewayMetrics
 
 log = structlog.get_logger()
@@ -117,28 +117,27 @@ class Coalescer:
         for waiting in batch:
             waiting.answer.add_done_callback(leave)
         try:
-            scores = await call
-        except asyncio.CancelledError:
+            await asyncio.wait({call})
+        finally:
             call.cancel()
-            if (task := asyncio.current_task()) is not None and task.cancelling():
-                raise
-        except InvalidInputError as error:
-            if len(batch) == 1:
-                _fail(batch, error)
-                return
+        if call.cancelled():
+            return
+        error = call.exception()
+        if error is None:
+            scores = call.result()
+            for waiting, result in zip(batch, scores.results, strict=True):
+                if not waiting.answer.done():
+                    waiting.answer.set_result((result, scores.served_by))
+        elif isinstance(error, InvalidInputError) and len(batch) > 1:
             # One of them may be to blame, and the others are not to suffer for it.
             for waiting in batch:
                 if not waiting.answer.done():
                     await self._call([waiting], options)
-        except QuartetError as error:
-            _fail(batch, error)
-        except Exception as error:
-            _fail(batch, error)
-            raise
         else:
-            for waiting, result in zip(batch, scores.results, strict=True):
+            # Whatever it is: its callers are told, and others wait for this task to go on.
+            for waiting in batch:
                 if not waiting.answer.done():
-                    waiting.answer.set_result((result, scores.served_by))
+                    waiting.answer.set_exception(error)
 
     async def _scores(self, batch: Sequence[_Waiting], options: Options) -> Scores:
         self._metrics.joined_items.observe(len(batch))
@@ -150,12 +149,6 @@ class Coalescer:
 
     def _count(self) -> None:
         self._metrics.waiting_items.set(self.waiting)
-
-
-def _fail(batch: Sequence[_Waiting], error: Exception) -> None:
-    for waiting in batch:
-        if not waiting.answer.done():
-            waiting.answer.set_exception(error)
 
 
 def _characters(item: ScoreItem) -> int:

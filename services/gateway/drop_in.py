@@ -270,7 +270,7 @@ class ReferenceReply(BaseModel):
 async def reference(backends: TheBackends, body: ReferenceBody) -> ReferenceReply:
     """By the reference service. Token ids must be of its tokenizer: nothing here tells whose they are."""
     own = exchange.current()
-    found, _ = await backends.logprobs(body.token_ids, body.sampling_params.temperature)
+    found = await backends.logprobs(body.token_ids, body.sampling_params.temperature)
     own.items += 1
     own.tokens += len(body.token_ids)
     after: list[dict[str, TokenLogprob] | None] = [

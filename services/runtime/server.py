@@ -22,7 +22,7 @@ import grpc
 import structlog
 from grpc_health.v1 import health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
-from prometheus_client import start_http_server
+from prometheus_client import CollectorRegistry, start_http_server
 
 from quartet import tracing
 from quartet.model_folder import ModelFolderError
@@ -173,16 +173,8 @@ class ServiceRuntime:
         Raises:
             StartError: the port is taken.
         """
-        host, port = self.settings.metrics_host or self.settings.host, self.settings.metrics_port
-        try:
-            server, _ = start_http_server(port, addr=host.strip("[]"), registry=self.metrics.registry)
-        except OSError as error:
-            raise StartError(
-                f"cannot listen on {host}:{port} for metrics: {error.strerror}; "
-                "stop what holds it or choose another --metrics-port"
-            ) from error
-        server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
-        return int(server.server_port)
+        settings = self.settings
+        return serve_metrics(self.metrics.registry, settings.metrics_host or settings.host, settings.metrics_port)
 
     def set_serving(self, serving: bool) -> None:
         """Turns readiness of all services on or off; liveness stays."""
@@ -255,6 +247,23 @@ def _channel_options(settings: ServiceSettings, listener: Listener) -> list[tupl
         # What is in flight may finish: the limit is of connections, not of calls.
         options.append(("grpc.max_connection_age_ms", max(1, int(settings.max_connection_age_s * 1000))))
     return options
+
+
+def serve_metrics(registry: CollectorRegistry, host: str, port: int) -> int:
+    """Starts a Prometheus endpoint and returns its port.
+
+    Raises:
+        StartError: the port is taken.
+    """
+    try:
+        server, _ = start_http_server(port, addr=host.strip("[]"), registry=registry)
+    except OSError as error:
+        raise StartError(
+            f"cannot listen on {host}:{port} for metrics: {error.strerror}; "
+            "stop what holds it or choose another --metrics-port"
+        ) from error
+    server.RequestHandlerClass = _impatient(server.RequestHandlerClass)
+    return int(server.server_port)
 
 
 def _impatient(handler: Any) -> type:

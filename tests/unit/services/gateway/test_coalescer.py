@@ -11,6 +11,7 @@ from quartet.client import InvalidInputError, Score, ScoreItem, Scores, ServedBy
 from services.gateway.coalescer import Coalescer, Options
 from services.gateway.metrics import GatewayMetrics
 
+PLAIN = Options()
 BY = ServedBy(model_id="m", weights_version=3, weights_fingerprint="w", tokenizer_fingerprint="t")
 
 
@@ -56,7 +57,7 @@ async def settled() -> None:
         await asyncio.sleep(0)
 
 
-def started(coalescer: Coalescer, texts: Sequence[str], options: Options = Options()) -> list[asyncio.Task]:  # noqa: B008
+def started(coalescer: Coalescer, texts: Sequence[str], options: Options = PLAIN) -> list[asyncio.Task]:
     return [asyncio.create_task(coalescer.score(item(text), options, f"r{len(text)}")) for text in texts]
 
 
@@ -135,6 +136,15 @@ async def test_a_call_that_fails_fails_all_that_went_with_it_and_the_next_one_is
     service.go_on.set()
     for answer in await asyncio.gather(*tasks, return_exceptions=True):
         assert answer is error
+    service.go_on.clear()
+    first = started(coalescer, ["a"])
+    await settled()
+    first += started(coalescer, ["b"])
+    await settled()
+    waits = started(coalescer, ["c"])  # Behind both, and nobody comes after it.
+    await settled()
+    service.go_on.set()
+    assert await asyncio.gather(*first, *waits, return_exceptions=True) == [error] * 3
     service.error = None
     assert (await coalescer.score(item("dd"), Options(), "r"))[0].score == 2.0
 

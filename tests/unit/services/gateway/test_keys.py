@@ -48,7 +48,8 @@ def test_a_key_is_rotated_and_revoked_by_the_file_and_a_broken_file_changes_noth
     file.write_text(entry("search", "one") + "\n" + entry("search", "new"))
     assert known.caller_of("new") is None  # Nobody looks so often.
     now_s += 2
-    assert known.caller_of("new") == known.caller_of("one") != None  # noqa: E711
+    assert known.caller_of("new") is not None
+    assert known.caller_of("new") == known.caller_of("one")
     assert known.caller_of("two") is None
     file.write_text("[[keys]\n")
     now_s += 2
